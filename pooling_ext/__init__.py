@@ -1,0 +1,24 @@
+"""Faster pooling for PyTorch, as drop-in functions and modules."""
+
+from . import functional, nn
+from .backends import explain, use_backend
+from .errors import ArgumentError, NativeUnavailableWarning
+from .memory import reuse_cpu_memory
+from .nn import *  # noqa: F403
+from .patching import PatchReport, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "NativeUnavailableWarning",
+    "PatchReport",
+    "explain",
+    "functional",
+    "nn",
+    "patch",
+    "reuse_cpu_memory",
+    "unpatch",
+    "use_backend",
+]
+__all__ += nn.__all__

@@ -1,0 +1,38 @@
+"""What the operators' autograd Functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function, forward_ad
+
+
+def needs_autograd(input: torch.Tensor) -> bool:
+    """Whether a call on ``input`` must go through an autograd Function.
+
+    When it need not, the operator is called directly and pays for no autograd machinery.
+    """
+    if input.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class Differentiable:
+    """An autograd Function with its forward-mode rule.
+
+    torch.compile cannot trace a Function that defines ``jvp``, and has no use for it; everyone else
+    gets the subclass that does.
+    """
+
+    def __init__(self, function: type[Function], jvp: Callable[..., Any]):
+        self.plain = function
+        self.with_jvp = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.plain.apply(*args)
+        return self.with_jvp.apply(*args)

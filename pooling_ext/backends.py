@@ -1,0 +1,193 @@
+"""Which backend a call takes, and why not the ones before it.
+
+Backends are an ordered list. Each has a predicate that names the reason it cannot take a call, or
+returns None when it can; the first that can, does. PyTorch's own operators ("aten") close the list
+and take everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensor, FunctionalTensor
+
+from . import _native
+from .errors import ArgumentError
+
+
+class Call(NamedTuple):
+    """What a backend may look at when it decides."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    layout: torch.layout
+    tensor_type: type
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels, and the reason it gives for not taking a call."""
+
+    name: str
+    why_not: Callable[[Call], str | None]
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+_cpu_dtypes: dict[str, frozenset[torch.dtype]] = {}
+
+
+def register_cpu(op: str, dtypes: frozenset[torch.dtype]) -> None:
+    """Declare that our CPU kernels implement ``op`` for ``dtypes``."""
+    _cpu_dtypes[op] = dtypes
+
+
+def _not_ours(call: Call) -> str | None:
+    if call.layout is not torch.strided:
+        return f"the input's layout is {call.layout}, not torch.strided"
+    if call.tensor_type not in _PLAIN_TENSORS:
+        return f"the input is a tensor subclass ({call.tensor_type.__name__})"
+    return None
+
+
+def _cpu_why_not(call: Call) -> str | None:
+    if _native.module is None:
+        return _native.why_not
+    if call.device not in ("cpu", "meta"):
+        return f"the input is on {call.device}"
+    if call.dtype not in _cpu_dtypes.get(call.op, ()):
+        return f"{call.op} has no CPU kernel for {call.dtype}"
+    return _not_ours(call)
+
+
+CPU = Backend("cpu", _cpu_why_not)
+ATEN = Backend("aten", lambda call: None)
+BACKENDS: tuple[Backend, ...] = (CPU, ATEN)
+
+_forced: str | None = None
+_decisions: dict[Call, Backend] = {}
+_recorded: list[Decision] | None = None
+
+
+@dataclass
+class Decision:
+    """The backend that one call took, with the reasons of those that did not."""
+
+    op: str
+    backend: str
+    declined: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.declined.items()])
+
+
+@dataclass
+class Explanation:
+    """What :func:`explain` found: one :class:`Decision` for each operator call, in order."""
+
+    decisions: list[Decision]
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of the call; None when there was none or they differ."""
+        names = {decision.backend for decision in self.decisions}
+        return names.pop() if len(names) == 1 else None
+
+    def __str__(self) -> str:
+        if not self.decisions:
+            return "no pooling_ext operator was called"
+        return "\n".join(str(decision) for decision in self.decisions)
+
+
+def _decide(call: Call) -> tuple[Backend, dict[str, str]]:
+    declined: dict[str, str] = {}
+    for backend in BACKENDS:
+        if _forced is not None and backend.name not in (_forced, "aten"):
+            reason: str | None = f"backend {_forced!r} was asked for"
+        else:
+            reason = backend.why_not(call)
+        if reason is None:
+            return backend, declined
+        declined[backend.name] = reason
+    raise AssertionError("the last backend takes every call")
+
+
+def choose(op: str, input: torch.Tensor) -> Backend:
+    """Return the backend that takes ``op`` on ``input``."""
+    call = Call(op, input.device.type, input.dtype, input.layout, type(input))
+    if torch.compiler.is_compiling():
+        return _decide(call)[0]
+    if _recorded is not None:
+        backend, declined = _decide(call)
+        _recorded.append(Decision(op, backend.name, declined))
+        return backend
+    backend = _decisions.get(call)
+    if backend is None:
+        backend = _decisions[call] = _decide(call)[0]
+    return backend
+
+
+def _check_name(name: str | None) -> None:
+    names = [backend.name for backend in BACKENDS]
+    if name is not None and name not in names:
+        raise ArgumentError(f"backend must be one of {names}, but got {name!r}")
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _check_name(name)
+    _forced = name
+    _decisions.clear()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use only the backend ``name`` (or PyTorch's operators where it cannot take a call).
+
+    The choice holds for the whole process while the context lasts. ``POOLING_EXT_BACKEND`` in the
+    environment sets it from the start.
+
+    Args:
+        name: "aten" or "cpu".
+
+    Raises:
+        ArgumentError: there is no backend of that name.
+    """
+    before = _forced
+    _force(name)
+    try:
+        yield
+    finally:
+        _force(before)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``function(*args, **kwargs)`` without gradients and say which backend each call in it takes.
+
+    Args:
+        function: one of our functions or modules, or anything that calls them, such as a patched model.
+
+    Returns:
+        An :class:`Explanation`; print it to read it.
+
+    Example:
+        >>> print(pooling_ext.explain(pooling_ext.MaxPool2d(3), torch.randn(1, 8, 9, 9)))
+        max_pool: cpu
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with torch.no_grad():
+            function(*args, **kwargs)
+        return Explanation(_recorded)
+    finally:
+        _recorded = before
+
+
+_force(os.environ.get("POOLING_EXT_BACKEND") or None)

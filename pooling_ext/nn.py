@@ -1,0 +1,287 @@
+"""Drop-in modules: subclasses of torch.nn's pooling modules that run our operators.
+
+Constructor, attributes, ``extra_repr`` and ``isinstance`` checks are torch.nn's. Where torch.nn
+takes ``padding``, these also take ``"same"``, ``"valid"`` and per-side padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import functional as F
+
+
+class _MaxPool:
+    """The forward of the max pooling modules, of any rank."""
+
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    ceil_mode: bool
+    return_indices: bool
+    _pool: Any
+
+    def forward(self, input: Tensor) -> Any:
+        return type(self)._pool(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
+class MaxPool1d(_MaxPool, nn.MaxPool1d):
+    """:class:`torch.nn.MaxPool1d` on our kernels; see :func:`pooling_ext.functional.max_pool1d`."""
+
+    _pool = staticmethod(F.max_pool1d)
+
+
+class MaxPool2d(_MaxPool, nn.MaxPool2d):
+    """:class:`torch.nn.MaxPool2d` on our kernels; see :func:`pooling_ext.functional.max_pool2d`."""
+
+    _pool = staticmethod(F.max_pool2d)
+
+
+class MaxPool3d(_MaxPool, nn.MaxPool3d):
+    """:class:`torch.nn.MaxPool3d` on our kernels; see :func:`pooling_ext.functional.max_pool3d`."""
+
+    _pool = staticmethod(F.max_pool3d)
+
+
+class AvgPool1d(nn.AvgPool1d):
+    """:class:`torch.nn.AvgPool1d` on our kernels; see :func:`pooling_ext.functional.avg_pool1d`."""
+
+    def __init__(
+        self,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> None:
+        # torch.nn.AvgPool1d would take a string apart, letter by letter.
+        super().__init__(kernel_size, stride, 0 if isinstance(padding, str) else padding, ceil_mode, count_include_pad)
+        if isinstance(padding, str):
+            self.padding = padding  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.avg_pool1d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad
+        )
+
+
+class _AvgPool:
+    """The forward of the 2-d and 3-d average pooling modules."""
+
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    ceil_mode: bool
+    count_include_pad: bool
+    divisor_override: int | None
+    _pool: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        return type(self)._pool(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+
+class AvgPool2d(_AvgPool, nn.AvgPool2d):
+    """:class:`torch.nn.AvgPool2d` on our kernels; see :func:`pooling_ext.functional.avg_pool2d`."""
+
+    _pool = staticmethod(F.avg_pool2d)
+
+
+class AvgPool3d(_AvgPool, nn.AvgPool3d):
+    """:class:`torch.nn.AvgPool3d` on our kernels; see :func:`pooling_ext.functional.avg_pool3d`."""
+
+    _pool = staticmethod(F.avg_pool3d)
+
+
+class _LPPool:
+    """The constructor and forward of the Lp pooling modules, of any rank."""
+
+    norm_type: float
+    kernel_size: Any
+    stride: Any
+    ceil_mode: bool
+    # Class attributes too, so that a torch.nn module can become one of these in place.
+    padding: Any = 0
+    safe: bool = False
+    _pool: Any
+
+    def __init__(
+        self,
+        norm_type: float,
+        kernel_size: Any,
+        stride: Any = None,
+        ceil_mode: bool = False,
+        *,
+        padding: Any = 0,
+        safe: bool = False,
+    ) -> None:
+        super().__init__(norm_type, kernel_size, stride, ceil_mode)  # type: ignore[call-arg]
+        self.padding = padding
+        self.safe = safe
+
+    def forward(self, input: Tensor) -> Tensor:
+        return type(self)._pool(
+            input,
+            self.norm_type,
+            self.kernel_size,
+            self.stride,
+            self.ceil_mode,
+            padding=self.padding,
+            safe=self.safe,
+        )
+
+
+class LPPool1d(_LPPool, nn.LPPool1d):
+    """:class:`torch.nn.LPPool1d` on our kernels; see :func:`pooling_ext.functional.lp_pool1d`."""
+
+    _pool = staticmethod(F.lp_pool1d)
+
+
+class LPPool2d(_LPPool, nn.LPPool2d):
+    """:class:`torch.nn.LPPool2d` on our kernels; see :func:`pooling_ext.functional.lp_pool2d`."""
+
+    _pool = staticmethod(F.lp_pool2d)
+
+
+class LPPool3d(_LPPool, nn.LPPool3d):
+    """:class:`torch.nn.LPPool3d` on our kernels; see :func:`pooling_ext.functional.lp_pool3d`."""
+
+    _pool = staticmethod(F.lp_pool3d)
+
+
+class _AdaptiveAvgPool:
+    output_size: Any
+    _pool: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        return type(self)._pool(input, self.output_size)
+
+
+class AdaptiveAvgPool1d(_AdaptiveAvgPool, nn.AdaptiveAvgPool1d):
+    """:class:`torch.nn.AdaptiveAvgPool1d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_avg_pool1d)
+
+
+class AdaptiveAvgPool2d(_AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
+    """:class:`torch.nn.AdaptiveAvgPool2d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_avg_pool2d)
+
+
+class AdaptiveAvgPool3d(_AdaptiveAvgPool, nn.AdaptiveAvgPool3d):
+    """:class:`torch.nn.AdaptiveAvgPool3d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_avg_pool3d)
+
+
+class _AdaptiveMaxPool:
+    output_size: Any
+    return_indices: bool
+    _pool: Any
+
+    def forward(self, input: Tensor) -> Any:
+        return type(self)._pool(input, self.output_size, self.return_indices)
+
+
+class AdaptiveMaxPool1d(_AdaptiveMaxPool, nn.AdaptiveMaxPool1d):
+    """:class:`torch.nn.AdaptiveMaxPool1d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_max_pool1d)
+
+
+class AdaptiveMaxPool2d(_AdaptiveMaxPool, nn.AdaptiveMaxPool2d):
+    """:class:`torch.nn.AdaptiveMaxPool2d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_max_pool2d)
+
+
+class AdaptiveMaxPool3d(_AdaptiveMaxPool, nn.AdaptiveMaxPool3d):
+    """:class:`torch.nn.AdaptiveMaxPool3d` on our kernels."""
+
+    _pool = staticmethod(F.adaptive_max_pool3d)
+
+
+class _GlobalPool(nn.Module):
+    def __init__(self, keepdim: bool = True) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+
+    def extra_repr(self) -> str:
+        return f"keepdim={self.keepdim}"
+
+
+class GlobalAvgPool2d(_GlobalPool):
+    """Mean of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)`` without ``keepdim``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.global_avg_pool2d(input, self.keepdim)
+
+
+class GlobalMaxPool2d(_GlobalPool):
+    """Maximum of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)`` without ``keepdim``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.global_max_pool2d(input, self.keepdim)
+
+
+class GlobalLPPool2d(_GlobalPool):
+    """``norm_type`` norm of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)``."""
+
+    def __init__(self, norm_type: float, keepdim: bool = True, *, safe: bool = False) -> None:
+        super().__init__(keepdim)
+        self.norm_type = norm_type
+        self.safe = safe
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.global_lp_pool2d(input, self.norm_type, self.keepdim, safe=self.safe)
+
+    def extra_repr(self) -> str:
+        return f"norm_type={self.norm_type}, {super().extra_repr()}"
+
+
+#: The torch.nn module that each of ours replaces.
+REPLACES: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, ours.__name__): ours
+    for ours in (
+        MaxPool1d,
+        MaxPool2d,
+        MaxPool3d,
+        AvgPool1d,
+        AvgPool2d,
+        AvgPool3d,
+        LPPool1d,
+        LPPool2d,
+        LPPool3d,
+        AdaptiveAvgPool1d,
+        AdaptiveAvgPool2d,
+        AdaptiveAvgPool3d,
+        AdaptiveMaxPool1d,
+        AdaptiveMaxPool2d,
+        AdaptiveMaxPool3d,
+    )
+}
+
+__all__ = [ours.__name__ for ours in REPLACES.values()] + [
+    "GlobalAvgPool2d",
+    "GlobalLPPool2d",
+    "GlobalMaxPool2d",
+]

@@ -1,0 +1,83 @@
+"""Defines the library's low-level operators.
+
+The schema, the shape rule and the vmap rule of an operator are registered here from Python; its
+kernels are registered from C++ (``csrc/cpu``) when the compiled part is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._prims_common import suggest_memory_format
+from torch.library import Library
+
+library = Library("pooling_ext", "DEF")
+
+#: The fields of windows.Windows, as operator arguments.
+WINDOWS = "SymInt[] output_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+
+
+def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int = 1) -> Any:
+    """Define ``pooling_ext::<signature>`` and return its overload.
+
+    Args:
+        signature: name and arguments; ``{windows}`` stands for the fields of ``Windows``.
+        returns: the schema's return type.
+        fake: computes the outputs' metadata for fake and meta tensors.
+        tensors: how many leading arguments are tensors ``(*, channels, *spatial)``; vmap folds its
+            dimension into their batch.
+    """
+    signature = signature.replace("{windows}", WINDOWS)
+    name = signature.split("(")[0]
+    qualified = f"pooling_ext::{name}"
+    library.define(f"{signature} -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(qualified, fake, lib=library)
+    operator = getattr(torch.ops.pooling_ext, name).default
+    torch.library.register_vmap(qualified, _folding_vmap(operator, tensors), lib=library)
+    return operator
+
+
+def empty(like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor with ``like``'s leading dimensions and memory format."""
+    shape = (*like.shape[: like.dim() - len(spatial)], *spatial)
+    return torch.empty(
+        shape,
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=suggest_memory_format(like) if len(spatial) > 1 and len(shape) == len(spatial) + 2
+        else torch.contiguous_format,
+    )
+
+
+def _folding_vmap(operator: Any, tensors: int) -> Callable[..., Any]:
+    """A vmap rule that pools all samples of all batches in one call."""
+    arguments = [argument.name for argument in operator._schema.arguments]
+    windows_at = arguments.index("output_size")
+    input_size_at = arguments.index("input_size") if "input_size" in arguments else None
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        rank = len(args[windows_at])
+        size = info.batch_size
+        stacked = [
+            x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
+        ]
+        # (size, channels, *spatial) is already a batch; (size, batch, channels, *spatial) is folded.
+        fold = stacked[0].dim() == rank + 3
+        folded = [x.flatten(0, 1) if fold else x for x in stacked]
+        rest = list(args[tensors:])
+        if input_size_at is not None:
+            sizes = args[input_size_at]
+            leading = [size * sizes[0], *sizes[1:]] if fold else [size, *sizes]
+            rest[input_size_at - tensors] = leading
+        result = operator(*folded, *rest)
+        outputs = result if isinstance(result, tuple) else (result,)
+        if fold:
+            outputs = tuple(y.unflatten(0, (size, y.shape[0] // size)) for y in outputs)
+        if isinstance(result, tuple):
+            return outputs, (0,) * len(outputs)
+        return outputs[0], 0
+
+    return rule

@@ -1,0 +1,217 @@
+"""Average pooling, with windows of fixed size and adaptive ones.
+
+The operator is linear: its backward is its transpose, whose backward is the operator again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import backends
+from ..autograd import Differentiable, needs_autograd
+from ..errors import ArgumentError
+from ..windows import Windows, adaptive_windows, fixed_windows
+from . import _library
+from ._dispatch import public
+
+FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+backends.register_cpu("avg_pool", FLOATS)
+
+_avg_pool_forward = _library.define(
+    "avg_pool(Tensor input, {windows}, bool count_include_pad, int? divisor_override)",
+    "Tensor",
+    lambda input, output_size, *_: _library.empty(input, output_size),
+)
+
+_avg_pool_backward = _library.define(
+    "avg_pool_backward(Tensor grad, SymInt[] input_size, {windows}, bool count_include_pad, int? divisor_override)",
+    "Tensor",
+    lambda grad, input_size, output_size, *_: _library.empty(
+        grad, input_size[len(input_size) - len(output_size) :]
+    ),
+)
+
+
+class _AvgPool(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows, count_include_pad: bool, divisor: int | None) -> Tensor:
+        return _avg_pool_forward(input, *windows, count_include_pad, divisor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        input, *ctx.options = inputs
+        ctx.input_size = tuple(input.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return spread(grads[0], ctx.input_size, *ctx.options), None, None, None
+
+
+class _Spread(Function):
+    """The transpose of :class:`_AvgPool`: shares each value out over its window."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, input_size: tuple[int, ...], windows: Windows, count_include_pad: bool, divisor: int | None
+    ) -> Tensor:
+        return _avg_pool_backward(grad, input_size, *windows, count_include_pad, divisor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.input_size, *ctx.options = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _average(grads[0], *ctx.options), None, None, None, None
+
+
+def _average_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    return _average(tangent, *ctx.options)
+
+
+def _spread_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    return spread(tangent, ctx.input_size, *ctx.options)
+
+
+_average = Differentiable(_AvgPool, _average_jvp)
+spread = Differentiable(_Spread, _spread_jvp)
+
+
+def avg_pool(
+    input: Tensor, windows: Windows, count_include_pad: bool = True, divisor_override: int | None = None
+) -> Tensor:
+    """Average ``input`` over ``windows``."""
+    if divisor_override is not None:
+        if isinstance(divisor_override, bool) or not isinstance(divisor_override, int):
+            raise TypeError(f"divisor_override must be an int or None, but got {divisor_override!r}")
+        if divisor_override == 0:
+            raise ArgumentError("divisor_override must be not zero, but got 0")
+    if backends.choose("avg_pool", input) is backends.ATEN:
+        return _aten_avg_pool(input, windows, count_include_pad, divisor_override)
+    if needs_autograd(input):
+        return _average(input, windows, bool(count_include_pad), divisor_override)
+    return _avg_pool_forward(input, *windows, count_include_pad, divisor_override)
+
+
+def _aten_avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, divisor: int | None) -> Tensor:
+    rank = len(windows.output_size)
+    if windows.adaptive:
+        return getattr(F, f"adaptive_avg_pool{rank}d")(input, windows.output_size)
+    _, kernel, stride, _, _ = windows
+    sizes = tuple(input.shape[-rank:])
+    ceil_mode = windows.ceil_mode(sizes)
+    extra = () if divisor is None else (divisor,)
+    if ceil_mode is not None:
+        pool = getattr(F, f"avg_pool{rank}d")
+        return pool(input, kernel, stride, windows.padding[::2], ceil_mode, count_include_pad, *extra)
+    # PyTorch pads both sides alike, so pad by hand, sum, and divide by our own counts. The 1-d
+    # operator has no divisor, so it borrows the 2-d one.
+    padded = F.pad(input, windows.explicit_padding(sizes))
+    if rank == 1:
+        sums = F.avg_pool2d(padded.unsqueeze(-2), (1, *kernel), (1, *stride), divisor_override=1).squeeze(-2)
+    else:
+        sums = getattr(F, f"avg_pool{rank}d")(padded, kernel, stride, divisor_override=1)
+    if divisor is not None:
+        return sums / divisor
+    counts = torch.ones((), dtype=torch.float64)
+    for axis_counts in windows.counts(sizes, count_include_pad):
+        counts = counts.unsqueeze(-1) * torch.tensor(axis_counts, dtype=torch.float64)
+    return sums / counts.to(sums)
+
+
+@public
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling over 2-d planes; drop-in for :func:`torch.nn.functional.avg_pool2d`.
+
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory format. The
+            output keeps the format.
+        kernel_size: window size, an int or ``(kH, kW)``.
+        stride: step between windows; default ``kernel_size``.
+        padding: implicit zeros, as in :func:`max_pool2d`, with the same additions to PyTorch.
+        ceil_mode: round the output size up instead of down.
+        count_include_pad: whether padding counts in the divisor. What ``ceil_mode`` adds beyond
+            the padding never does.
+        divisor_override: use this divisor instead of the window's size; negative is allowed, 0 is not.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    windows = fixed_windows(2, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return avg_pool(input, windows, count_include_pad, divisor_override)
+
+
+@public
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """Average pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`avg_pool2d`."""
+    windows = fixed_windows(1, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return avg_pool(input, windows, count_include_pad)
+
+
+@public
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`avg_pool2d`."""
+    windows = fixed_windows(3, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return avg_pool(input, windows, count_include_pad, divisor_override)
+
+
+@public
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """Average pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_avg_pool2d`.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, as :func:`avg_pool2d` takes it.
+        output_size: an int or ``(H_out, W_out)``; None keeps the input's size along an axis.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    return avg_pool(input, adaptive_windows(2, input.shape, output_size))
+
+
+@public
+def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
+    """As :func:`adaptive_avg_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
+    return avg_pool(input, adaptive_windows(1, input.shape, output_size))
+
+
+@public
+def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
+    """As :func:`adaptive_avg_pool2d`, over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
+    return avg_pool(input, adaptive_windows(3, input.shape, output_size))

@@ -1,0 +1,197 @@
+"""Power-average (Lp) pooling: ``(sum of x ** p over the window) ** (1 / p)``.
+
+Norms 1, 2, 3, ... have kernels of their own; any other is composed of powers and average pooling.
+As in PyTorch the power keeps its sign, so an odd norm of negative sums is NaN, and a window that
+overhangs the input under ``ceil_mode`` is scaled up to a whole window's sum. ``safe=True`` pools
+``|x| ** p`` instead, in float32 throughout, with gradient 0 where the output is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import backends
+from ..autograd import Differentiable, needs_autograd
+from ..errors import ArgumentError
+from ..windows import Windows, fixed_windows
+from . import _library
+from ._dispatch import public
+from .avg_pool import FLOATS, avg_pool, spread
+from .max_pool import max_pool
+
+backends.register_cpu("lp_pool", FLOATS)
+
+#: Above it, repeated multiplication loses to pow.
+_LARGEST_KERNEL_NORM = 8
+
+_lp_pool_forward = _library.define(
+    "lp_pool(Tensor input, {windows}, int norm_type, bool safe)",
+    "Tensor",
+    lambda input, output_size, *_: _library.empty(input, output_size),
+)
+
+
+def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: int, safe: bool) -> Tensor:
+    """Gradient of the input, written in differentiable operators so that it has one of its own.
+
+    ``d output / d x = output ** (1 - p) * x ** (p - 1)``, scaled as the forward pass scales.
+    """
+    size = _window_size(windows, input)
+    if p == 1:
+        weighted = grad * size
+    else:
+        # PyTorch's formula ends in relu, whose gradient is 0 wherever the sum is 0.
+        zero = output == 0
+        weighted = grad * size * output.masked_fill(zero, 1).pow(1 - p)
+        weighted = weighted.masked_fill(zero, 0)
+    shared = spread(weighted, tuple(input.shape), windows, True, None)
+    power = input if p == 2 else input.pow(p - 1)
+    if p == 1:
+        return shared * input.sign() if safe else shared
+    return shared * (power.abs() * input.sign() if safe and p % 2 else power)
+
+
+
+
+
+
+def _window_size(windows: Windows, input: Tensor) -> int:
+    if not windows.adaptive:
+        return math.prod(windows.kernel_size)
+    rank = len(windows.output_size)
+    return math.prod(input.shape[input.dim() - rank :])
+
+
+class _LPPool(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows, p: int, safe: bool) -> Tensor:
+        return _lp_pool_forward(input, *windows, p, safe)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        input, *ctx.options = inputs
+        ctx.save_for_backward(input, output)
+        ctx.save_for_forward(input, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, output = ctx.saved_tensors
+        return _lp_grad(grads[0], input, output, *ctx.options), None, None, None
+
+
+def _lp_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    input, output = ctx.saved_tensors
+    windows, p, safe = ctx.options
+    power = (input.abs() if safe else input).pow(p - 1) * (input.sign() if safe else 1)
+    weight = output.masked_fill(output == 0, 1).pow(1 - p) * _window_size(windows, input)
+    if p > 1:
+        weight = weight.masked_fill(output == 0, 0)
+    return avg_pool(power * tangent, windows) * weight
+
+
+_lp_pool = Differentiable(_LPPool, _lp_jvp)
+
+
+def lp_pool(input: Tensor, norm_type: float, windows: Windows, safe: bool = False) -> Tensor:
+    """Pool ``input`` over ``windows`` by its ``norm_type`` norm."""
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float, torch.SymFloat)):
+        raise TypeError(f"norm_type must be a number, but got {norm_type!r}")
+    if norm_type == 0:
+        raise ArgumentError(f"norm_type must be a non-zero value, but got {norm_type}")
+    if norm_type == math.inf:
+        return max_pool(input.abs(), windows)
+    if norm_type == -math.inf:
+        return -max_pool(-input.abs(), windows)
+    p = int(norm_type)
+    chosen = backends.choose("lp_pool", input)
+    if chosen is backends.ATEN or p != norm_type or not 1 <= p <= _LARGEST_KERNEL_NORM:
+        return _composed_lp_pool(input, float(norm_type), windows, safe)
+    if needs_autograd(input):
+        return _lp_pool(input, windows, p, safe)
+    return _lp_pool_forward(input, *windows, p, safe)
+
+
+def _composed_lp_pool(input: Tensor, p: float, windows: Windows, safe: bool) -> Tensor:
+    size = _window_size(windows, input)
+    if not safe:
+        mean = avg_pool(input.pow(p), windows)
+        return (mean.sign() * mean.abs().relu()).mul(size).pow(1 / p)
+    wide = input if input.dtype == torch.float64 else input.float()
+    magnitude = wide.abs()
+    zero = magnitude == 0
+    # The zeros are taken out before the powers, so that no infinite slope meets a zero gradient.
+    power = magnitude.masked_fill(zero, 1).pow(p).masked_fill(zero, 0 if p > 0 else math.inf)
+    total = avg_pool(power, windows) * size
+    flat = (total == 0) | total.isinf()
+    root = total.masked_fill(flat, 1).pow(1 / p)
+    limit = total.detach().pow(1 / p)
+    return torch.where(flat, limit, root).to(input.dtype)
+
+
+@public
+def lp_pool2d(
+    input: Tensor,
+    norm_type: float,
+    kernel_size: Any,
+    stride: Any = None,
+    ceil_mode: bool = False,
+    *,
+    padding: Any = 0,
+    safe: bool = False,
+) -> Tensor:
+    """Power-average pooling over 2-d planes; drop-in for :func:`torch.nn.functional.lp_pool2d`.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory format.
+        norm_type: the norm p, not 0; ``inf`` is the largest and ``-inf`` the smallest ``|x|``.
+        kernel_size: window size, an int or ``(kH, kW)``.
+        stride: step between windows; default ``kernel_size``.
+        ceil_mode: round the output size up instead of down.
+        padding: implicit zeros, as in :func:`max_pool2d` (beyond PyTorch).
+        safe: pool ``|x| ** p`` in float32, with a finite gradient at 0 (beyond PyTorch).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    windows = fixed_windows(2, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return lp_pool(input, norm_type, windows, safe)
+
+
+@public
+def lp_pool1d(
+    input: Tensor,
+    norm_type: float,
+    kernel_size: Any,
+    stride: Any = None,
+    ceil_mode: bool = False,
+    *,
+    padding: Any = 0,
+    safe: bool = False,
+) -> Tensor:
+    """Power-average pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`lp_pool2d`."""
+    windows = fixed_windows(1, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return lp_pool(input, norm_type, windows, safe)
+
+
+@public
+def lp_pool3d(
+    input: Tensor,
+    norm_type: float,
+    kernel_size: Any,
+    stride: Any = None,
+    ceil_mode: bool = False,
+    *,
+    padding: Any = 0,
+    safe: bool = False,
+) -> Tensor:
+    """Power-average pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`lp_pool2d`."""
+    windows = fixed_windows(3, input.shape, kernel_size, stride, padding, 1, ceil_mode)
+    return lp_pool(input, norm_type, windows, safe)

@@ -1,0 +1,329 @@
+"""Max pooling, with windows of fixed size and adaptive ones.
+
+In inference only the maxima are computed. In training each output also remembers its *place*: the
+winner's offset in the window, one byte where the window has at most 255 places and an int32 where it has more
+(-1, in a byte 255, where no element of the input lies in the window). ``return_indices`` makes
+PyTorch's int64 index in the plane instead. Everything past the forward pass is linear in the
+values at those places: :data:`_gather` reads them, its transpose :data:`_scatter` adds to them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import backends
+from ..autograd import Differentiable, needs_autograd
+from ..windows import Windows, adaptive_windows, fixed_windows
+from . import _library
+from ._dispatch import public
+
+backends.register_cpu(
+    "max_pool",
+    frozenset(
+        (
+            torch.float32,
+            torch.float64,
+            torch.bfloat16,
+            torch.float16,
+            torch.int8,
+            torch.int16,
+            torch.int32,
+            torch.int64,
+            torch.uint8,
+        )
+    ),
+)
+
+
+def _places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
+    if indices:
+        return torch.int64
+    sizes = windows.kernel_size
+    if windows.adaptive:
+        spatial = input.shape[input.dim() - len(windows.output_size) :]
+        sizes = tuple(_adaptive_kernel(n, out) for n, out in zip(spatial, windows.output_size, strict=True))
+    return torch.uint8 if math.prod(sizes) <= 255 else torch.int32
+
+
+def _adaptive_kernel(size: int, out: int) -> int:
+    """An upper bound of the adaptive windows' size, exact where they are all the same."""
+    return 1 if out == 0 else size // out if size % out == 0 else size // out + 2
+
+
+_max_pool_values = _library.define(
+    "max_pool(Tensor input, {windows})",
+    "Tensor",
+    lambda input, output_size, *_: _library.empty(input, output_size),
+)
+
+
+def _places_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    windows, indices = Windows(*args[:5]), args[5]
+    places = _library.empty(input, windows.output_size, _places_dtype(windows, input, indices))
+    return _library.empty(input, windows.output_size), places
+
+
+_max_pool_places = _library.define(
+    "max_pool_places(Tensor input, {windows}, bool indices)", "(Tensor, Tensor)", _places_fake
+)
+
+_max_pool_gather = _library.define(
+    "max_pool_gather(Tensor input, Tensor places, {windows})",
+    "Tensor",
+    lambda input, places, output_size, *_: _library.empty(input, output_size),
+    tensors=2,
+)
+
+_max_pool_backward = _library.define(
+    "max_pool_backward(Tensor grad, Tensor places, SymInt[] input_size, {windows})",
+    "Tensor",
+    lambda grad, places, input_size, output_size, *_: _library.empty(
+        grad, input_size[len(input_size) - len(output_size) :]
+    ),
+    tensors=2,
+)
+
+
+class _Gather(Function):
+    """Reads the input at the remembered places."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, places: Tensor, windows: Windows) -> Tensor:
+        return _max_pool_gather(input, places, *windows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        input, places, ctx.windows = inputs
+        ctx.input_size = tuple(input.shape)
+        ctx.save_for_backward(places)
+        ctx.save_for_forward(places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (places,) = ctx.saved_tensors
+        return _scatter(grads[0], places, ctx.input_size, ctx.windows), None, None
+
+
+class _Scatter(Function):
+    """Adds each output's gradient at its remembered place: the transpose of :class:`_Gather`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, places: Tensor, input_size: tuple[int, ...], windows: Windows) -> Tensor:
+        return _max_pool_backward(grad, places, input_size, *windows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, places, _, ctx.windows = inputs
+        ctx.save_for_backward(places)
+        ctx.save_for_forward(places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (places,) = ctx.saved_tensors
+        return _gather(grads[0], places, ctx.windows), None, None, None
+
+
+class _MaxPool(Function):
+    """Maxima and their places; only the places are kept for backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows, indices: bool) -> tuple[Tensor, Tensor]:
+        return _max_pool_places(input, *windows, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        input, ctx.windows, _ = inputs
+        places = output[1]
+        ctx.input_size = tuple(input.shape)
+        ctx.mark_non_differentiable(places)
+        ctx.save_for_backward(places)
+        ctx.save_for_forward(places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (places,) = ctx.saved_tensors
+        return _scatter(grads[0], places, ctx.input_size, ctx.windows), None, None
+
+
+def _max_pool_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
+    (places,) = ctx.saved_tensors
+    return _gather(tangent, places, ctx.windows), None
+
+
+def _gather_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    (places,) = ctx.saved_tensors
+    return _gather(tangent, places, ctx.windows)
+
+
+def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    (places,) = ctx.saved_tensors
+    return _scatter(tangent, places, ctx.input_size, ctx.windows)
+
+
+_gather = Differentiable(_Gather, _gather_jvp)
+_scatter = Differentiable(_Scatter, _scatter_jvp)
+_max_pool = Differentiable(_MaxPool, _max_pool_jvp)
+
+
+def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> Any:
+    """Max pooling of ``input`` over ``windows``: the output, or ``(output, indices)``."""
+    if backends.choose("max_pool", input) is backends.ATEN:
+        return _aten_max_pool(input, windows, return_indices)
+    if needs_autograd(input):
+        output, places = _max_pool(input, windows, return_indices)
+    elif return_indices:
+        output, places = _max_pool_places(input, *windows, True)
+    else:
+        return _max_pool_values(input, *windows)
+    return (output, places) if return_indices else output
+
+
+def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any:
+    rank = len(windows.output_size)
+    if windows.adaptive:
+        pool = getattr(F, f"adaptive_max_pool{rank}d")
+        return pool(input, windows.output_size, return_indices=return_indices)
+    pool = getattr(F, f"max_pool{rank}d")
+    _, kernel, stride, _, dilation = windows
+    sizes = tuple(input.shape[-rank:])
+    ceil_mode = windows.ceil_mode(sizes)
+    if ceil_mode is not None and not windows.has_empty(sizes):
+        padding = windows.padding[::2]
+        return pool(input, kernel, stride, padding, dilation, ceil_mode, return_indices)
+    pads = windows.explicit_padding(sizes)
+    lowest = -math.inf if input.is_floating_point() else torch.iinfo(input.dtype).min
+    padded = F.pad(input, pads, value=lowest)
+    result = pool(padded, kernel, stride, 0, dilation, False, return_indices)
+    if not return_indices:
+        return result
+    return result[0], _unpad_indices(result[1], padded.shape, input.shape, windows)
+
+
+def _unpad_indices(indices: Tensor, padded: Any, shape: Any, windows: Windows) -> Tensor:
+    """Turn indices in the padded plane to indices in the plane; -1 where no element was in the window.
+
+    A window of only -inf wins at its first place. Where that is padding, the first element in
+    the window is the next one along the axis: the remainder of its (negative) position by the dilation.
+    """
+    rank = len(windows.output_size)
+    empty = torch.zeros_like(indices, dtype=torch.bool)
+    flat = torch.zeros_like(indices)
+    rest, scale = indices, 1
+    for axis in reversed(range(rank)):
+        size = shape[axis - rank]
+        position = rest % padded[axis - rank] - windows.padding[2 * axis]
+        rest = rest // padded[axis - rank]
+        position = torch.where(position < 0, position % windows.dilation[axis], position)
+        empty |= position >= size
+        flat += position * scale
+        scale *= size
+    return flat.masked_fill(empty, -1)
+
+
+@public
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Max pooling over 2-d planes; drop-in for :func:`torch.nn.functional.max_pool2d`.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16, float16 or an integer dtype, in any
+            memory format. The output keeps the format.
+        kernel_size: window size, an int or ``(kH, kW)``.
+        stride: step between windows; default ``kernel_size``.
+        padding: implicit -inf on both sides, an int or ``(pH, pW)``, at most half the effective kernel
+            size. Beyond PyTorch: ``"valid"``, ``"same"`` (output size ``ceil(size / stride)``), or
+            ``(left, right, top, bottom)``, each smaller than the effective kernel size.
+        dilation: step between the elements of a window.
+        ceil_mode: round the output size up instead of down.
+        return_indices: also return the winners' int64 indices in their planes, as
+            :func:`torch.nn.functional.max_unpool2d` takes them. A window with no element in range gives -inf and index -1.
+
+    Returns:
+        ``(N, C, H_out, W_out)`` in the input's dtype; with ``return_indices`` a pair.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    return max_pool(input, windows, return_indices)
+
+
+@public
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Max pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`max_pool2d`."""
+    windows = fixed_windows(1, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    return max_pool(input, windows, return_indices)
+
+
+@public
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Max pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`max_pool2d`.
+
+    Per-side padding is ``(left, right, top, bottom, front, back)``.
+    """
+    windows = fixed_windows(3, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    return max_pool(input, windows, return_indices)
+
+
+@public
+def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """Max pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_max_pool2d`.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, as :func:`max_pool2d` takes it.
+        output_size: an int or ``(H_out, W_out)``; None keeps the input's size along an axis.
+        return_indices: also return the winners' int64 indices in their planes.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    return max_pool(input, adaptive_windows(2, input.shape, output_size), return_indices)
+
+
+@public
+def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """As :func:`adaptive_max_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
+    return max_pool(input, adaptive_windows(1, input.shape, output_size), return_indices)
+
+
+@public
+def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """As :func:`adaptive_max_pool2d`, over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
+    return max_pool(input, adaptive_windows(3, input.shape, output_size), return_indices)

@@ -1,0 +1,229 @@
+"""Pooling geometry: from the arguments users write to the windows that kernels walk.
+
+Every operator of the library describes its windows with one :class:`Windows`. The output-size rule
+is PyTorch's (``aten/src/ATen/native/Pool.h``): with ``ceil_mode`` a last window that would start
+in the trailing padding is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import ArgumentError
+
+Ints = tuple[int, ...]
+
+
+class Windows(NamedTuple):
+    """Where the windows of a pooling operator lie, outermost spatial axis first.
+
+    ``padding`` holds ``(before, after)`` for each axis in turn. An empty ``kernel_size`` means adaptive
+    windows: output ``o`` of ``n`` covers ``[floor(o * size / n), ceil((o + 1) * size / n))``.
+    """
+
+    output_size: Ints
+    kernel_size: Ints
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+
+    @property
+    def adaptive(self) -> bool:
+        return not self.kernel_size
+
+    def ceil_mode(self, sizes: Ints) -> bool | None:
+        """The ``ceil_mode`` with which PyTorch makes these windows; None when its padding cannot."""
+        before, after = self.padding[::2], self.padding[1::2]
+        half = tuple((d * (k - 1) + 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        if before != after or any(pad > most for pad, most in zip(before, half, strict=True)):
+            return None
+        floor = tuple(
+            _output_size(*axis, False)
+            for axis in zip(sizes, self.kernel_size, self.stride, before, after, self.dilation, strict=True)
+        )
+        return floor != self.output_size
+
+    def has_empty(self, sizes: Ints) -> bool:
+        """Whether a window has no element of the input in it (dilation can step over a small one)."""
+        return any(
+            not any(0 <= o * stride - pad + dilation * place < size for place in range(kernel))
+            for size, out, kernel, stride, pad, dilation in zip(
+                sizes, self.output_size, self.kernel_size, self.stride, self.padding[::2], self.dilation, strict=True
+            )
+            if dilation > 1 and pad
+            for o in range(out)
+        )
+
+    def explicit_padding(self, sizes: Ints) -> list[int]:
+        """What torch.nn.functional.pad must add so that unpadded windows are these."""
+        pads: list[int] = []
+        for axis in reversed(range(len(sizes))):
+            before = self.padding[2 * axis]
+            end = (self.output_size[axis] - 1) * self.stride[axis] - before
+            end += self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            pads += [before, max(end - sizes[axis], 0)]
+        return pads
+
+    def counts(self, sizes: Ints, count_include_pad: bool) -> list[list[int]]:
+        """For each axis, how many elements each window averages over."""
+        counts = []
+        for axis, size in enumerate(sizes):
+            before, after = self.padding[2 * axis : 2 * axis + 2]
+            low, high = (-before, size + after) if count_include_pad else (0, size)
+            starts = [o * self.stride[axis] - before for o in range(self.output_size[axis])]
+            ends = [min(start + self.kernel_size[axis], high) for start in starts]
+            counts.append([end - max(start, low) for start, end in zip(starts, ends, strict=True)])
+        return counts
+
+
+def _cached(make):
+    """Remember the windows of recent calls: making them costs more than a small kernel.
+
+    Under torch.compile the function is traced instead, and arguments that cannot be hashed (lists,
+    symbolic sizes) go straight through.
+    """
+    remember = lru_cache(maxsize=1024, typed=True)(make)
+
+    def windows(rank: int, shape: Ints, *arguments) -> Windows:
+        if torch.compiler.is_compiling():
+            return make(rank, shape, *arguments)
+        try:
+            return remember(rank, shape, *arguments)
+        except TypeError:
+            return make(rank, shape, *arguments)
+
+    return windows
+
+
+def _ints(value: Any, name: str, rank: int, low: int) -> Ints:
+    """Expand an int, or a sequence of 1 or ``rank`` ints, to ``rank`` ints of at least ``low``."""
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)):
+            raise TypeError(
+                f"{name} must be an int or a tuple of {rank} ints, but got {value!r} ({type(item).__name__})"
+            )
+    if len(items) == 1:
+        items *= rank
+    if len(items) != rank:
+        raise ArgumentError(f"{name} must be an int or a tuple of {rank} ints, but got {value!r}")
+    if any(item < low for item in items):
+        allowed = "greater than zero" if low == 1 else "non-negative"
+        raise ArgumentError(f"{name} must be {allowed}, but got {value!r}")
+    return items
+
+
+def _padding(value: Any, rank: int, sizes: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) -> Ints:
+    """Expand ``padding`` to ``(before, after)`` per axis, outermost axis first."""
+    reach = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    if isinstance(value, str):
+        if value == "valid":
+            return (0, 0) * rank
+        if value != "same":
+            raise ArgumentError(
+                f"padding must be an int, a tuple, 'same' or 'valid', but got {value!r}"
+            )
+        pairs = []
+        for size, step, extra in zip(sizes, stride, reach, strict=True):
+            total = max((-(-size // step) - 1) * step + extra + 1 - size, 0)
+            pairs += [total // 2, total - total // 2]
+        return tuple(pairs)
+    if isinstance(value, Sequence) and len(value) == 2 * rank:
+        sides = _ints(value, "padding", 2 * rank, 0)
+        # Written innermost axis first, as torch.nn.functional.pad takes it.
+        pairs = [side for axis in reversed(range(rank)) for side in sides[2 * axis : 2 * axis + 2]]
+        if any(pad > reach[i // 2] for i, pad in enumerate(pairs)):
+            raise ArgumentError(
+                "padding must be smaller than the effective kernel size on every side, "
+                f"but got padding={value!r} with kernel_size={kernel_size} and dilation={dilation}"
+            )
+        return tuple(pairs)
+    amounts = _ints(value, "padding", rank, 0)
+    if any(pad > (extra + 1) // 2 for pad, extra in zip(amounts, reach, strict=True)):
+        raise ArgumentError(
+            "padding should be at most half of effective kernel size, "
+            f"but got padding={value!r}, kernel_size={kernel_size} and dilation={dilation}"
+        )
+    return tuple(pad for amount in amounts for pad in (amount, amount))
+
+
+def _spatial_sizes(rank: int, shape: Ints, zero_batch: bool = True) -> Ints:
+    """Check an input shape, batched or not, and return its spatial sizes."""
+    if len(shape) not in (rank + 1, rank + 2):
+        raise ArgumentError(
+            f"Expected {rank + 1}D or {rank + 2}D (batch mode) tensor for input, "
+            f"but got input of size {list(shape)}"
+        )
+    if any(size == 0 for size in shape[-rank - 1 :]):
+        raise ArgumentError(
+            "Expected input to have non-zero size for non-batch dimensions, "
+            f"but got input of size {list(shape)}"
+        )
+    return tuple(shape[-rank:])
+
+
+def _output_size(size, kernel, stride, before, after, dilation, ceil_mode):
+    span = size + before + after - dilation * (kernel - 1) - 1
+    count = (-(-span // stride) if ceil_mode else span // stride) + 1
+    if ceil_mode and (count - 1) * stride >= size + before:
+        count -= 1
+    return count
+
+
+@_cached
+def fixed_windows(
+    rank: int, shape: Ints, kernel_size, stride, padding, dilation, ceil_mode: bool
+) -> Windows:
+    """Windows of fixed size, as in :func:`torch.nn.functional.max_pool2d`.
+
+    Raises:
+        TypeError: an argument is not made of ints, or ``ceil_mode`` is not a bool.
+        ArgumentError: an argument or the input's shape is out of range.
+    """
+    kernel = _ints(kernel_size, "kernel_size", rank, 1)
+    no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
+    step = kernel if no_stride else _ints(stride, "stride", rank, 1)
+    spread = _ints(dilation, "dilation", rank, 1)
+    if not isinstance(ceil_mode, (bool, int)):
+        raise TypeError(f"ceil_mode must be a bool, but got {ceil_mode!r}")
+    sizes = _spatial_sizes(rank, shape)
+    pads = _padding(padding, rank, sizes, kernel, step, spread)
+    output = tuple(
+        _output_size(sizes[i], kernel[i], step[i], pads[2 * i], pads[2 * i + 1], spread[i], ceil_mode)
+        for i in range(rank)
+    )
+    if any(count < 1 for count in output):
+        raise ArgumentError(
+            f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, stride={step}, "
+            f"padding={padding!r} and dilation={spread} gives output size {list(output)}"
+        )
+    return Windows(output, kernel, step, pads, spread)
+
+
+@_cached
+def adaptive_windows(rank: int, shape: Ints, output_size) -> Windows:
+    """Windows that split the input into ``output_size`` parts; ``None`` keeps an axis as it is.
+
+    Raises:
+        TypeError: ``output_size`` is not made of ints.
+        ArgumentError: ``output_size`` or the input's shape is out of range.
+    """
+    sizes = _spatial_sizes(rank, shape)
+    if isinstance(output_size, Sequence) and len(output_size) == rank:
+        output_size = tuple(
+            sizes[i] if want is None else want for i, want in enumerate(output_size)
+        )
+    elif output_size is None:
+        output_size = sizes
+    return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())
+
+
+@_cached
+def global_windows(rank: int, shape: Ints) -> Windows:
+    """One window over each whole plane."""
+    _spatial_sizes(rank, shape)
+    return Windows((1,) * rank, (), (), (), ())
