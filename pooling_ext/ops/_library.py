@@ -39,15 +39,28 @@ def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int 
     return operator
 
 
-def empty(like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor with ``like``'s leading dimensions and memory format."""
-    shape = (*like.shape[: like.dim() - len(spatial)], *spatial)
+def suggests_channels_last(input: torch.Tensor) -> bool:
+    """Whether a result for ``input`` is to be in a channels-last format."""
+    return suggest_memory_format(input) in (torch.channels_last, torch.channels_last_3d)
+
+
+def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if rank == 2 else torch.channels_last_3d
+
+
+def empty(
+    like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor with ``like``'s batch and channels, and its memory format if it is batched."""
+    rank = len(spatial)
+    batched = like.dim() == rank + 2
     return torch.empty(
-        shape,
+        (*like.shape[: like.dim() - rank], *spatial),
         dtype=dtype or like.dtype,
         device=like.device,
-        memory_format=suggest_memory_format(like) if len(spatial) > 1 and len(shape) == len(spatial) + 2
-        else torch.contiguous_format,
+        memory_format=memory_format(rank, batched and rank > 1 and suggests_channels_last(like)),
     )
 
 

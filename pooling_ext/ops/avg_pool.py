@@ -29,10 +29,11 @@ _avg_pool_forward = _library.define(
 )
 
 _avg_pool_backward = _library.define(
-    "avg_pool_backward(Tensor grad, SymInt[] input_size, {windows}, bool count_include_pad, int? divisor_override)",
+    "avg_pool_backward(Tensor grad, SymInt[] input_size, bool channels_last, {windows}, "
+    "bool count_include_pad, int? divisor_override)",
     "Tensor",
-    lambda grad, input_size, output_size, *_: _library.empty(
-        grad, input_size[len(input_size) - len(output_size) :]
+    lambda grad, input_size, channels_last, *_: grad.new_empty(input_size).contiguous(
+        memory_format=_library.memory_format(len(input_size) - 2, channels_last)
     ),
 )
 
@@ -48,10 +49,11 @@ class _AvgPool(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
         ctx.input_size = tuple(input.shape)
+        ctx.channels_last = _library.suggests_channels_last(input)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return spread(grads[0], ctx.input_size, *ctx.options), None, None, None
+        return spread(grads[0], ctx.input_size, ctx.channels_last, *ctx.options), None, None, None
 
 
 class _Spread(Function):
@@ -61,17 +63,22 @@ class _Spread(Function):
 
     @staticmethod
     def forward(
-        grad: Tensor, input_size: tuple[int, ...], windows: Windows, count_include_pad: bool, divisor: int | None
+        grad: Tensor,
+        input_size: tuple[int, ...],
+        channels_last: bool,
+        windows: Windows,
+        count_include_pad: bool,
+        divisor: int | None,
     ) -> Tensor:
-        return _avg_pool_backward(grad, input_size, *windows, count_include_pad, divisor)
+        return _avg_pool_backward(grad, input_size, channels_last, *windows, count_include_pad, divisor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.input_size, *ctx.options = inputs
+        _, ctx.input_size, ctx.channels_last, *ctx.options = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _average(grads[0], *ctx.options), None, None, None, None
+        return _average(grads[0], *ctx.options), None, None, None, None, None
 
 
 def _average_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -79,7 +86,7 @@ def _average_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 
 
 def _spread_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    return spread(tangent, ctx.input_size, *ctx.options)
+    return spread(tangent, ctx.input_size, ctx.channels_last, *ctx.options)
 
 
 _average = Differentiable(_AvgPool, _average_jvp)

@@ -1,6 +1,6 @@
 """Power-average (Lp) pooling: ``(sum of x ** p over the window) ** (1 / p)``.
 
-Norms 1, 2, 3, ... have kernels of their own; any other is composed of powers and average pooling.
+Norms 1, 2 and 3 have kernels of their own; any other is composed of powers and average pooling.
 As in PyTorch the power keeps its sign, so an odd norm of negative sums is NaN, and a window that
 overhangs the input under ``ceil_mode`` is scaled up to a whole window's sum. ``safe=True`` pools
 ``|x| ** p`` instead, in float32 throughout, with gradient 0 where the output is 0.
@@ -26,8 +26,8 @@ from .max_pool import max_pool
 
 backends.register_cpu("lp_pool", FLOATS)
 
-#: Above it, repeated multiplication loses to pow.
-_LARGEST_KERNEL_NORM = 8
+#: The norms 1 to this one have kernels.
+_LARGEST_KERNEL_NORM = 3
 
 _lp_pool_forward = _library.define(
     "lp_pool(Tensor input, {windows}, int norm_type, bool safe)",
@@ -49,7 +49,9 @@ def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: i
         zero = output == 0
         weighted = grad * size * output.masked_fill(zero, 1).pow(1 - p)
         weighted = weighted.masked_fill(zero, 0)
-    shared = spread(weighted, tuple(input.shape), windows, True, None)
+    shared = spread(
+        weighted, tuple(input.shape), _library.suggests_channels_last(input), windows, True, None
+    )
     power = input if p == 2 else input.pow(p - 1)
     if p == 1:
         return shared * input.sign() if safe else shared

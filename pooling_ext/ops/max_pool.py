@@ -76,7 +76,7 @@ _max_pool_places = _library.define(
 _max_pool_gather = _library.define(
     "max_pool_gather(Tensor input, Tensor places, {windows})",
     "Tensor",
-    lambda input, places, output_size, *_: _library.empty(input, output_size),
+    lambda input, places, output_size, *_: _library.empty(places, output_size, input.dtype),
     tensors=2,
 )
 
@@ -84,7 +84,7 @@ _max_pool_backward = _library.define(
     "max_pool_backward(Tensor grad, Tensor places, SymInt[] input_size, {windows})",
     "Tensor",
     lambda grad, places, input_size, output_size, *_: _library.empty(
-        grad, input_size[len(input_size) - len(output_size) :]
+        places, input_size[len(input_size) - len(output_size) :], grad.dtype
     ),
     tensors=2,
 )

@@ -1,0 +1,117 @@
+// The geometry of pooling, shared by every kernel and by the host code that launches them.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define POOLING_EXT_INLINE __host__ __device__ __forceinline__
+#else
+// Always inlined: the CPU kernels include this header once per instruction set, and an out-of-line
+// copy compiled for one of them must never serve another.
+#define POOLING_EXT_INLINE __attribute__((always_inline)) inline
+#endif
+
+namespace pooling_ext {
+
+POOLING_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The windows along one spatial axis. A window has `kernel` places; place c of window o lies at
+// position start(o) + c * dilation, which may be outside [0, in).
+struct Axis {
+    int64_t in = 1;
+    int64_t out = 1;
+    int64_t kernel = 1;  // adaptive: an upper bound, the size of no window is larger
+    int64_t stride = 1;
+    int64_t pad_before = 0;
+    int64_t pad_after = 0;
+    int64_t dilation = 1;
+    bool adaptive = false;  // windows of unequal size, cut from [0, in)
+
+    POOLING_EXT_INLINE int64_t start(int64_t o) const {
+        return adaptive ? o * in / out : o * stride - pad_before;
+    }
+
+    // One past the last place of window o, clipped or not.
+    POOLING_EXT_INLINE int64_t places(int64_t o) const {
+        return adaptive ? ceil_div((o + 1) * in, out) - start(o) : kernel;
+    }
+
+    // The places of window o that lie inside the input are [first(o), end(o)).
+    POOLING_EXT_INLINE int64_t first(int64_t o) const {
+        const int64_t s = start(o);
+        return s >= 0 ? 0 : ceil_div(-s, dilation);
+    }
+
+    POOLING_EXT_INLINE int64_t end(int64_t o) const {
+        const int64_t room = in - start(o);
+        const int64_t inside = room > 0 ? ceil_div(room, dilation) : 0;
+        const int64_t all = places(o);
+        return inside < all ? inside : all;
+    }
+
+    // The outputs whose windows may hold input i are [first_output(i), end_output(i)).
+    POOLING_EXT_INLINE int64_t first_output(int64_t i) const {
+        if (adaptive) return i * out / in;
+        const int64_t over = i + pad_before - dilation * (kernel - 1);
+        return over <= 0 ? 0 : ceil_div(over, stride);
+    }
+
+    POOLING_EXT_INLINE int64_t end_output(int64_t i) const {
+        const int64_t last = adaptive ? ceil_div((i + 1) * out, in) : (i + pad_before) / stride + 1;
+        return last < out ? last : out;
+    }
+
+    // The place of input i in window o, or -1 where dilation steps over it.
+    POOLING_EXT_INLINE int64_t place(int64_t o, int64_t i) const {
+        const int64_t offset = i - start(o);
+        return offset >= 0 && offset % dilation == 0 && offset / dilation < places(o)
+                   ? offset / dilation
+                   : -1;
+    }
+
+    // How many elements the average over window o divides by.
+    POOLING_EXT_INLINE int64_t count(int64_t o, bool include_pad) const {
+        int64_t low = start(o);
+        int64_t high = low + places(o);
+        const int64_t bottom = include_pad ? -pad_before : 0;
+        const int64_t top = include_pad ? in + pad_after : in;
+        low = low < bottom ? bottom : low;
+        high = high > top ? top : high;
+        return high - low;
+    }
+
+    // Whether the only window is the whole axis.
+    POOLING_EXT_INLINE bool whole() const {
+        return out == 1 && start(0) == 0 && dilation == 1 && places(0) == in && pad_after == 0;
+    }
+};
+
+// A tensor seen as [outer, d, h, w, channels], dense: the contiguous format has every plane in
+// `outer` and one channel, the channels-last formats have the batch in `outer`.
+struct PoolParams {
+    int64_t outer = 1;
+    int64_t channels = 1;
+    Axis d, h, w;
+
+    POOLING_EXT_INLINE int64_t window_places() const { return d.kernel * h.kernel * w.kernel; }
+    POOLING_EXT_INLINE int64_t in_row() const { return w.in * channels; }
+    POOLING_EXT_INLINE int64_t out_row() const { return w.out * channels; }
+    POOLING_EXT_INLINE int64_t in_rows() const { return outer * d.in * h.in; }
+    POOLING_EXT_INLINE int64_t out_rows() const { return outer * d.out * h.out; }
+};
+
+// The largest window, in places, whose offsets fit one byte with 255 left to mean "none".
+constexpr int64_t kByteWindow = 255;
+
+// PyTorch's rule (ATen/native/Pool.h): under ceil_mode a window that would start in the padding
+// after the input is dropped.
+POOLING_EXT_INLINE int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t before,
+                                       int64_t after, int64_t dilation, bool ceil_mode) {
+    const int64_t span = in + before + after - dilation * (kernel - 1) - 1;
+    if (span < 0 && !(ceil_mode && span > -stride)) return 0;
+    int64_t out = (ceil_mode ? (span + stride - 1) / stride : span / stride) + 1;
+    if (ceil_mode && (out - 1) * stride >= in + before) --out;
+    return out;
+}
+
+}  // namespace pooling_ext

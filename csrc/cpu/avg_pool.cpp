@@ -1,0 +1,38 @@
+// Launchers of average pooling on the CPU. The operators are defined in pooling_ext/ops/avg_pool.py.
+#include "cpu/launch.h"
+
+namespace pooling_ext {
+namespace {
+
+Tensor avg_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+                Ints dilation, bool count_include_pad, std::optional<int64_t> divisor_override) {
+    Forward call(input, {output_size, kernel_size, stride, padding, dilation});
+    call.job.count_include_pad = count_include_pad;
+    call.job.divisor = divisor_override.value_or(0);
+    return call.launch(kernels().avg_pool(dtype_of(input)));
+}
+
+Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last, Ints output_size,
+                         Ints kernel_size, Ints stride, Ints padding, Ints dilation,
+                         bool count_include_pad, std::optional<int64_t> divisor_override) {
+    const Windows windows{output_size, kernel_size, stride, padding, dilation};
+    const MemoryFormat format = memory_format(channels_last, windows.rank());
+    const Tensor dense_grad = dense(grad, channels_last, format);
+    Tensor result = empty(input_size, grad.scalar_type(), grad, format);
+    Job job;
+    job.p = params_of(input_size, windows, channels_last);
+    job.src = dense_grad.data_ptr();
+    job.dst = result.data_ptr();
+    job.count_include_pad = count_include_pad;
+    job.divisor = divisor_override.value_or(0);
+    launch_backward(kernels().avg_pool_backward(dtype_of(grad)), job, result);
+    return result;
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
+    m.impl("avg_pool", TORCH_BOX(&pooling_ext::avg_pool));
+    m.impl("avg_pool_backward", TORCH_BOX(&pooling_ext::avg_pool_backward));
+}

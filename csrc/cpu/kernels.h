@@ -1,0 +1,63 @@
+// What the launchers (compiled once) and the kernels (compiled for each instruction set) agree on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/pooling.h"
+
+namespace pooling_ext {
+
+enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int64, UInt8 };
+
+// How the winner of a max-pool window is remembered: not at all, as its offset in the window
+// (a byte or an int32), or as its index in the plane.
+enum class Places { None, Byte, Int32, Index };
+
+struct Job {
+    PoolParams p;
+    const void* src = nullptr;     // forward: the input; backward: the gradient of the output
+    void* dst = nullptr;           // forward: the output; backward: the gradient of the input
+    void* places_out = nullptr;    // max forward
+    const void* places_in = nullptr;  // max backward
+    // Averages divide by the window's count unless `divisor` is not 0.
+    bool count_include_pad = true;
+    int64_t divisor = 0;
+    // Lp: the norm, at least 1, and whether |x| is pooled.
+    int norm = 0;
+    bool magnitude = false;
+};
+
+// Computes rows [begin, end): output rows in a forward pass, input rows in a backward pass.
+using Kernel = void (*)(const Job& job, int64_t begin, int64_t end, void* scratch);
+
+// The kernels of one instruction set.
+struct Kernels {
+    Kernel (*max_pool)(DType, Places);
+    Kernel (*max_pool_backward)(DType, Places);
+    Kernel (*avg_pool)(DType);
+    Kernel (*avg_pool_backward)(DType);
+    Kernel (*lp_pool)(DType);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// Bytes of scratch that one call of a kernel needs, for elements of at most 8 bytes.
+inline size_t scratch_bytes(const PoolParams& p) {
+    constexpr size_t element = 8 + 4, slack = 64;
+    const size_t rows = p.d.kernel * p.h.kernel;
+    const size_t phases = p.w.adaptive ? 0 : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
+                                                 (p.w.out + 2) * p.w.stride;
+    const size_t in = p.in_row(), out = p.out_row();
+    return (in + 2 * out + phases) * element + (rows + p.w.kernel + p.w.out) * 16 + 16 * slack;
+}
+
+}  // namespace pooling_ext

@@ -1,0 +1,96 @@
+// The backward pass of every pooling operator: each row of inputs gathers from the windows over it.
+//
+// A row of the input's gradient is summed in scratch memory from the rows of outputs whose windows
+// cover it, then written once. No two threads write the same row, so the result does not depend
+// on how many there are.
+#pragma once
+
+#include "cpu/pool_forward.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// One row of outputs, as a row of inputs sees it.
+template <class G>
+struct SpreadRow {
+    const G* grad;      // the row's gradients
+    int64_t offset;     // of the row from the start of the outputs
+    int64_t od, oh;     // its place in the plane
+    int64_t place;      // of the input row in its windows: kd * kernel_h + kh
+    int64_t input_row;  // the input row's place in its plane: d * in_h + h
+};
+
+// The sum for one row of inputs. In the contiguous format it may be kept in phases (see Phases),
+// so that the c-th columns of neighbouring windows lie side by side.
+template <class T>
+class RowGradient {
+public:
+    RowGradient(const PoolParams& p, Scratch& scratch, bool dealing)
+        : p_(p), phases_(p.w), dealing_(dealing), size_(dealing ? phases_.size() : p.in_row()) {
+        sum_ = scratch.take<T>(size_);
+    }
+
+    const PoolParams& params() const { return p_; }
+    bool dealing() const { return dealing_; }
+
+    // Where the columns at `column` of the padded windows 0, 1, 2, ... are summed, side by side.
+    T* phase(int64_t column) { return sum_ + phases_.at(column); }
+    // Where input column `column` is summed, one value for each channel.
+    T* column(int64_t column) { return sum_ + column * p_.channels; }
+
+    void clear() {
+        for (int64_t i = 0; i < size_; ++i) sum_[i] = T(0);
+    }
+
+    template <class G>
+    void write(G* __restrict dst) const {
+        if (dealing_ && p_.w.stride > 1) {
+            phases_.each(p_.w.in, [&](int64_t from, int64_t to, int64_t n) {
+                write_phase(dst + to, sum_ + from, n, p_.w.stride);
+            });
+            return;
+        }
+        const T* __restrict sum = sum_ + (dealing_ ? p_.w.pad_before : 0);
+        for (int64_t i = 0; i < p_.in_row(); ++i) dst[i] = narrow<G>(sum[i]);
+    }
+
+private:
+    template <class G>
+    static void write_phase(G* __restrict dst, const T* __restrict sum, int64_t n, int64_t step) {
+        for (int64_t i = 0; i < n; ++i) dst[i * step] = narrow<G>(sum[i]);
+    }
+
+    const PoolParams& p_;
+    const Phases phases_;
+    const bool dealing_;
+    const int64_t size_;
+    T* sum_;
+};
+
+// Computes input rows [begin, end): spread(gradient, row) adds one row of outputs.
+template <class G, class Spread>
+POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch, bool dealing,
+                                    Spread& spread) {
+    const PoolParams& p = job.p;
+    RowGradient<Accumulator<G>> gradient(p, scratch, dealing);
+    const auto* grad = static_cast<const G*>(job.src);
+    auto* dst = static_cast<G*>(job.dst);
+    for (int64_t index = begin; index < end; ++index) {
+        const int64_t ih = index % p.h.in, id = index / p.h.in % p.d.in;
+        const int64_t outer = index / (p.h.in * p.d.in);
+        gradient.clear();
+        const int64_t d_end = p.d.end_output(id), h_end = p.h.end_output(ih);
+        for (int64_t od = p.d.first_output(id); od < d_end; ++od) {
+            const int64_t kd = p.d.place(od, id);
+            if (kd < 0) continue;
+            for (int64_t oh = p.h.first_output(ih); oh < h_end; ++oh) {
+                const int64_t kh = p.h.place(oh, ih);
+                if (kh < 0) continue;
+                const int64_t offset = ((outer * p.d.out + od) * p.h.out + oh) * p.out_row();
+                spread(gradient, SpreadRow<G>{grad + offset, offset, od, oh, kd * p.h.kernel + kh, id * p.h.in + ih});
+            }
+        }
+        gradient.write(dst + index * p.in_row());
+    }
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,0 +1,33 @@
+// How the kernel sources of one instruction set find each other, and types by their DType.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/numeric.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// Each returns nullptr for what it has no kernel for.
+Kernel max_pool(DType, Places);
+Kernel max_pool_backward(DType, Places);
+Kernel avg_pool(DType);
+Kernel avg_pool_backward(DType);
+Kernel lp_pool(DType);
+
+// Calls `make` with a value of the floating type that `dtype` names.
+template <class Make>
+Kernel for_float(DType dtype, Make make) {
+    switch (dtype) {
+        case DType::Float32:
+            return make(float{});
+        case DType::Float64:
+            return make(double{});
+        case DType::BFloat16:
+            return make(BFloat16{});
+        case DType::Float16:
+            return make(Float16{});
+        default:
+            return nullptr;
+    }
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA
