@@ -7,6 +7,7 @@ runs on PyTorch's operators.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,9 @@ def settings():
 
     torch_dir = Path(torch.__file__).parent
     major, minor = TORCH_TARGET
-    flags = [f"-I{ROOT / 'csrc'}", f"-I{torch_dir / 'include'}", f"-I{pybind11.get_include()}"]
-    flags += [f"-I{sysconfig.get_paths()['include']}"]
+    flags = [f"-I{ROOT / 'csrc'}"]
+    for folder in (torch_dir / "include", pybind11.get_include(), sysconfig.get_paths()["include"]):
+        flags += ["-isystem", str(folder)]
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     flags += [f'-DPOOLING_EXT_TORCH_TARGET="{major}.{minor}"', f'-DPOOLING_EXT_BUILD_TORCH="{torch.__version__}"']
     if X86:
@@ -61,22 +63,26 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext):
         compiler = os.environ.get("CXX") or "g++"
         flags, libraries = settings()
-        build = (Path(self.build_temp) / "native").resolve()
+        build = ROOT / "build" / "native"  # pip's own build folder is new every time
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def quote(words):
-            return " ".join(str(word).replace("$", "$$").replace('"', '\\"') for word in words)
+            return shlex.join(map(str, words)).replace("$", "$$")
 
-        lines = ["rule compile", f"  command = {compiler} -MMD -MF $out.d {quote(FLAGS + flags)} $own -c $in -o $out"]
+        def escape(path):
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        compile = f"{compiler} -MMD -MF $out.d {quote(FLAGS + flags)} $own -c $in -o $out"
+        lines = ["rule compile", f"  command = {compile}"]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
         lines += ["rule link", f"  command = {compiler} -shared $in {quote(libraries)} -o $out"]
         objects = []
         for path, own, name in sources():
-            lines += [f"build {name}.o: compile {path}", f"  own = {quote(own)}"]
+            lines += [f"build {name}.o: compile {escape(path)}", f"  own = {quote(own)}"]
             objects.append(f"{name}.o")
-        lines += [f"build {target}: link {' '.join(objects)}", f"default {target}"]
+        lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}"]
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
 

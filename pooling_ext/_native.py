@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -17,7 +18,7 @@ if os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0"):
     why_not = "POOLING_EXT_NO_NATIVE is set"
 else:
     try:
-        from . import _C as module  # type: ignore[no-redef]
+        module = importlib.import_module("._C", __package__)
     except ImportError as error:
         why_not = f"the compiled kernels could not be loaded ({error})"
 

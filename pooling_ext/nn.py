@@ -12,6 +12,27 @@ from torch import Tensor, nn
 
 from . import functional as F
 
+__all__ = [
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "GlobalAvgPool2d",
+    "GlobalLPPool2d",
+    "GlobalMaxPool2d",
+    "LPPool1d",
+    "LPPool2d",
+    "LPPool3d",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+]
+
 
 class _MaxPool:
     """The forward of the max pooling modules, of any rank."""
@@ -279,9 +300,3 @@ REPLACES: dict[type[nn.Module], type[nn.Module]] = {
         AdaptiveMaxPool3d,
     )
 }
-
-__all__ = [ours.__name__ for ours in REPLACES.values()] + [
-    "GlobalAvgPool2d",
-    "GlobalLPPool2d",
-    "GlobalMaxPool2d",
-]

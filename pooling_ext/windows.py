@@ -42,8 +42,10 @@ class Windows(NamedTuple):
         if before != after or any(pad > most for pad, most in zip(before, half, strict=True)):
             return None
         floor = tuple(
-            _output_size(*axis, False)
-            for axis in zip(sizes, self.kernel_size, self.stride, before, after, self.dilation, strict=True)
+            _output_size(size, kernel, stride, pad, pad, dilation, False)
+            for size, kernel, stride, pad, dilation in zip(
+                sizes, self.kernel_size, self.stride, before, self.dilation, strict=True
+            )
         )
         return floor != self.output_size
 
@@ -101,7 +103,7 @@ def _cached(make):
 
 def _ints(value: Any, name: str, rank: int, low: int) -> Ints:
     """Expand an int, or a sequence of 1 or ``rank`` ints, to ``rank`` ints of at least ``low``."""
-    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    items: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)):
             raise TypeError(

@@ -96,6 +96,8 @@ struct PoolParams {
     POOLING_EXT_INLINE int64_t window_places() const { return d.kernel * h.kernel * w.kernel; }
     POOLING_EXT_INLINE int64_t in_row() const { return w.in * channels; }
     POOLING_EXT_INLINE int64_t out_row() const { return w.out * channels; }
+    POOLING_EXT_INLINE int64_t in_plane() const { return d.in * h.in * w.in; }
+    POOLING_EXT_INLINE int64_t out_plane() const { return d.out * h.out * w.out; }
     POOLING_EXT_INLINE int64_t in_rows() const { return outer * d.in * h.in; }
     POOLING_EXT_INLINE int64_t out_rows() const { return outer * d.out * h.out; }
 };

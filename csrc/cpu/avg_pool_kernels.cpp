@@ -1,5 +1,6 @@
 // Average pooling, compiled once for each instruction set.
 #include "cpu/divisors.h"
+#include "cpu/interleave.h"
 #include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
@@ -20,6 +21,7 @@ template <class In>
 void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
     Scratch scratch(memory);
+    if (job.block) return pool_blocks(job, begin, end, scratch, average<In>, true, sizeof(In), 0);
     const Divisors<T> divisors(job, scratch);
     pool_rows<SumOp<In>, In>(job, begin, end, scratch,
                              [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
@@ -35,8 +37,6 @@ public:
     using T = Accumulator<G>;
 
     AverageSpread(const Job& job, Scratch& scratch) : divisors_(job, scratch), share_(scratch.take<T>(job.p.out_row())) {}
-
-    static bool dealing(const PoolParams& p) { return p.channels == 1 && !window_by_window(p.w); }
 
     void operator()(RowGradient<T>& gradient, const SpreadRow<G>& row) const {
         const PoolParams& p = gradient.params();
@@ -72,8 +72,9 @@ private:
 template <class G>
 void average_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
+    if (job.block) return pool_blocks(job, begin, end, scratch, average_backward<G>, false, sizeof(G), 0);
     AverageSpread<G> spread(job, scratch);
-    gather_rows<G>(job, begin, end, scratch, AverageSpread<G>::dealing(job.p), spread);
+    gather_rows<G>(job, begin, end, scratch, deals(job.p), spread);
 }
 
 }  // namespace

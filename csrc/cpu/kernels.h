@@ -20,6 +20,11 @@ struct Job {
     void* dst = nullptr;           // forward: the output; backward: the gradient of the input
     void* places_out = nullptr;    // max forward
     const void* places_in = nullptr;  // max backward
+    bool by_plane = false;            // max backward: rows are whole planes
+    // If not 0: there are `planes` small planes, of which `p` describes `block`, as channels, and
+    // a row is such a block (see interleave.h).
+    int64_t block = 0;
+    int64_t planes = 0;
     // Averages divide by the window's count unless `divisor` is not 0.
     bool count_include_pad = true;
     int64_t divisor = 0;
@@ -57,7 +62,7 @@ inline size_t scratch_bytes(const PoolParams& p) {
     const size_t phases = p.w.adaptive ? 0 : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
                                                  (p.w.out + 2) * p.w.stride;
     const size_t in = p.in_row(), out = p.out_row();
-    return (in + 2 * out + phases) * element + (rows + p.w.kernel + p.w.out) * 16 + 16 * slack;
+    return (in + 2 * out + phases) * element + (rows + 2 * p.w.kernel + 2 * p.w.stride + p.w.out) * 16 + 16 * slack;
 }
 
 }  // namespace pooling_ext

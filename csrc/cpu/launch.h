@@ -133,10 +133,25 @@ inline void launch(Kernel kernel, const Job& job, int64_t rows, int64_t work) {
     STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: the CPU kernels do not support this dtype");
     constexpr int64_t kWorkPerThread = 1 << 15;
     const int64_t grain = 1 + kWorkPerThread / (work + 1);
-    const size_t bytes = scratch_bytes(job.p);
+    size_t bytes = scratch_bytes(job.p);
+    if (job.by_plane) bytes += job.p.in_plane() * sizeof(double);
+    if (job.block) bytes += (job.p.in_plane() + 2 * job.p.out_plane()) * job.block * sizeof(double);
     auto run = [&](int64_t begin, int64_t end) { kernel(job, begin, end, ThreadScratch(bytes).get()); };
     if (rows <= grain) run(0, rows);
     else parallel_for(0, rows, grain, run);
+}
+
+// Takes planes in blocks where their rows are short and there are enough of them.
+inline bool interleave_small_planes(Job& job) {
+    // A block of planes is to fit the second-level cache.
+    constexpr int64_t kShortRow = 48, kLargestPlane = 4096, kBlock = 64, kBlockElements = 1 << 17;
+    PoolParams& p = job.p;
+    if (p.channels != 1 || p.w.in > kShortRow || p.in_plane() > kLargestPlane || p.outer < kBlock) return false;
+    job.block = p.in_plane() * kBlock > kBlockElements ? kBlock / 2 : kBlock;
+    job.planes = p.outer;
+    p.outer = 1;
+    p.channels = job.block;
+    return true;
 }
 
 inline MemoryFormat memory_format(bool channels_last, int64_t rank) {
@@ -163,18 +178,27 @@ struct Forward {
 
     Tensor launch(Kernel kernel) {
         if (output.numel() == 0) return output;
-        flatten_whole_planes(job.p);
-        flatten_whole_rows(job.p);
         const PoolParams& p = job.p;
-        pooling_ext::launch(kernel, job, p.out_rows(), p.d.kernel * p.h.kernel * p.in_row());
+        if (interleave_small_planes(job)) {
+            flatten_whole_rows(job.p);
+            pooling_ext::launch(kernel, job, ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block);
+        } else {
+            flatten_whole_planes(job.p);
+            flatten_whole_rows(job.p);
+            pooling_ext::launch(kernel, job, p.out_rows(), p.d.kernel * p.h.kernel * p.in_row());
+        }
         return output;
     }
 };
 
 inline void launch_backward(Kernel kernel, Job& job, const Tensor& result) {
     if (result.numel() == 0) return;
+    const PoolParams& p = job.p;
+    if (job.by_plane) return launch(kernel, job, p.outer, 4 * p.in_plane());
+    if (interleave_small_planes(job))
+        return launch(kernel, job, ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block);
     flatten_whole_planes(job.p);
-    launch(kernel, job, job.p.in_rows(), 4 * job.p.in_row());
+    launch(kernel, job, p.in_rows(), 4 * p.in_row());
 }
 
 }  // namespace pooling_ext

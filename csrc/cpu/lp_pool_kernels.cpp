@@ -1,5 +1,6 @@
 // Power-average pooling for the norms 1, 2 and 3, compiled once for each instruction set.
 #include "cpu/divisors.h"
+#include "cpu/interleave.h"
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
 
@@ -47,6 +48,7 @@ void power_average(const Job& job, int64_t begin, int64_t end, Scratch scratch) 
 template <class In>
 void power_average_of(const Job& job, int64_t begin, int64_t end, void* memory) {
     const Scratch scratch(memory);
+    if (job.block) return pool_blocks(job, begin, end, scratch, power_average_of<In>, true, sizeof(In), 0);
     switch (job.norm) {
         case 1:
             return job.magnitude ? power_average<In, 1, true>(job, begin, end, scratch)

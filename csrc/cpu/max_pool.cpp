@@ -48,6 +48,9 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     job.src = dense_grad.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
+    // Scattering needs a plane of sums in memory; beyond this size rows are gathered instead.
+    constexpr int64_t kLargestPlane = int64_t(1) << 26;
+    job.by_plane = job.p.channels == 1 && job.p.in_plane() <= kLargestPlane;
     launch_backward(kernels().max_pool_backward(dtype_of(grad), kind_of(places)), job, result);
     return result;
 }

@@ -1,4 +1,5 @@
 // Max pooling, compiled once for each instruction set.
+#include "cpu/interleave.h"
 #include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
@@ -17,6 +18,8 @@ struct MaxOp {
 
 template <class In>
 void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
+    if (job.block)
+        return pool_blocks(job, begin, end, Scratch(scratch), max_values<In>, true, sizeof(In), 0);
     using Order = typename Fastest<In>::Order;
     using Op = MaxOp<Order, In>;
     const int64_t n = job.p.out_row();
@@ -39,8 +42,8 @@ public:
 
     ArgmaxReducer(const PoolParams& p, Scratch& scratch)
         : p_(p),
-          phases_(p.w),
-          dealing_(p.channels == 1 && !window_by_window(p.w)),
+          phases_(p.w, deals(p), scratch),
+          dealing_(deals(p)),
           value_(scratch.take<T>(p.out_row())),
           offset_(scratch.take<int32_t>(p.out_row())),
           row_value_(scratch.take<T>(p.in_row())),
@@ -73,17 +76,22 @@ public:
         }
         if (!any) return;
         if (dealing_) {
-            phases_.each(w.in, [&](int64_t to, int64_t from, int64_t n) {
-                gather_phase<Same<T>>(dealt_value_ + to, row_value_ + from, n, w.stride);
-                gather_phase<Same<int32_t>>(dealt_offset_ + to, row_offset_ + from, n, w.stride);
-            });
+            for (const auto& part : phases_) {
+                gather_phase<Same<T>>(dealt_value_ + part.to, row_value_ + part.from, part.count, w.stride);
+                gather_phase<Same<int32_t>>(dealt_offset_ + part.to, row_offset_ + part.from, part.count,
+                                            w.stride);
+            }
             for (int64_t c = 0; c < w.kernel; ++c) {
-                const int64_t at = phases_.at(c * w.dilation);
+                const int64_t at = phases_.at(c);
                 add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c), w.out);
             }
             return;
         }
         const int64_t channels = p_.channels;
+        if (channels == 1) {
+            for (int64_t o = 0; o < w.out; ++o) scan_window(o);
+            return;
+        }
         for (int64_t o = 0; o < w.out; ++o) {
             const int64_t last = w.end(o);
             for (int64_t c = w.first(o); c < last; ++c) {
@@ -100,6 +108,32 @@ private:
         using Element = U;
         static POOLING_EXT_INLINE U get(U x) { return x; }
     };
+
+    // Finds the maximum of one wide window, then the offset of whoever has it.
+    void scan_window(int64_t o) {
+        const Axis& w = p_.w;
+        const int64_t first = w.first(o), n = w.end(o) - first, step = w.dilation;
+        if (n <= 0) return;
+        const T* value = row_value_ + w.start(o) + first * step;
+        const int32_t* offset = row_offset_ + w.start(o) + first * step;
+        const T most = reduce<MaxOp<Order, T>, Same<T>>(value, n, step);
+        int32_t where;
+        if (is_nan(most)) {
+            where = -1;
+            for (int64_t c = 0; c < n; ++c) {
+                const int32_t candidate = is_nan(value[c * step]) ? offset[c * step] + int32_t(c) : -1;
+                where = candidate > where ? candidate : where;
+            }
+        } else {
+            where = kNowhere;
+            for (int64_t c = 0; c < n; ++c) {
+                const int32_t candidate = value[c * step] == most ? offset[c * step] + int32_t(c) : kNowhere;
+                where = candidate < where ? candidate : where;
+            }
+        }
+        value_[o] = most;
+        offset_[o] = where + int32_t(first);
+    }
 
     void start_row(const In* __restrict x, int32_t offset) {
         for (int64_t i = 0; i < p_.in_row(); ++i) {
@@ -165,9 +199,11 @@ void write_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __
 
 template <class In, class Place>
 void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
+    Scratch scratch(memory);
+    if (job.block)
+        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In), sizeof(Place));
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
-    Scratch scratch(memory);
     ArgmaxReducer<In> argmax(p, scratch);
     const auto* src = static_cast<const In*>(job.src);
     const int64_t plane = p.d.in * p.h.in * p.in_row();
@@ -181,73 +217,96 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     }
 }
 
-// The gradient of one row of inputs: from each window over it, what went to a winner in that row.
+// In the contiguous format the gradients of a plane are scattered, each to its winner. A thread
+// has the plane to itself, so the order of the sums does not depend on how many there are.
 template <class G, class Place>
-class MaxSpread {
-public:
+void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
     using T = Accumulator<G>;
-
-    MaxSpread(const Job& job) : places_(static_cast<const Place*>(job.places_in)) {}
-
-    static bool dealing(const PoolParams& p) {
-        return p.channels == 1 && !window_by_window(p.w) && !std::is_same_v<Place, int64_t>;
-    }
-
-    void operator()(RowGradient<T>& gradient, const SpreadRow<G>& row) const {
-        const PoolParams& p = gradient.params();
-        const Axis& w = p.w;
-        const Place* places = places_ + row.offset;
-        if constexpr (std::is_same_v<Place, int64_t>) {
-            scatter(gradient, row, places, [&](int64_t, int64_t index) {
-                const int64_t column = index - row.input_row * w.in;
-                return index >= 0 && column >= 0 && column < w.in ? column : -1;
-            });
-        } else {
-            const int64_t base = row.place * w.kernel;
-            if (w.adaptive || w.kernel > kWideWindow) {
-                scatter(gradient, row, places, [&](int64_t o, int64_t offset) {
-                    const int64_t c = offset - base;
-                    const bool none = sizeof(Place) == 1 && offset == kByteWindow;
-                    return !none && c >= 0 && c < w.kernel ? w.start(o) + c * w.dilation : -1;
-                });
-            } else if (p.channels == 1) {
-                for (int64_t c = 0; c < w.kernel; ++c)
-                    select(gradient.phase(c * w.dilation), row.grad, places, Place(base + c), w.out);
-            } else {
-                for (int64_t o = 0; o < w.out; ++o) {
-                    const int64_t at = o * p.channels, last = w.end(o);
-                    for (int64_t c = w.first(o); c < last; ++c)
-                        select(gradient.column(w.start(o) + c * w.dilation), row.grad + at, places + at,
-                               Place(base + c), p.channels);
+    const PoolParams& p = job.p;
+    const int64_t in = p.d.in * p.h.in * p.w.in, out = p.d.out * p.h.out * p.w.out;
+    constexpr bool kDirect = std::is_same_v<T, G>;
+    // Where each offset in a window leads, from the window's start.
+    constexpr int64_t kTable = std::is_same_v<Place, uint8_t> ? kByteWindow : 0;
+    int64_t lead[kTable + 1];
+    const auto lead_of = [&](int64_t offset) {
+        const int64_t kw = offset % p.w.kernel, row = offset / p.w.kernel;
+        const int64_t kh = row % p.h.kernel, kd = row / p.h.kernel;
+        return (kd * p.d.dilation * p.h.in + kh * p.h.dilation) * p.w.in + kw * p.w.dilation;
+    };
+    for (int64_t offset = 0; offset < kTable && offset < p.window_places(); ++offset)
+        lead[offset] = lead_of(offset);
+    T* sums = kDirect ? nullptr : scratch.take<T>(in);
+    int64_t* starts = scratch.take<int64_t>(p.w.out);
+    for (int64_t ow = 0; ow < p.w.out; ++ow) starts[ow] = p.w.start(ow);
+    for (int64_t plane = begin; plane < end; ++plane) {
+        const G* grad = static_cast<const G*>(job.src) + plane * out;
+        const Place* place = static_cast<const Place*>(job.places_in) + plane * out;
+        G* dst = static_cast<G*>(job.dst) + plane * in;
+        if constexpr (kDirect) sums = dst;
+        std::memset(sums, 0, in * sizeof(T));
+        for (int64_t od = 0; od < p.d.out; ++od)
+            for (int64_t oh = 0; oh < p.h.out; ++oh) {
+                const int64_t row = (p.d.start(od) * p.h.in + p.h.start(oh)) * p.w.in;
+                for (int64_t ow = 0; ow < p.w.out; ++ow) {
+                    const Place at = *place++;
+                    const T g = widen(*grad++);
+                    if constexpr (std::is_same_v<Place, int64_t>) {
+                        if (at >= 0) sums[at] += g;
+                    } else if constexpr (std::is_same_v<Place, uint8_t>) {
+                        if (at != kByteWindow) sums[row + starts[ow] + lead[at]] += g;
+                    } else if (at >= 0) {
+                        sums[row + starts[ow] + lead_of(at)] += g;
+                    }
                 }
             }
-        }
+        if constexpr (!kDirect)
+            for (int64_t i = 0; i < in; ++i) dst[i] = narrow<G>(sums[i]);
     }
+}
 
-private:
-    static void select(T* __restrict sum, const G* __restrict grad, const Place* __restrict places, Place wanted,
-                       int64_t n) {
-        for (int64_t i = 0; i < n; ++i) sum[i] += places[i] == wanted ? widen(grad[i]) : T(0);
-    }
+// The input column that an offset in window o names, if it is in the window's row `place`; else -1.
+POOLING_EXT_INLINE int64_t column_of(const Axis& w, int64_t o, int64_t offset, int64_t place) {
+    const int64_t k = offset - place * w.kernel;
+    return k >= 0 && k < w.kernel ? w.start(o) + k * w.dilation : -1;
+}
 
-    // Adds each gradient at the column that `find` gives it, if any.
-    template <class Find>
-    static void scatter(RowGradient<T>& gradient, const SpreadRow<G>& row, const Place* places, Find find) {
-        const PoolParams& p = gradient.params();
-        for (int64_t o = 0, i = 0; o < p.w.out; ++o)
-            for (int64_t c = 0; c < p.channels; ++c, ++i) {
-                const int64_t column = find(o, int64_t(places[i]));
-                if (column >= 0) gradient.column(column)[c] += widen(row.grad[i]);
+// In channels-last a row of inputs gathers, from each window over it, what went to a winner there.
+template <class G, class Place>
+void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
+    using T = Accumulator<G>;
+    const PoolParams& p = job.p;
+    const Axis& w = p.w;
+    const auto add_row = [&](RowGradient<T>& gradient, const SpreadRow<G>& row) {
+        const Place* places = static_cast<const Place*>(job.places_in) + row.offset;
+        for (int64_t o = 0; o < w.out; ++o) {
+            const G* __restrict grad = row.grad + o * p.channels;
+            const Place* __restrict place = places + o * p.channels;
+            if (std::is_same_v<Place, int64_t> || w.kernel > kWideWindow) {
+                // One pass over the winners costs less than one for each column.
+                for (int64_t c = 0; c < p.channels; ++c) {
+                    const int64_t at = std::is_same_v<Place, int64_t>
+                                           ? place[c] - row.input_row * w.in
+                                           : column_of(w, o, place[c], row.place);
+                    if (at >= 0 && at < w.in) gradient.column(at)[c] += widen(grad[c]);
+                }
+                continue;
             }
-    }
-
-    const Place* places_;
-};
+            const int64_t last = w.end(o);
+            for (int64_t k = w.first(o); k < last; ++k) {
+                T* __restrict sum = gradient.column(w.start(o) + k * w.dilation);
+                const Place wanted = Place(row.place * w.kernel + k);
+                for (int64_t c = 0; c < p.channels; ++c)
+                    sum[c] += place[c] == wanted ? widen(grad[c]) : T(0);
+            }
+        }
+    };
+    gather_rows<G>(job, begin, end, scratch, false, add_row);
+}
 
 template <class G, class Place>
 void max_backward(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    MaxSpread<G, Place> spread(job);
-    gather_rows<G>(job, begin, end, Scratch(scratch), MaxSpread<G, Place>::dealing(job.p), spread);
+    if (job.by_plane) scatter_planes<G, Place>(job, begin, end, Scratch(scratch));
+    else gather_winners<G, Place>(job, begin, end, Scratch(scratch));
 }
 
 template <class In>

@@ -112,7 +112,11 @@ struct Ordered {
         else return narrow<In>(x);
     }
     // A NaN wins against all.
-    static POOLING_EXT_INLINE T larger(T a, T b) { return (a > b) | is_nan(a) ? a : b; }
+    static POOLING_EXT_INLINE T larger(T a, T b) {
+        const T most = a > b ? a : b;  // b where either is NaN
+        if constexpr (std::is_integral_v<T>) return most;
+        else return a != a ? a : most;
+    }
 };
 
 // Maxima of 16-bit floats through integers in the same order, twice as many to a register.

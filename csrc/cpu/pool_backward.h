@@ -25,15 +25,15 @@ template <class T>
 class RowGradient {
 public:
     RowGradient(const PoolParams& p, Scratch& scratch, bool dealing)
-        : p_(p), phases_(p.w), dealing_(dealing), size_(dealing ? phases_.size() : p.in_row()) {
+        : p_(p), phases_(p.w, dealing, scratch), dealing_(dealing), size_(dealing ? phases_.size() : p.in_row()) {
         sum_ = scratch.take<T>(size_);
     }
 
     const PoolParams& params() const { return p_; }
     bool dealing() const { return dealing_; }
 
-    // Where the columns at `column` of the padded windows 0, 1, 2, ... are summed, side by side.
-    T* phase(int64_t column) { return sum_ + phases_.at(column); }
+    // Where the c-th columns of windows 0, 1, 2, ... are summed, side by side.
+    T* phase(int64_t c) { return sum_ + phases_.at(c); }
     // Where input column `column` is summed, one value for each channel.
     T* column(int64_t column) { return sum_ + column * p_.channels; }
 
@@ -43,22 +43,31 @@ public:
 
     template <class G>
     void write(G* __restrict dst) const {
-        if (dealing_ && p_.w.stride > 1) {
-            phases_.each(p_.w.in, [&](int64_t from, int64_t to, int64_t n) {
-                write_phase(dst + to, sum_ + from, n, p_.w.stride);
-            });
+        const int64_t in = p_.in_row(), stride = p_.w.stride;
+        if (!dealing_ || stride == 1) {
+            const T* __restrict sum = sum_ + (dealing_ ? p_.w.pad_before : 0);
+            for (int64_t i = 0; i < in; ++i) dst[i] = narrow<G>(sum[i]);
             return;
         }
-        const T* __restrict sum = sum_ + (dealing_ ? p_.w.pad_before : 0);
-        for (int64_t i = 0; i < p_.in_row(); ++i) dst[i] = narrow<G>(sum[i]);
+        const auto* part = phases_.begin();
+        if (phases_.end() - part < stride) std::memset(dst, 0, in * sizeof(G));
+        if (stride == 2 && phases_.end() - part == 2) {
+            const bool swapped = part->from == 1;
+            const T* __restrict even = sum_ + part[swapped].to;
+            const T* __restrict odd = sum_ + part[!swapped].to;
+            for (int64_t i = 0; i < in / 2; ++i) {
+                dst[2 * i] = narrow<G>(even[i]);
+                dst[2 * i + 1] = narrow<G>(odd[i]);
+            }
+            if (in % 2) dst[in - 1] = narrow<G>(even[in / 2]);
+            return;
+        }
+        for (; part != phases_.end(); ++part)
+            for (int64_t i = 0; i < part->count; ++i)
+                dst[part->from + i * stride] = narrow<G>(sum_[part->to + i]);
     }
 
 private:
-    template <class G>
-    static void write_phase(G* __restrict dst, const T* __restrict sum, int64_t n, int64_t step) {
-        for (int64_t i = 0; i < n; ++i) dst[i * step] = narrow<G>(sum[i]);
-    }
-
     const PoolParams& p_;
     const Phases phases_;
     const bool dealing_;

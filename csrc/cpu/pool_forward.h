@@ -113,34 +113,54 @@ void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x,
 }
 
 // Where the columns of a row lie once it is dealt out: column i of the padded row is element
-// i / stride of phase i % stride.
-struct Phases {
-    int64_t stride, pad, length;
-
-    explicit Phases(const Axis& w)
-        : stride(w.stride),
-          pad(w.pad_before),
-          length((w.dilation * (w.kernel - 1)) / w.stride + w.out + w.in / w.stride + 2) {}
-
-    int64_t size() const { return stride * length; }
-    int64_t at(int64_t column) const { return column % stride * length + column / stride; }
-
-    // For each phase: its first element that is inside the input, that one's column there, and
-    // how many there are.
-    template <class Visit>
-    POOLING_EXT_INLINE void each(int64_t in, Visit visit) const {
-        for (int64_t phase = 0; phase < stride; ++phase) {
-            const int64_t column = ((phase - pad) % stride + stride) % stride;
-            if (column < in)
-                visit(phase * length + (column + pad) / stride, column, ceil_div(in - column, stride));
+// i / stride of phase i % stride. Only the phases that windows read are dealt.
+class Phases {
+public:
+    // If not `dealing`, there are none.
+    Phases(const Axis& w, bool dealing, Scratch& scratch) {
+        if (!dealing) return;
+        stride_ = w.stride;
+        length_ = w.dilation * (w.kernel - 1) / w.stride + w.out + w.in / w.stride + 2;
+        at_ = scratch.take<int64_t>(w.kernel);
+        parts_ = scratch.take<Part>(w.stride);
+        for (int64_t c = 0; c < w.kernel; ++c) at_[c] = place(c * w.dilation);
+        for (int64_t phase = 0; phase < stride_; ++phase) {
+            bool read = false;
+            for (int64_t c = 0; c < w.kernel; ++c) read |= c * w.dilation % stride_ == phase;
+            const int64_t column = ((phase - w.pad_before) % stride_ + stride_) % stride_;
+            if (read && column < w.in)
+                parts_[count_++] = {place(column + w.pad_before), column, ceil_div(w.in - column, stride_)};
         }
     }
+
+    int64_t size() const { return stride_ * length_; }
+
+    // Where the c-th columns of the windows begin.
+    int64_t at(int64_t c) const { return at_[c]; }
+
+    // For each phase: where its first element inside the input is dealt to, the column that one
+    // comes from, and how many there are.
+    struct Part {
+        int64_t to, from, count;
+    };
+    const Part* begin() const { return parts_; }
+    const Part* end() const { return parts_ + count_; }
+
+private:
+    int64_t place(int64_t column) const { return column % stride_ * length_ + column / stride_; }
+
+    int64_t stride_ = 0, length_ = 0, count_ = 0;
+    int64_t* at_ = nullptr;
+    Part* parts_ = nullptr;
 };
 
 // Windows too wide for a pass over the row for each column are reduced one by one.
 constexpr int64_t kWideWindow = 16;
 
-POOLING_EXT_INLINE bool window_by_window(const Axis& w) { return w.adaptive || w.kernel > kWideWindow; }
+// Whether rows are dealt out, which takes windows of one size in the contiguous format.
+POOLING_EXT_INLINE bool deals(const PoolParams& p) {
+    return p.channels == 1 && !p.w.adaptive && p.w.kernel <= kWideWindow;
+}
 
 // Calls visit(pointer to row, place of the row in the window) for the input rows inside the
 // window of output row (od, oh).
@@ -164,13 +184,13 @@ public:
 
     RowReducer(const PoolParams& p, Scratch& scratch)
         : p_(p),
-          phases_(p.w),
+          phases_(p.w, deals(p), scratch),
           rows_(scratch.take<const In*>(p.d.kernel * p.h.kernel)),
           columns_(scratch.take<const void*>(p.w.kernel)),
           row_(scratch.take<T>(p.d.kernel * p.h.kernel > 1 ? p.in_row() : 0)),
           dealt_(nullptr),
           out_(scratch.take<T>(p.out_row())) {
-        if (p.channels == 1 && !window_by_window(p.w)) {
+        if (deals(p)) {
             dealt_ = scratch.take<T>(phases_.size());
             for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
         }
@@ -214,11 +234,10 @@ private:
                 out_[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first, w.dilation);
             }
         } else {
-            phases_.each(w.in, [&](int64_t to, int64_t from, int64_t n) {
-                gather_phase<Load>(dealt_ + to, row + from, n, w.stride);
-            });
+            for (const auto& part : phases_)
+                gather_phase<Load>(dealt_ + part.to, row + part.from, part.count, w.stride);
             const auto** columns = reinterpret_cast<const T**>(columns_);
-            for (int64_t c = 0; c < w.kernel; ++c) columns[c] = dealt_ + phases_.at(c * w.dilation);
+            for (int64_t c = 0; c < w.kernel; ++c) columns[c] = dealt_ + phases_.at(c);
             fold<Op, Computed<Op>>(out_, columns, w.kernel, w.out);
         }
     }

@@ -1,0 +1,120 @@
+# `make demo` and `make test` set up .venv by themselves; `make help` lists the rest.
+#
+# What is done is remembered in .venv/.stamps, so a later run starts at once. The package is installed
+# in editable mode: a change to Python needs nothing, a change to csrc rebuilds the library in place.
+
+PYTHON    ?= python3
+TORCH     ?= torch
+ABI_TORCH ?= 2.13.0
+ARGS      ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# No later step may replace the torch that is installed.
+KEEP   := -c $(STAMPS)/constraints.txt
+
+# Without native code (on request, or for want of a compiler) there is another package to install,
+# so it has a stamp of its own.
+NO_NATIVE := $(filter-out 0,$(POOLING_EXT_NO_NATIVE))$(if $(shell command -v $(firstword $(CXX))),,none)
+PACKAGE   := $(STAMPS)/package$(if $(NO_NATIVE),-no-native)
+CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint format abi sanitize setup clean distclean FORCE
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
+	    while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
+	@echo 'Variables: TORCH="torch==X", PYTHON, CXX, ABI_TORCH, ARGS (passed to the program that is run).'
+
+demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
+	$(BIN)/python examples/accelerate_resnet.py $(ARGS)
+
+test: $(STAMPS)/test ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench ## measure against PyTorch's operators; writes benchmarks/results
+	$(BIN)/python -m benchmarks pool $(ARGS)
+
+lint: $(STAMPS)/lint $(STAMPS)/test ## check style and types at the pinned versions
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
+	$(BIN)/pyright
+
+format: $(STAMPS)/lint ## reformat Python and C++
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CLANG_FORMATTED)
+
+CLANG_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+setup: $(PACKAGE) ## make .venv, install PyTorch, build and install the package
+
+# --- .venv ---------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A torch that .venv has already is kept, unless TORCH asks for another one.
+ifneq ($(origin TORCH),file)
+ifneq ($(shell cat $(STAMPS)/torch 2>/dev/null),$(TORCH))
+$(STAMPS)/torch: FORCE
+endif
+TORCH_ASKED := yes
+endif
+
+$(STAMPS)/torch: | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@if [ -n "$(TORCH_ASKED)" ] || ! $(BIN)/python -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; \
+	then set -x; $(PIP) install "$(TORCH)" torchvision; fi
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STAMPS)/constraints.txt
+	$(PIP) install $(KEEP) torchvision "setuptools>=77" "pybind11>=2.13" ninja
+	@echo '$(TORCH)' > $@
+
+$(PACKAGE): pyproject.toml setup.py $(CSRC) | $(STAMPS)/torch
+	$(if $(filter-out csrc/%,$?),$(PIP) install -v $(KEEP) --no-build-isolation -e .,$(BIN)/python setup.py build_ext --inplace)
+	@touch $@
+
+# The package is there, so pip only adds what its extra names.
+EXTRAS := $(addprefix $(STAMPS)/,demo test bench lint)
+$(EXTRAS): $(STAMPS)/%: pyproject.toml | $(PACKAGE)
+	$(PIP) install $(KEEP) "pooling_ext[$*]"
+	@touch $@
+
+# --- the stable ABI ------------------------------------------------------------------------------
+
+# Runs the library built in this checkout, not a copy built again, under another PyTorch.
+ABI := build/abi
+
+$(ABI)/torch-$(ABI_TORCH): | $(BIN)/python
+	$(BIN)/python -m venv $(ABI)
+	$(ABI)/bin/python -m pip --disable-pip-version-check install "torch==$(ABI_TORCH)" numpy
+	@rm -f $(ABI)/torch-*
+	@touch $@
+
+abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an older PyTorch (ABI_TORCH)
+	PYTHONPATH="$(CURDIR)" $(ABI)/bin/python tests/abi_smoke.py
+
+# --- sanitizers ----------------------------------------------------------------------------------
+
+build/fuzz_kernels: csrc/tests/fuzz_kernels.cpp $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< -o $@
+
+sanitize: build/fuzz_kernels ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	build/fuzz_kernels $(ARGS)
+
+# --- cleaning ------------------------------------------------------------------------------------
+
+clean: ## remove what was built, but keep .venv
+	rm -rf build dist *.egg-info pooling_ext/_C*.so $(STAMPS)/package* .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)

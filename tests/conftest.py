@@ -1,0 +1,76 @@
+"""Fixtures and settings that hold for the whole suite."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+with warnings.catch_warnings():
+    # Without the native kernels the import warns; test_backends.py checks that it does.
+    warnings.simplefilter("ignore")
+    from helpers import require_native
+
+    import pooling_ext
+    from pooling_ext import _native
+
+_slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "native: needs the compiled kernels; fails without them unless POOLING_EXT_NO_NATIVE is set",
+    )
+    config.addinivalue_line(
+        "markers", "no_poison: leaves uninitialised memory and torch's determinism settings alone"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    state = "loaded" if _native.module is not None else f"absent ({_native.why_not})"
+    return f"pooling_ext {pooling_ext.__version__}, torch {torch.__version__}, compiled kernels: {state}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("native"):
+        require_native()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny calls: waking threads whose cores other processes use takes longest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def poison(request: pytest.FixtureRequest):
+    """Fill fresh memory with NaN (the largest value for integers), so that an output nobody wrote shows.
+
+    The same setting makes PyTorch refuse any backward that is not deterministic.
+    """
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

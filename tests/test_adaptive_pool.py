@@ -1,0 +1,148 @@
+"""Adaptive pooling: hand-computed tables, output sizes, layouts and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    assert_same,
+    dtype_id,
+    gradient,
+    in_format_of,
+    integers,
+    our_op,
+    strides,
+    torch_op,
+    with_layout,
+)
+
+import pooling_ext.functional as F
+from pooling_ext.testing import reference
+from pooling_ext.testing.tolerances import assert_close
+from pooling_ext.windows import adaptive_windows
+
+SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
+LINE = torch.tensor([[1.0, 2.0, 6.0, 4.0, 5.0]])
+
+#: Equal windows, overlapping ones, one, as many as elements, more than elements, none.
+OUTPUTS = [
+    pytest.param({1: 1, 2: 1, 3: 1}, id="one"),
+    pytest.param({1: 7, 2: (3, 7), 3: (2, 3, 5)}, id="overlapping"),
+    pytest.param({1: 25, 2: (None, 19), 3: (None, 2, 7)}, id="equal"),
+    pytest.param({1: 80, 2: (7, 40), 3: (4, 5, 22)}, id="more-than-elements"),
+    pytest.param({1: 0, 2: (0, 3), 3: (2, 0, 3)}, id="none"),
+]
+
+
+@pytest.mark.parametrize(
+    "out, averages, maxima, indices",
+    [
+        # Windows [0, 3) and [2, 5) share the middle element.
+        pytest.param(2, [3.0, 5.0], [6, 6], [2, 2], id="overlapping"),
+        # [0, 2), [1, 4), [3, 5).
+        pytest.param(3, [1.5, 4.0, 4.5], [2, 6, 5], [1, 2, 4], id="uneven"),
+        pytest.param(1, [3.6], [6], [2], id="one"),
+        pytest.param(None, [1.0, 2.0, 6.0, 4.0, 5.0], [1, 2, 6, 4, 5], [0, 1, 2, 3, 4], id="identity"),
+        # [0, 1), [0, 2), [1, 3), [2, 3), [2, 4), ...: outputs beyond the input repeat elements.
+        pytest.param(
+            7,
+            [1.0, 1.5, 4.0, 6.0, 5.0, 4.5, 5.0],
+            [1, 2, 6, 6, 6, 5, 5],
+            [0, 1, 2, 2, 2, 4, 4],
+            id="more-than-elements",
+        ),
+    ],
+)
+def test_table(out, averages, maxima, indices):
+    torch.testing.assert_close(F.adaptive_avg_pool1d(LINE, out).tolist(), [averages])
+    output, places = F.adaptive_max_pool1d(LINE, out, return_indices=True)
+    assert output.tolist() == [maxima]
+    assert places.tolist() == [indices]
+    assert F.adaptive_max_pool1d(LINE, out).tolist() == [maxima]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+def test_average(rank, out, layout):
+    numbers = integers((2, 37, *SPATIAL[rank]), torch.float64)
+    x = with_layout(numbers, layout)
+    windows = adaptive_windows(rank, x.shape, out[rank])
+    expected = reference.avg_pool(x, windows)
+    expected_grad = reference.avg_pool_backward(torch.ones_like(expected), SPATIAL[rank], windows)
+    pool = our_op(f"adaptive_avg_pool{rank}d")
+    for dtype in FLOATS:
+        x = with_layout(numbers.to(dtype), layout)
+        actual = pool(x, out[rank])
+        assert actual.dtype == dtype
+        assert_close(actual, expected, what=f"{dtype}")
+        if rank > 1:
+            assert strides(actual) == strides(in_format_of(x, expected))
+        if actual.numel():
+            _, grad = gradient(lambda x: pool(x, out[rank]), x)
+            assert grad.dtype == dtype
+            assert_close(grad, expected_grad, what=f"gradient in {dtype}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out", OUTPUTS)
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+def test_maximum(rank, out, layout):
+    numbers = integers((2, 37, *SPATIAL[rank]), torch.float64)
+    x = with_layout(numbers, layout)
+    windows = adaptive_windows(rank, x.shape, out[rank])
+    expected, indices = reference.max_pool(x, windows)
+    expected_grad = reference.max_pool_backward(torch.ones_like(expected), indices, SPATIAL[rank])
+    pool = our_op(f"adaptive_max_pool{rank}d")
+    for dtype in FLOATS:
+        x = with_layout(numbers.to(dtype), layout)
+        output, places = pool(x, out[rank], return_indices=True)
+        assert output.dtype == dtype
+        assert_close(output, expected, exact=True, what=f"{dtype}")
+        assert torch.equal(places, indices)
+        assert torch.equal(pool(x, out[rank]), output)
+        if rank > 1:
+            assert strides(output) == strides(in_format_of(x, expected))
+        if output.numel():
+            _, grad = gradient(lambda x: pool(x, out[rank]), x)
+            assert_close(grad, expected_grad, exact=True, what=f"gradient in {dtype}")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+def test_maximum_of_integers(rank, layout, dtype):
+    """PyTorch has no adaptive pooling of integers."""
+    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype), layout)
+    expected, indices = reference.max_pool(x, adaptive_windows(rank, x.shape, 3))
+    output, places = our_op(f"adaptive_max_pool{rank}d")(x, 3, return_indices=True)
+    assert output.dtype == dtype
+    assert_close(output, expected, exact=True)
+    assert torch.equal(places, indices)
+
+
+@pytest.mark.parametrize("name", ["adaptive_max_pool2d", "adaptive_avg_pool2d"])
+def test_large_windows(name):
+    """More than 255 places in a window, and windows of unlike size."""
+    x = torch.randperm(2 * 3 * 100 * 107).to(torch.float64).reshape(2, 3, 100, 107)
+    actual = gradient(lambda x: our_op(name)(x, (3, 4)), x)
+    torch.testing.assert_close(actual, gradient(lambda x: torch_op(name)(x, (3, 4)), x))
+
+
+@pytest.mark.no_poison
+def test_max_unpool_takes_our_indices():
+    x = torch.randn(2, 3, 8, 8)
+    pooled, indices = F.adaptive_max_pool2d(x, 4, return_indices=True)
+    expected = torch_op("max_unpool2d")(*torch_op("adaptive_max_pool2d")(x, 4, return_indices=True), 2)
+    assert_same(torch_op("max_unpool2d")(pooled, indices, 2), expected)
+
+
+@pytest.mark.parametrize("name", ["adaptive_avg_pool", "adaptive_max_pool"])
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+def test_unbatched_equals_batched(name, rank):
+    x = torch.randn(3, *SPATIAL[rank])
+    pool = our_op(f"{name}{rank}d")
+    assert_same(pool(x, 3), pool(x[None], 3)[0], check_strides=False)

@@ -1,0 +1,241 @@
+"""torch.compile, torch.export, meta and fake tensors, autocast, and the operators' own registrations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_same, gradient, our_op, require_native, strides, with_layout
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+import pooling_ext
+import pooling_ext.functional as F
+from pooling_ext.windows import adaptive_windows, fixed_windows, global_windows
+
+CALLS = [
+    pytest.param(lambda x: F.max_pool2d(x, 3, 2, 1), id="max"),
+    pytest.param(lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True), id="max-indices"),
+    pytest.param(lambda x: F.max_pool2d(x, 2, padding="same", dilation=2, stride=2), id="max-same"),
+    pytest.param(lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), id="avg"),
+    pytest.param(lambda x: F.avg_pool2d(x, 3, 2, (1, 0, 2, 1)), id="avg-per-side"),
+    pytest.param(lambda x: F.lp_pool2d(x, 2, 3, 2), id="lp"),
+    pytest.param(lambda x: F.lp_pool2d(x, 3, 3, safe=True), id="lp-safe"),
+    pytest.param(lambda x: F.adaptive_avg_pool2d(x, (3, None)), id="adaptive-avg"),
+    pytest.param(lambda x: F.adaptive_max_pool2d(x, 3), id="adaptive-max"),
+    pytest.param(lambda x: F.global_avg_pool2d(x, keepdim=False), id="global-avg"),
+    pytest.param(lambda x: F.global_max_pool2d(x), id="global-max"),
+    pytest.param(lambda x: F.global_lp_pool2d(x, 2), id="global-lp"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) + 0.1
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_forward_and_backward(call):
+    """In one graph, with the same bits as uncompiled."""
+    x = inputs(2, 3, 9, 11)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(x), call(x))
+    actual, expected = gradient(compiled, x), gradient(call, x)
+    if "lp" in str(call):
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_with_dynamic_shapes(call):
+    """One compilation serves all sizes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    for shape in ((2, 3, 9, 11), (4, 5, 13, 10), (3, 2, 16, 21)):
+        x = inputs(*shape)
+        assert_same(compiled(x), call(x))
+        assert_same(gradient(compiled, x), gradient(call, x))
+    # One for inference, one for training.
+    assert counter.frame_count == 2
+
+
+def test_compiled_by_inductor():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        pooling_ext.MaxPool2d(3, 2, 1),
+        pooling_ext.AvgPool2d(2, ceil_mode=True),
+        pooling_ext.GlobalAvgPool2d(keepdim=False),
+    )
+    compiled = torch.compile(model, fullgraph=True)
+    for x in (inputs(2, 3, 20, 22), inputs(2, 3, 20, 22).to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(gradient(compiled, x), gradient(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_with_ceil_mode_gradients_in_inductor():
+    """A place where Inductor's own average pooling has had silently wrong gradients."""
+
+    def pool(x):
+        return F.avg_pool2d(x, 3, 2, 1, ceil_mode=True)
+
+    x = inputs(1, 2, 6, 8)
+    actual = gradient(torch.compile(pool, fullgraph=True), x)
+    torch.testing.assert_close(actual, gradient(lambda x: nn.functional.avg_pool2d(x, 3, 2, 1, True), x))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_export(call):
+    class Model(nn.Module):
+        def forward(self, x):
+            return call(x)
+
+    x = inputs(2, 3, 9, 11)
+    program = torch.export.export(Model(), (x,))
+    assert_same(program.module()(x), call(x))
+
+
+def test_export_with_a_dynamic_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pools = nn.Sequential(pooling_ext.MaxPool2d(3, 2, 1), pooling_ext.AdaptiveAvgPool2d(2))
+
+        def forward(self, x):
+            return self.pools(x)
+
+    model = Model()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (inputs(2, 3, 9, 11),), dynamic_shapes={"x": {0: batch}})
+    for size in (2, 7):
+        x = inputs(size, 3, 9, 11)
+        assert_same(program.module()(x), model(x))
+
+
+def metadata(result):
+    results = result if isinstance(result, tuple) else (result,)
+    return [(tuple(y.shape), strides(y), y.dtype, y.storage_offset()) for y in results]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_meta_and_fake_tensors(call, dtype, layout):
+    """Their outputs are described as the real ones are, batched and not, and so are the gradients."""
+    if "lp" in str(call) and dtype == torch.bfloat16:
+        require_native()
+    batched = with_layout(inputs(2, 3, 9, 11).to(dtype), layout)
+    for x in (batched, batched[0], batched[:0]):
+        expected = metadata(call(x))
+        assert metadata(call(x.to("meta"))) == expected
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x)
+            assert metadata(call(fake)) == expected
+    real = metadata(gradient(call, batched)[1])
+    with FakeTensorMode() as mode:
+        assert metadata(gradient(call, mode.from_tensor(batched))[1]) == real
+
+
+@pytest.mark.parametrize("rank", [1, 3], ids="{}d".format)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name, args", [("max_pool", (3, 2, 1)), ("avg_pool", (3, 2, 1)), ("adaptive_avg_pool", (2,))]
+)
+def test_meta_tensors_of_other_ranks(name, args, layout, rank):
+    x = with_layout(inputs(2, 3, *(7,) * rank), layout)
+    pool = our_op(f"{name}{rank}d")
+    assert metadata(pool(x.to("meta"), *args)) == metadata(pool(x, *args))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_the_dtype_alone(dtype, call):
+    """As PyTorch's own pooling does on the CPU."""
+    if dtype == torch.bfloat16:
+        require_native()
+    x = inputs(2, 3, 9, 11).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, grad = gradient(call, x)
+    assert (result.dtype, grad.dtype) == (dtype, dtype)
+    assert_same((result, grad), gradient(call, x))
+
+
+def test_compiled_patched_model_under_autocast():
+    from torchvision.models import squeezenet1_1
+
+    model = squeezenet1_1(weights=None).eval()
+    x = inputs(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        pooling_ext.patch(model)
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def _samples():
+    """Arguments for the low-level operators, which take windows as they lie."""
+    ops = torch.ops.pooling_ext
+    x = torch.rand(2, 3, 7, 8)
+    fixed = fixed_windows(2, x.shape, 3, 2, (1, 0, 1, 1), 1, True)
+    plane = (2, 3, *fixed.output_size)
+    small = torch.randint(0, 4, plane, dtype=torch.uint8)
+    flat = torch.randint(0, 56, plane)
+    for windows in (fixed, adaptive_windows(2, x.shape, fixed.output_size)):
+        kind = "adaptive" if windows.adaptive else "fixed"
+        yield f"max_pool-{kind}", ops.max_pool, (x, *windows)
+        for indices in (False, True):
+            yield f"max_pool_places-{kind}-{indices}", ops.max_pool_places, (x, *windows, indices)
+        for label, places in (("places", small), ("indices", flat)):
+            yield f"max_pool_gather-{kind}-{label}", ops.max_pool_gather, (x, places, *windows)
+            grad = torch.rand(plane)
+            yield (
+                f"max_pool_backward-{kind}-{label}",
+                ops.max_pool_backward,
+                (grad, places, x.shape, *windows),
+            )
+        yield f"avg_pool-{kind}", ops.avg_pool, (x, *windows, True, None)
+        yield (
+            f"avg_pool_backward-{kind}",
+            ops.avg_pool_backward,
+            (torch.rand(plane), x.shape, *windows, True, None),
+        )
+    yield "avg_pool-divisor", ops.avg_pool, (x, *fixed, False, 3)
+    yield "lp_pool-fixed", ops.lp_pool, (x, *fixed, 2, False)
+    yield "lp_pool-global", ops.lp_pool, (x, *global_windows(2, x.shape), 3, True)
+    line = torch.rand(2, 3, 9)
+    yield "max_pool-1d", ops.max_pool, (line, *fixed_windows(1, line.shape, 3, 2, 1, 2, False))
+    cube = torch.rand(3, 4, 5, 6)
+    yield (
+        "avg_pool-3d-unbatched",
+        ops.avg_pool,
+        (cube, *fixed_windows(3, cube.shape, 2, 1, 0, 1, False), True, None),
+    )
+
+
+SAMPLES = list(_samples())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op, args", [pytest.param(op, args, id=label) for label, op, args in SAMPLES])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_opcheck(op, args, layout):
+    """Schema, fake tensors and tracing of each operator. Derivatives live above them, in Functions."""
+    args = tuple(with_layout(a, layout) if isinstance(a, torch.Tensor) else a for a in args)
+    opcheck(op.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.native
+def test_every_operator_has_a_sample():
+    names = {
+        name.removeprefix("pooling_ext::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if "pooling_ext::" in name
+    }
+    assert names == {op._qualified_op_name.removeprefix("pooling_ext::") for _, op, _ in SAMPLES}

@@ -1,0 +1,206 @@
+"""NaN, infinities, ties, signed zeros; empty batches, channels and windows."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from helpers import (
+    FLOATS,
+    INTEGERS,
+    assert_same,
+    dtype_id,
+    gradient,
+    our_op,
+    require_native,
+    torch_op,
+    with_layout,
+)
+
+import pooling_ext.functional as F
+from pooling_ext.testing import reference
+from pooling_ext.testing.tolerances import assert_close
+from pooling_ext.windows import fixed_windows
+
+INF, NAN = math.inf, math.nan
+SPECIAL = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 3e38])
+OPERATORS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
+
+
+def special(shape, dtype):
+    return SPECIAL[torch.randint(len(SPECIAL), shape)].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    "kwargs", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=str
+)
+def test_special_values_in_max_pool(kwargs, layout, dtype):
+    """Values and indices; the last NaN of several wins, as in PyTorch."""
+    x = with_layout(special((2, 37, 6, 40), dtype), layout)
+    expected = torch_op("max_pool2d")(x, **kwargs, return_indices=True)
+    actual = F.max_pool2d(x, **kwargs, return_indices=True)
+    assert_same(actual, expected)
+    assert_same(F.max_pool2d(x, **kwargs), expected[0])
+    # A zero keeps its sign: the winner's bits are those of the input at its index.
+    winners = x.flatten(-2).gather(-1, actual[1].flatten(-2)).view_as(actual[0])
+    assert torch.equal(actual[0].signbit(), winners.signbit())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("out", [1, 3, (5, 17)], ids=str)
+def test_special_values_in_adaptive_max_pool(out, layout, dtype):
+    x = with_layout(special((2, 37, 6, 40), dtype), layout)
+    expected = torch_op("adaptive_max_pool2d")(x.contiguous(), out, return_indices=True)
+    assert_same(F.adaptive_max_pool2d(x, out, return_indices=True), expected, check_strides=False)
+    assert_same(F.adaptive_max_pool2d(x, out), expected[0], check_strides=False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_special_values_in_averages(layout, dtype):
+    """NaN and infinities spread over the windows they are in, and no further."""
+    values = torch.tensor([NAN, INF, -INF, 0.0, 1.0, -1.0, 2.0, 3.0, 4.0])
+    x = with_layout(values[torch.randint(len(values), (2, 37, 6, 40))].to(dtype), layout)
+    for kwargs in ({"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}):
+        assert_close(F.avg_pool2d(x, **kwargs), torch_op("avg_pool2d")(x.double(), **kwargs))
+    assert_close(F.adaptive_avg_pool2d(x, (2, 7)), torch_op("adaptive_avg_pool2d")(x.double(), (2, 7)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_padding_never_enters_a_maximum(layout):
+    """All -inf, and all the lowest integer: the first element of the window wins, not the padding."""
+    x = with_layout(torch.full((2, 37, 7, 40), -INF), layout)
+    expected = torch_op("max_pool2d")(x, 3, 2, 1, return_indices=True)
+    assert_same(F.max_pool2d(x, 3, 2, 1, return_indices=True), expected)
+    _, grad = gradient(lambda x: F.max_pool2d(x, 3, 2, 1), x)
+    assert grad.sum() == expected[0].numel()
+    for dtype in INTEGERS:
+        x = with_layout(torch.full((2, 37, 7, 40), torch.iinfo(dtype).min, dtype=dtype), layout)
+        output, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        assert (output == torch.iinfo(dtype).min).all()
+        assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_extreme_integers(layout):
+    for dtype in INTEGERS:
+        info = torch.iinfo(dtype)
+        choices = torch.tensor([info.min, info.max, info.max - 1, info.min + 1, 0], dtype=dtype)
+        x = with_layout(choices[torch.randint(5, (2, 37, 6, 40))], layout)
+        expected, indices = reference.max_pool(x, fixed_windows(2, x.shape, 3, 2, 1, 1, False))
+        output, places = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        assert torch.equal(output, expected.to(dtype))
+        assert torch.equal(places, indices)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_ties_go_to_the_first(dtype, layout):
+    x = with_layout(torch.ones(2, 37, 6, 40, dtype=dtype), layout)
+    _, grad = gradient(lambda x: F.max_pool2d(x, 2), x)
+    expected = torch.zeros(6, 40, dtype=dtype)
+    expected[::2, ::2] = 1
+    assert torch.equal(grad, expected.expand(x.shape))
+
+
+def test_overflowing_sums():
+    """The sum of float16 and bfloat16 is accumulated in float32, so only the average must fit."""
+    x = torch.full((1, 1, 8, 8), 60000.0, dtype=torch.float16)
+    assert F.avg_pool2d(x, 8).item() == 60000.0
+    assert F.avg_pool2d(x, 8, divisor_override=1).item() == INF
+
+
+def outcome(function, x, *args):
+    """The output, or the kind of error: RuntimeErrors of PyTorch are ValueErrors of ours."""
+    try:
+        return function(x, *args)
+    except (RuntimeError, ValueError):
+        return "error"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("leading", [(0, 3), (2, 0), (0, 0), (0,)], ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_empty_batch_and_channels(name, rank, leading, requires_grad):
+    """Accepted and refused where PyTorch accepts and refuses."""
+    x = torch.zeros(*leading, *(4,) * rank, requires_grad=requires_grad)
+    actual = outcome(our_op(f"{name}{rank}d"), x, 2)
+    expected = outcome(torch_op(f"{name}{rank}d"), x, 2)
+    if isinstance(expected, str):
+        assert isinstance(actual, str), f"PyTorch refuses {list(x.shape)}, this gives {list(actual.shape)}"
+        return
+    assert not isinstance(actual, str), f"PyTorch accepts {list(x.shape)}"
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    if requires_grad:
+        actual.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_empty_batch_keeps_the_memory_format(layout):
+    x = with_layout(torch.zeros(0, 3, 4, 4), layout)
+    assert F.max_pool2d(x, 2).shape == (0, 3, 2, 2)
+    assert F.global_avg_pool2d(x, keepdim=False).shape == (0, 3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
+@pytest.mark.parametrize("name", ["adaptive_max_pool", "adaptive_avg_pool"])
+def test_no_outputs(name, rank):
+    """An output size of 0 along an axis: an empty output, and a gradient of zeros."""
+    for out in product((0, 2), repeat=rank):
+        x = torch.randn(2, 3, *(5,) * rank)
+        if 0 in out:
+            assert_same(our_op(f"{name}{rank}d")(x, out), torch_op(f"{name}{rank}d")(x, out))
+    require_native()
+    _, grad = gradient(lambda x: our_op(f"{name}{rank}d")(x, (0,) * rank), x)
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_window_larger_than_the_input(name):
+    """Padding can make room for a window that the input alone has not; its elements count once each."""
+    x = torch.tensor([[[[3.0, -1.0], [2.0, 5.0]]]])
+    kwargs = {"kernel_size": 4, "stride": 1, "padding": 2}
+    actual = gradient(lambda x: our_op(name)(x, **kwargs), x)
+    assert_same(actual, gradient(lambda x: torch_op(name)(x, **kwargs), x))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32], ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 2)], ids=str)
+def test_windows_without_elements(size, layout, dtype):
+    """Dilation can step over a small input: lowest value, index -1, no gradient, no stray write."""
+    x = with_layout(torch.randint(1, 9, (64, 64, *size)).to(dtype), layout)
+    kwargs = {"kernel_size": 2, "stride": 1, "padding": (0, 1) if size[0] > 1 else 1, "dilation": (1, 2)}
+    windows = fixed_windows(2, x.shape, 2, 1, kwargs["padding"], (1, 2), False)
+    expected, indices = reference.max_pool(x, windows)
+    assert (indices < 0).any() or size[1] > 1
+    output, places = F.max_pool2d(x, **kwargs, return_indices=True)
+    assert_close(output, expected, exact=True)
+    assert torch.equal(places, indices)
+    assert torch.equal(F.max_pool2d(x, **kwargs), output)
+    if dtype.is_floating_point:
+        grad = torch.randint(1, 9, output.shape).to(dtype)
+        _, actual = gradient(lambda x: F.max_pool2d(x, **kwargs), x, grad)
+        assert_close(actual, reference.max_pool_backward(grad, indices, size), exact=True)
+
+
+def test_windows_without_elements_next_to_a_large_kernel():
+    """More than 255 places: the saved offset is an int32 there, and -1 for no element."""
+    x = torch.rand(3, 5, 1, 1)
+    kwargs = {"kernel_size": (1, 301), "stride": 1, "padding": (301, 300, 0, 0), "dilation": (1, 2)}
+    windows = fixed_windows(2, x.shape, *kwargs.values(), False)
+    expected, indices = reference.max_pool(x, windows)
+    assert indices[0, 0].tolist() == [[-1, 0]]
+    output, places = F.max_pool2d(x, **kwargs, return_indices=True)
+    assert_close(output, expected, exact=True)
+    assert torch.equal(places, indices)
+    grad = torch.ones_like(output)
+    _, actual = gradient(lambda x: F.max_pool2d(x, **kwargs), x, grad)
+    assert_close(actual, reference.max_pool_backward(grad, indices, (1, 1)), exact=True)
