@@ -204,6 +204,12 @@ def _headline(results: Results) -> str:
     )
 
 
+def _alone(results: Results) -> str:
+    if not results.alone:
+        return ""
+    return f"Left out, since PyTorch does not implement it: {', '.join(results.alone)}."
+
+
 def show(results: Results, console: Console) -> None:
     """Print the sweep."""
     for grid in reversed(_grids(results, _speedups)):
@@ -212,6 +218,8 @@ def show(results: Results, console: Console) -> None:
     if warning := _noise(results):
         console.print(warning, highlight=False, style="yellow")
     console.print(_headline(results), highlight=False, style="bold")
+    if alone := _alone(results):
+        console.print(alone, highlight=False)
     for label, why in results.wrong.items():
         console.print(Text(f"WRONG RESULT, not timed: {label}: {why}", style="bold red"))
 
@@ -219,6 +227,7 @@ def show(results: Results, console: Console) -> None:
 def markdown(results: Results) -> str:
     """The sweep as a markdown document."""
     parts = ["# Pooling on the CPU", _setting(results), _noise(results), _METHOD, f"**{_headline(results)}**"]
+    parts.append(_alone(results))
     parts += [
         f"Wrong result, not timed: {label}: {why.splitlines()[0]}" for label, why in results.wrong.items()
     ]

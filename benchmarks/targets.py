@@ -76,8 +76,8 @@ TARGETS: tuple[Target, ...] = (
     Target("ResNet stem max forward, NHWC", 2, _speedup(STEM, phase=FORWARD, layout="NHWC")),
     Target("global average forward, NCHW bfloat16", 3, _speedup(*_GAPS, phase=FORWARD, **_NCHW16)),
     Target("global average forward, NCHW float32", 1, _speedup(*_GAPS, phase=FORWARD, **_NCHW32)),
-    Target("geometric mean of the whole sweep", 4, lambda results: results.geometric_mean()),
-    Target("slowest of the whole sweep", 0.95, _slowest),
+    Target("geometric mean of the sweep", 4, lambda results: results.geometric_mean()),
+    Target("slowest of the sweep", 0.95, _slowest),
     Target("ResNet stem max, PyTorch's saved bytes over ours", 8, _saved),
     Target("no-grad call on a tiny tensor, time over PyTorch's", 3, _overhead, at_least=False),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 
 def needs_autograd(input: torch.Tensor) -> bool:
@@ -16,8 +17,6 @@ def needs_autograd(input: torch.Tensor) -> bool:
     """
     if input.requires_grad and torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -33,6 +32,6 @@ class Differentiable:
         self.with_jvp = type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.plain.apply(*args)
         return self.with_jvp.apply(*args)

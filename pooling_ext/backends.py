@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
 from . import _native
 from .errors import ArgumentError
@@ -71,7 +72,7 @@ ATEN = Backend("aten", lambda call: None)
 BACKENDS: tuple[Backend, ...] = (CPU, ATEN)
 
 _forced: str | None = None
-_decisions: dict[Call, Backend] = {}
+_decisions: dict[tuple, Backend] = {}  # by the fields of Call
 _recorded: list[Decision] | None = None
 
 
@@ -121,16 +122,16 @@ def _decide(call: Call) -> tuple[Backend, dict[str, str]]:
 
 def choose(op: str, input: torch.Tensor) -> Backend:
     """Return the backend that takes ``op`` on ``input``."""
-    call = Call(op, input.device.type, input.dtype, input.layout, type(input))
-    if torch.compiler.is_compiling():
-        return _decide(call)[0]
+    call = (op, input.device.type, input.dtype, input.layout, type(input))
+    if is_compiling():
+        return _decide(Call(*call))[0]
     if _recorded is not None:
-        backend, declined = _decide(call)
+        backend, declined = _decide(Call(*call))
         _recorded.append(Decision(op, backend.name, declined))
         return backend
     backend = _decisions.get(call)
     if backend is None:
-        backend = _decisions[call] = _decide(call)[0]
+        backend = _decisions[call] = _decide(Call(*call))[0]
     return backend
 
 

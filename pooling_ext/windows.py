@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from .errors import ArgumentError
 
@@ -21,8 +22,10 @@ Ints = tuple[int, ...]
 class Windows(NamedTuple):
     """Where the windows of a pooling operator lie, outermost spatial axis first.
 
-    ``padding`` holds ``(before, after)`` for each axis in turn. An empty ``kernel_size`` means adaptive
-    windows: output ``o`` of ``n`` covers ``[floor(o * size / n), ceil((o + 1) * size / n))``.
+    ``padding`` holds ``(before, after)`` for each axis in turn. An empty ``stride`` stands for
+    ``kernel_size``, an empty ``padding`` for zeros and an empty ``dilation`` for ones: what operators
+    are not told they need not parse. An empty ``kernel_size`` means adaptive windows: output ``o``
+    of ``n`` covers ``[floor(o * size / n), ceil((o + 1) * size / n))``.
     """
 
     output_size: Ints
@@ -35,26 +38,38 @@ class Windows(NamedTuple):
     def adaptive(self) -> bool:
         return not self.kernel_size
 
+    @property
+    def full(self) -> Windows:
+        """These windows with nothing left out."""
+        rank = len(self.output_size)
+        return self._replace(
+            stride=self.stride or self.kernel_size,
+            padding=self.padding or (0, 0) * rank,
+            dilation=self.dilation or (1,) * rank,
+        )
+
     def ceil_mode(self, sizes: Ints) -> bool | None:
         """The ``ceil_mode`` with which PyTorch makes these windows; None when its padding cannot."""
-        before, after = self.padding[::2], self.padding[1::2]
-        half = tuple((d * (k - 1) + 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        _, kernel_size, strides, padding, dilations = self.full
+        before, after = padding[::2], padding[1::2]
+        half = tuple((d * (k - 1) + 1) // 2 for k, d in zip(kernel_size, dilations, strict=True))
         if before != after or any(pad > most for pad, most in zip(before, half, strict=True)):
             return None
         floor = tuple(
             _output_size(size, kernel, stride, pad, pad, dilation, False)
             for size, kernel, stride, pad, dilation in zip(
-                sizes, self.kernel_size, self.stride, before, self.dilation, strict=True
+                sizes, kernel_size, strides, before, dilations, strict=True
             )
         )
         return floor != self.output_size
 
     def has_empty(self, sizes: Ints) -> bool:
         """Whether a window has no element of the input in it (dilation can step over a small one)."""
+        output_size, kernel_size, strides, padding, dilations = self.full
         return any(
             not any(0 <= o * stride - pad + dilation * place < size for place in range(kernel))
             for size, out, kernel, stride, pad, dilation in zip(
-                sizes, self.output_size, self.kernel_size, self.stride, self.padding[::2], self.dilation, strict=True
+                sizes, output_size, kernel_size, strides, padding[::2], dilations, strict=True
             )
             if dilation > 1 and pad
             for o in range(out)
@@ -62,22 +77,24 @@ class Windows(NamedTuple):
 
     def explicit_padding(self, sizes: Ints) -> list[int]:
         """What torch.nn.functional.pad must add so that unpadded windows are these."""
+        output_size, kernel_size, strides, padding, dilations = self.full
         pads: list[int] = []
         for axis in reversed(range(len(sizes))):
-            before = self.padding[2 * axis]
-            end = (self.output_size[axis] - 1) * self.stride[axis] - before
-            end += self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            before = padding[2 * axis]
+            end = (output_size[axis] - 1) * strides[axis] - before
+            end += dilations[axis] * (kernel_size[axis] - 1) + 1
             pads += [before, max(end - sizes[axis], 0)]
         return pads
 
     def counts(self, sizes: Ints, count_include_pad: bool) -> list[list[int]]:
         """For each axis, how many elements each window averages over."""
+        output_size, kernel_size, strides, padding, _ = self.full
         counts = []
         for axis, size in enumerate(sizes):
-            before, after = self.padding[2 * axis : 2 * axis + 2]
+            before, after = padding[2 * axis : 2 * axis + 2]
             low, high = (-before, size + after) if count_include_pad else (0, size)
-            starts = [o * self.stride[axis] - before for o in range(self.output_size[axis])]
-            ends = [min(start + self.kernel_size[axis], high) for start in starts]
+            starts = [o * strides[axis] - before for o in range(output_size[axis])]
+            ends = [min(start + kernel_size[axis], high) for start in starts]
             counts.append([end - max(start, low) for start, end in zip(starts, ends, strict=True)])
         return counts
 
@@ -91,7 +108,7 @@ def _cached(make):
     remember = lru_cache(maxsize=1024, typed=True)(make)
 
     def windows(rank: int, shape: Ints, *arguments) -> Windows:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return make(rank, shape, *arguments)
         try:
             return remember(rank, shape, *arguments)
@@ -203,7 +220,13 @@ def fixed_windows(
             f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, stride={step}, "
             f"padding={padding!r} and dilation={spread} gives output size {list(output)}"
         )
-    return Windows(output, kernel, step, pads, spread)
+    return Windows(
+        output,
+        kernel,
+        () if step == kernel else step,
+        pads if any(pads) else (),
+        spread if any(d != 1 for d in spread) else (),
+    )
 
 
 @_cached

@@ -21,15 +21,6 @@ using Ints = std::vector<int64_t>;
 
 using torch::stable::parallel_for;
 
-inline Tensor empty(const Ints& sizes, ScalarType dtype, const Tensor& like, MemoryFormat format) {
-    return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
-}
-
-// The channels-last format for a batched input of `rank` spatial axes.
-inline MemoryFormat channels_last_format(int64_t rank) {
-    return rank == 3 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
-}
-
 // Whether the strides put the channels innermost and the rest in order, so that the tensor asks
 // for a channels-last result: what Tensor::suggest_memory_format says. Where the strides fit both
 // formats (no axis but one is larger than 1), they are channels-last only if they say so by being unequal.
@@ -64,8 +55,33 @@ inline bool is_dense(const Tensor& x, bool channels_last) {
     return true;
 }
 
-inline Tensor dense(const Tensor& x, bool channels_last, MemoryFormat format) {
-    return is_dense(x, channels_last) ? x : torch::stable::contiguous(x, format);
+// An uninitialised CPU tensor. The direct call, where torch::stable::empty would look the
+// operator up by its name.
+inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last) {
+    const int64_t dims = static_cast<int64_t>(sizes.size());
+    Ints strides(sizes.size());
+    int64_t stride = 1;
+    const auto next = [&](int64_t axis) {
+        strides[axis] = stride;
+        stride *= sizes[axis] > 1 ? sizes[axis] : 1;
+    };
+    if (channels_last) next(1);
+    for (int64_t axis = dims - 1; axis >= 0; --axis)
+        if (!channels_last || axis != 1) next(axis);
+    const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dims, sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+// The tensor itself if it is dense in the wanted format, else a copy that is.
+inline Tensor dense(const Tensor& x, bool channels_last) {
+    if (is_dense(x, channels_last)) return x;
+    const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
+                                : x.dim() == 4 ? MemoryFormat::ChannelsLast
+                                               : MemoryFormat::ChannelsLast3d;
+    return torch::stable::contiguous(x, format);
 }
 
 }  // namespace pooling_ext

@@ -16,9 +16,8 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
                          Ints kernel_size, Ints stride, Ints padding, Ints dilation,
                          bool count_include_pad, std::optional<int64_t> divisor_override) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
-    const MemoryFormat format = memory_format(channels_last, windows.rank());
-    const Tensor dense_grad = dense(grad, channels_last, format);
-    Tensor result = empty(input_size, grad.scalar_type(), grad, format);
+    const Tensor dense_grad = dense(grad, channels_last);
+    Tensor result = empty(input_size, grad.scalar_type(), channels_last);
     Job job;
     job.p = params_of(input_size, windows, channels_last);
     job.src = dense_grad.data_ptr();

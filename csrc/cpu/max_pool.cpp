@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
     const bool byte = call.job.p.window_places() <= kByteWindow;
     const Places kind = indices ? Places::Index : byte ? Places::Byte : Places::Int32;
     const ScalarType dtype = indices ? ScalarType::Long : byte ? ScalarType::Byte : ScalarType::Int;
-    Tensor places = empty(output_sizes(input, windows), dtype, input, call.format);
+    Tensor places = empty(output_sizes(input, windows), dtype, call.channels_last);
     call.job.places_out = places.data_ptr();
     return {call.launch(kernels().max_pool(dtype_of(input), kind)), places};
 }
@@ -39,10 +39,9 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
                          Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     const bool channels_last = suggests_channels_last(places, windows.rank());
-    const MemoryFormat format = memory_format(channels_last, windows.rank());
-    const Tensor dense_grad = dense(grad, channels_last, format);
-    const Tensor dense_places = dense(places, channels_last, format);
-    Tensor result = empty(input_size, grad.scalar_type(), grad, format);
+    const Tensor dense_grad = dense(grad, channels_last);
+    const Tensor dense_places = dense(places, channels_last);
+    Tensor result = empty(input_size, grad.scalar_type(), channels_last);
     Job job;
     job.p = params_of(input_size, windows, channels_last);
     job.src = dense_grad.data_ptr();
@@ -107,10 +106,9 @@ Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_si
                        Ints stride, Ints padding, Ints dilation) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     const bool channels_last = suggests_channels_last(places, windows.rank());
-    const MemoryFormat format = memory_format(channels_last, windows.rank());
-    const Tensor dense_input = dense(input, channels_last, format);
-    const Tensor dense_places = dense(places, channels_last, format);
-    Tensor result = empty(output_sizes(input, windows), input.scalar_type(), input, format);
+    const Tensor dense_input = dense(input, channels_last);
+    const Tensor dense_places = dense(places, channels_last);
+    Tensor result = empty(output_sizes(input, windows), input.scalar_type(), channels_last);
     if (result.numel() == 0) return result;
     const auto sizes = input.sizes();
     const PoolParams p = params_of({sizes.begin(), sizes.end()}, windows, channels_last);

@@ -21,6 +21,8 @@ def public(function: F) -> F:
 
     @wraps(function)
     def entry(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(input) is torch.Tensor:  # nearly always, so first
+            return function(input, *args, **kwargs)
         if has_torch_function_unary(input):
             return handle_torch_function(entry, (input,), input, *args, **kwargs)
         if not isinstance(input, torch.Tensor):

@@ -113,13 +113,13 @@ def _aten_avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, div
     rank = len(windows.output_size)
     if windows.adaptive:
         return getattr(F, f"adaptive_avg_pool{rank}d")(input, windows.output_size)
-    _, kernel, stride, _, _ = windows
+    _, kernel, stride, padding, _ = windows.full
     sizes = tuple(input.shape[-rank:])
     ceil_mode = windows.ceil_mode(sizes)
     extra = () if divisor is None else (divisor,)
     if ceil_mode is not None:
         pool = getattr(F, f"avg_pool{rank}d")
-        return pool(input, kernel, stride, windows.padding[::2], ceil_mode, count_include_pad, *extra)
+        return pool(input, kernel, stride, padding[::2], ceil_mode, count_include_pad, *extra)
     # PyTorch pads both sides alike, so pad by hand, sum, and divide by our own counts. The 1-d
     # operator has no divisor, so it borrows the 2-d one.
     padded = F.pad(input, windows.explicit_padding(sizes))

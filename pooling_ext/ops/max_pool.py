@@ -196,12 +196,11 @@ def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any
         pool = getattr(F, f"adaptive_max_pool{rank}d")
         return pool(input, windows.output_size, return_indices=return_indices)
     pool = getattr(F, f"max_pool{rank}d")
-    _, kernel, stride, _, dilation = windows
+    _, kernel, stride, padding, dilation = windows.full
     sizes = tuple(input.shape[-rank:])
     ceil_mode = windows.ceil_mode(sizes)
     if ceil_mode is not None and not windows.has_empty(sizes):
-        padding = windows.padding[::2]
-        return pool(input, kernel, stride, padding, dilation, ceil_mode, return_indices)
+        return pool(input, kernel, stride, padding[::2], dilation, ceil_mode, return_indices)
     pads = windows.explicit_padding(sizes)
     lowest = -math.inf if input.is_floating_point() else torch.iinfo(input.dtype).min
     padded = F.pad(input, pads, value=lowest)
@@ -217,15 +216,16 @@ def _unpad_indices(indices: Tensor, padded: Any, shape: Any, windows: Windows) -
     A window of only -inf wins at its first place. Where that is padding, the first element in
     the window is the next one along the axis: the remainder of its (negative) position by the dilation.
     """
+    _, _, _, padding, dilation = windows.full
     rank = len(windows.output_size)
     empty = torch.zeros_like(indices, dtype=torch.bool)
     flat = torch.zeros_like(indices)
     rest, scale = indices, 1
     for axis in reversed(range(rank)):
         size = shape[axis - rank]
-        position = rest % padded[axis - rank] - windows.padding[2 * axis]
+        position = rest % padded[axis - rank] - padding[2 * axis]
         rest = rest // padded[axis - rank]
-        position = torch.where(position < 0, position % windows.dilation[axis], position)
+        position = torch.where(position < 0, position % dilation[axis], position)
         empty |= position >= size
         flat += position * scale
         scale *= size
