@@ -39,14 +39,19 @@ struct Axis {
     // The places of window o that lie inside the input are [first(o), end(o)).
     POOLING_EXT_INLINE int64_t first(int64_t o) const {
         const int64_t s = start(o);
-        return s >= 0 ? 0 : ceil_div(-s, dilation);
+        return s >= 0 ? 0 : steps(-s);
     }
 
     POOLING_EXT_INLINE int64_t end(int64_t o) const {
         const int64_t room = in - start(o);
-        const int64_t inside = room > 0 ? ceil_div(room, dilation) : 0;
+        const int64_t inside = room > 0 ? steps(room) : 0;
         const int64_t all = places(o);
         return inside < all ? inside : all;
+    }
+
+    // How many steps of the dilation cover a distance. Divisions are slow, and most have no need.
+    POOLING_EXT_INLINE int64_t steps(int64_t distance) const {
+        return dilation == 1 ? distance : ceil_div(distance, dilation);
     }
 
     // The outputs whose windows may hold input i are [first_output(i), end_output(i)).
@@ -64,6 +69,7 @@ struct Axis {
     // The place of input i in window o, or -1 where dilation steps over it.
     POOLING_EXT_INLINE int64_t place(int64_t o, int64_t i) const {
         const int64_t offset = i - start(o);
+        if (dilation == 1) return offset >= 0 && offset < places(o) ? offset : -1;
         return offset >= 0 && offset % dilation == 0 && offset / dilation < places(o)
                    ? offset / dilation
                    : -1;

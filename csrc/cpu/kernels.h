@@ -57,7 +57,7 @@ extern const Kernels kernels;
 
 // Bytes of scratch that one call of a kernel needs, for elements of at most 8 bytes.
 inline size_t scratch_bytes(const PoolParams& p) {
-    constexpr size_t element = 8 + 4, slack = 64;
+    constexpr size_t element = 8 + 4, slack = 256;
     const size_t rows = p.d.kernel * p.h.kernel;
     const size_t phases = p.w.adaptive ? 0 : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
                                                  (p.w.out + 2) * p.w.stride;

@@ -207,14 +207,13 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     ArgmaxReducer<In> argmax(p, scratch);
     const auto* src = static_cast<const In*>(job.src);
     const int64_t plane = p.d.in * p.h.in * p.in_row();
-    for (int64_t index = begin; index < end; ++index) {
-        const int64_t oh = index % p.h.out, od = index / p.h.out % p.d.out;
-        argmax(src + index / (p.h.out * p.d.out) * plane, od, oh);
+    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+        argmax(src + outer * plane, od, oh);
         In* __restrict y = static_cast<In*>(job.dst) + index * p.out_row();
         const auto* __restrict values = argmax.values();
         for (int64_t i = 0; i < p.out_row(); ++i) y[i] = Order::store(values[i]);
         write_places(p, od, oh, argmax.offsets(), static_cast<Place*>(job.places_out) + index * p.out_row());
-    }
+    });
 }
 
 // In the contiguous format the gradients of a plane are scattered, each to its winner. A thread

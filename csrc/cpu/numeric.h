@@ -111,11 +111,16 @@ struct Ordered {
         if constexpr (std::is_integral_v<In>) return x;
         else return narrow<In>(x);
     }
-    // A NaN wins against all.
+    // A NaN wins against all: `a` is kept where the comparison fails, and where `b` is a NaN all bits are set, which
+    // is one too. Integer arithmetic, because a second selection by the compiler costs thrice that.
     static POOLING_EXT_INLINE T larger(T a, T b) {
-        const T most = a > b ? a : b;  // b where either is NaN
-        if constexpr (std::is_integral_v<T>) return most;
-        else return a != a ? a : most;
+        const T most = b > a ? b : a;
+        if constexpr (std::is_integral_v<T>) {
+            return most;
+        } else {
+            using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+            return bit_cast<T>(Bits(bit_cast<Bits>(most) | -Bits(b != b)));
+        }
     }
 };
 

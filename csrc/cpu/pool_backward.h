@@ -83,9 +83,7 @@ POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, 
     RowGradient<Accumulator<G>> gradient(p, scratch, dealing);
     const auto* grad = static_cast<const G*>(job.src);
     auto* dst = static_cast<G*>(job.dst);
-    for (int64_t index = begin; index < end; ++index) {
-        const int64_t ih = index % p.h.in, id = index / p.h.in % p.d.in;
-        const int64_t outer = index / (p.h.in * p.d.in);
+    each_index(begin, end, p.d.in, p.h.in, [&](int64_t index, int64_t outer, int64_t id, int64_t ih) {
         gradient.clear();
         const int64_t d_end = p.d.end_output(id), h_end = p.h.end_output(ih);
         for (int64_t od = p.d.first_output(id); od < d_end; ++od) {
@@ -99,7 +97,7 @@ POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, 
             }
         }
         gradient.write(dst + index * p.in_row());
-    }
+    });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -175,6 +175,28 @@ POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t o
     }
 }
 
+// dst[o] = row[kStride * o] + ... + row[kStride * o + kKernel - 1], where + is the operator's.
+template <class Op, int kStride, int kKernel>
+void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row, int64_t n) {
+    for (int64_t o = 0; o < n; ++o) {
+        typename Op::T total = row[kStride * o];
+        for (int c = 1; c < kKernel; ++c) total = Op::combine(total, row[kStride * o + c]);
+        dst[o] = total;
+    }
+}
+
+// The `slide` for the windows that most networks have, or nullptr.
+template <class Op>
+auto slide_for(const PoolParams& p) -> void (*)(typename Op::T* __restrict, const typename Op::T* __restrict, int64_t) {
+    if (p.channels != 1 || p.w.adaptive || p.w.dilation != 1) return nullptr;
+    const int64_t stride = p.w.stride, kernel = p.w.kernel;
+    if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
+    if (stride == 1 && kernel == 3) return slide<Op, 1, 3>;
+    if (stride == 2 && kernel == 2) return slide<Op, 2, 2>;
+    if (stride == 2 && kernel == 3) return slide<Op, 2, 3>;
+    return nullptr;
+}
+
 // Makes rows of outputs in the computed type.
 template <class Op>
 class RowReducer {
@@ -182,18 +204,21 @@ public:
     using In = typename Op::In;
     using T = typename Op::T;
 
-    RowReducer(const PoolParams& p, Scratch& scratch)
+    // `end` is where the input ends.
+    RowReducer(const PoolParams& p, const In* end, Scratch& scratch)
         : p_(p),
-          phases_(p.w, deals(p), scratch),
+          slide_(slide_for<Op>(p)),
+          dealing_(!slide_ && deals(p)),
+          end_(end),
+          phases_(p.w, dealing_, scratch),
           rows_(scratch.take<const In*>(p.d.kernel * p.h.kernel)),
           columns_(scratch.take<const void*>(p.w.kernel)),
-          row_(scratch.take<T>(p.d.kernel * p.h.kernel > 1 ? p.in_row() : 0)),
-          dealt_(nullptr),
-          out_(scratch.take<T>(p.out_row())) {
-        if (deals(p)) {
-            dealt_ = scratch.take<T>(phases_.size());
-            for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
-        }
+          row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector : 0) + kVector),
+          dealt_(scratch.take<T>(phases_.size())),
+          out_(scratch.take<T>(p.out_row() + kVector)) {
+        for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
+        if (slide_)
+            for (int64_t i = 1; i <= p.w.pad_before; ++i) row_[-i] = Op::identity();
     }
 
     // The reduced row of outputs (od, oh) of one outer element.
@@ -202,16 +227,32 @@ public:
         each_row(p_, plane, od, oh, [&](const In* row, int64_t) { rows_[count++] = row; });
         if (count == 0) {
             for (int64_t i = 0; i < p_.out_row(); ++i) out_[i] = Op::identity();
+        } else if (slide_) {
+            fold_rows(count);
+            const int64_t past = (p_.w.out - 1) * p_.w.stride + p_.w.kernel - p_.w.pad_before;
+            for (int64_t i = p_.w.in; i < past; ++i) row_[i] = Op::identity();
+            slide_(out_, row_ - p_.w.pad_before, whole_vectors(p_.w.out));
         } else if (count == 1) {
             reduce_columns<Stored<Op>>(rows_[0]);
         } else {
-            fold<Op, Stored<Op>>(row_, rows_, count, p_.in_row());
+            fold_rows(count);
             reduce_columns<Computed<Op>>(row_);
         }
         return out_;
     }
 
 private:
+    // Scratch rows have room for a vector more, so that loops over them need no remainder.
+    static constexpr int64_t kVector = 64;
+
+    static int64_t whole_vectors(int64_t n) { return (n + kVector / 2 - 1) / (kVector / 2) * (kVector / 2); }
+
+    void fold_rows(int64_t count) {
+        const int64_t n = whole_vectors(p_.in_row());
+        const bool readable = rows_[count - 1] + n <= end_;
+        fold<Op, Stored<Op>>(row_, rows_, count, readable ? n : p_.in_row());
+    }
+
     template <class Load>
     void reduce_columns(const typename Load::Element* row) {
         using Element = typename Load::Element;
@@ -228,7 +269,7 @@ private:
                 else
                     for (int64_t c = 0; c < channels; ++c) out[c] = Op::identity();
             }
-        } else if (!dealt_) {
+        } else if (!dealing_) {
             for (int64_t o = 0; o < w.out; ++o) {
                 const int64_t first = w.first(o);
                 out_[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first, w.dilation);
@@ -243,27 +284,42 @@ private:
     }
 
     const PoolParams& p_;
+    void (*const slide_)(T* __restrict, const T* __restrict, int64_t);
+    const bool dealing_;
+    const In* const end_;
     const Phases phases_;
     const In** const rows_;
     const void** const columns_;
     T* const row_;
-    T* dealt_;
+    T* const dealt_;
     T* const out_;
 };
+
+// Calls visit(index, outer, d, h) for rows [begin, end) of planes of d_size x h_size rows.
+template <class Visit>
+POOLING_EXT_INLINE void each_index(int64_t begin, int64_t end, int64_t d_size, int64_t h_size, Visit visit) {
+    int64_t h = begin % h_size, d = begin / h_size % d_size, outer = begin / (h_size * d_size);
+    for (int64_t index = begin; index < end; ++index) {
+        visit(index, outer, d, h);
+        if (++h < h_size) continue;
+        h = 0;
+        if (++d < d_size) continue;
+        d = 0;
+        ++outer;
+    }
+}
 
 // Calls finish(od, oh, reduced row, pointer to the row of outputs) for output rows [begin, end).
 template <class Op, class Out, class Finish>
 POOLING_EXT_INLINE void pool_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch, Finish finish) {
     const PoolParams& p = job.p;
-    RowReducer<Op> reduce_row(p, scratch);
     const auto* src = static_cast<const typename Op::In*>(job.src);
     auto* dst = static_cast<Out*>(job.dst);
-    const int64_t plane = p.d.in * p.h.in * p.in_row();
-    for (int64_t index = begin; index < end; ++index) {
-        const int64_t oh = index % p.h.out, od = index / p.h.out % p.d.out;
-        const int64_t outer = index / (p.h.out * p.d.out);
+    const int64_t plane = p.in_plane() * p.channels;
+    RowReducer<Op> reduce_row(p, src + p.outer * plane, scratch);
+    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
         finish(od, oh, reduce_row(src + outer * plane, od, oh), dst + index * p.out_row());
-    }
+    });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,0 +1,442 @@
+// Runs the CPU kernels on random jobs, to be compiled with AddressSanitizer and
+// UndefinedBehaviorSanitizer, and compares them with loops over each window in float64.
+//
+//     fuzz_kernels [jobs [first]]
+//
+// Each job is made from its number alone: `fuzz_kernels 1 N` repeats job N. Every array, the
+// scratch memory too, is an allocation of exactly its size, so that AddressSanitizer sees any
+// access outside. Jobs run in a child process, so that a crash can be told from outside.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/avg_pool_kernels.cpp"
+#include "cpu/lp_pool_kernels.cpp"
+#include "cpu/max_pool_kernels.cpp"
+#include "cpu/plan.h"
+
+namespace pooling_ext {
+namespace {
+
+constexpr int64_t kDefaultJobs = 20000;
+constexpr unsigned char kPoison = 0xa5;
+
+// What the child process leaves for its parent to tell.
+struct Progress {
+    char job[640];
+    long long done, blocks, planes, empty_windows;
+};
+Progress* progress;
+
+struct Random {
+    std::mt19937_64 bits;
+
+    int64_t pick(int64_t low, int64_t high) { return low + bits() % uint64_t(high - low + 1); }
+    bool chance(int64_t one_in) { return pick(1, one_in) == 1; }
+};
+
+// --- elements --------------------------------------------------------------------------
+
+struct Format {
+    DType dtype;
+    const char* name;
+    int bytes, exponent, mantissa;  // exponent and mantissa in bits; 0 for integers
+
+    int bias() const { return (1 << (exponent - 1)) - 1; }
+    bool is_float() const { return exponent > 0; }
+
+    double value(uint64_t bits) const {
+        if (dtype == DType::UInt8) return double(bits);
+        const int unused = 64 - 8 * bytes;
+        if (!is_float()) return double(int64_t(bits << unused) >> unused);
+        const int field = int(bits >> mantissa) & ((1 << exponent) - 1);
+        const uint64_t fraction = bits & ((uint64_t(1) << mantissa) - 1);
+        const double sign = bits >> (8 * bytes - 1) ? -1 : 1;
+        if (field == (1 << exponent) - 1) return fraction ? NAN : sign * INFINITY;
+        const uint64_t significand = fraction | uint64_t(field > 0) << mantissa;
+        return std::ldexp(sign * double(significand), std::max(field, 1) - bias() - mantissa);
+    }
+
+    double lowest() const {
+        if (is_float()) return -INFINITY;
+        return dtype == DType::UInt8 ? 0 : -std::ldexp(1, 8 * bytes - 1);
+    }
+
+    // The error of rounding to about x.
+    double rounding(double x) const {
+        return std::ldexp(1.001 * std::abs(x), -mantissa - 1) + std::ldexp(1, -bias() - mantissa);
+    }
+
+    // Of magnitude 1/8 to 4. Coarse elements are often equal; `special` ones are any others.
+    uint64_t random(Random& r, bool coarse, bool special) const {
+        if (!is_float()) {
+            const uint64_t top = uint64_t(1) << (8 * bytes - 1);
+            if (special) return r.chance(2) ? top : top - 1;
+            return coarse ? r.pick(0, 4) - 2 * (dtype != DType::UInt8) : int64_t(r.bits()) >> 12;
+        }
+        const uint64_t sign = r.bits() >> 63 << (8 * bytes - 1);
+        const uint64_t infinity = ((uint64_t(1) << exponent) - 1) << mantissa;
+        const uint64_t specials[] = {0, infinity, infinity | uint64_t(1) << (mantissa - 1)};
+        if (special) return sign | specials[r.pick(0, 2)];
+        const uint64_t fraction = r.bits() >> (64 - mantissa);
+        const uint64_t kept = coarse ? uint64_t(1) << (mantissa - 1) : ~uint64_t(0);
+        return sign | uint64_t(bias() + r.pick(-3, 1)) << mantissa | (fraction & kept);
+    }
+};
+
+constexpr Format kFormats[] = {
+    {DType::Float32, "float32", 4, 8, 23},  {DType::Float64, "float64", 8, 11, 52},
+    {DType::BFloat16, "bfloat16", 2, 8, 7}, {DType::Float16, "float16", 2, 5, 10},
+    {DType::Int8, "int8", 1, 0, 0},         {DType::Int16, "int16", 2, 0, 0},
+    {DType::Int32, "int32", 4, 0, 0},       {DType::Int64, "int64", 8, 0, 0},
+    {DType::UInt8, "uint8", 1, 0, 0},
+};
+
+// `count` elements of `size` bytes each.
+struct Array {
+    const int64_t count, size;
+    const std::unique_ptr<unsigned char[]> data{new unsigned char[count * size]};
+
+    Array(int64_t count, int64_t size, int fill = kPoison) : count(count), size(size) {
+        std::memset(data.get(), fill, count * size);
+    }
+    uint64_t get(int64_t i) const {
+        uint64_t bits = 0;
+        std::memcpy(&bits, &data[i * size], size);
+        return bits;
+    }
+    void set(int64_t i, uint64_t bits) { std::memcpy(&data[i * size], &bits, size); }
+    // Whether something was written outside elements [begin, end).
+    bool written_outside(int64_t begin, int64_t end) const {
+        for (int64_t i = 0; i < count * size; ++i)
+            if ((i < begin * size || i >= end * size) && data[i] != kPoison) return true;
+        return false;
+    }
+};
+
+// --- jobs ------------------------------------------------------------------------------
+
+enum class Op { Max, MaxBackward, Avg, AvgBackward, Lp };
+constexpr const char* kOps[] = {"max_pool", "max_pool_backward", "avg_pool", "avg_pool_backward",
+                                "lp_pool"};
+constexpr const char* kPlaces[] = {"none", "byte", "int32", "index"};
+constexpr int kPlaceBytes[] = {0, 1, 4, 8};
+
+// A window: its size, the part of it that averages divide by, and what lies inside the input, as
+// pairs of an offset in the window and a position.
+struct Window {
+    int64_t size = 0, counted = 0;
+    std::vector<std::pair<int64_t, int64_t>> inside;
+};
+
+struct Case {
+    Op op;
+    Format format;
+    Places places = Places::None;
+    bool coarse;
+    int64_t special;  // one in so many elements, if not 0
+    PoolParams p;     // before planning
+    Job job;          // after
+    Rows rows;
+
+    bool forward() const { return op != Op::MaxBackward && op != Op::AvgBackward; }
+    int64_t inputs() const { return p.outer * p.in_plane() * p.channels; }
+    int64_t outputs() const { return p.outer * p.out_plane() * p.channels; }
+
+    // The windows of a plane.
+    std::vector<Window> windows() const {
+        std::vector<Window> all{{1, 1, {{0, 0}}}};
+        for (const Axis& axis : {p.d, p.h, p.w}) {
+            std::vector<Window> finer;
+            for (const Window& window : all)
+                for (int64_t o = 0; o < axis.out; ++o) finer.push_back(cut(window, axis, o));
+            all = std::move(finer);
+        }
+        return all;
+    }
+
+    std::string description() const {
+        std::ostringstream text;
+        text << kOps[int(op)] << " " << format.name << " places=" << kPlaces[int(places)]
+             << " special=" << special << " outer=" << p.outer << " channels=" << p.channels;
+        for (const Axis& a : {p.d, p.h, p.w})
+            text << " [in=" << a.in << " out=" << a.out << " kernel=" << a.kernel
+                 << " stride=" << a.stride << " padding=" << a.pad_before << "," << a.pad_after
+                 << " dilation=" << a.dilation << " adaptive=" << a.adaptive << "]";
+        text << " rows=" << rows.count << " block=" << job.block << " by_plane=" << job.by_plane
+             << " include_pad=" << job.count_include_pad << " divisor=" << job.divisor
+             << " norm=" << job.norm << " magnitude=" << job.magnitude;
+        return text.str();
+    }
+
+  private:
+    // A window extended along one more axis, by window o of that.
+    Window cut(const Window& window, const Axis& a, int64_t o) const {
+        const int64_t start = a.adaptive ? o * a.in / a.out : o * a.stride - a.pad_before;
+        const int64_t end = ((o + 1) * a.in + a.out - 1) / a.out;
+        const int64_t size = a.adaptive ? end - start : a.kernel;
+        Window result{window.size * size, 0, {}};
+        for (int64_t k = 0; k < size; ++k) {
+            const int64_t at = start + k * a.dilation;
+            const bool inside = at >= 0 && at < a.in;
+            if (inside || (job.count_include_pad && at < a.in + a.pad_after))
+                result.counted += window.counted;
+            if (!inside) continue;
+            for (const auto& [offset, position] : window.inside)
+                result.inside.push_back({offset * a.kernel + k, position * a.in + at});
+        }
+        // In the order of the offsets.
+        std::sort(result.inside.begin(), result.inside.end());
+        return result;
+    }
+};
+
+// Fills in the axes; false where that leaves no outputs, or too many to loop over.
+bool choose_windows(Case& c, Random& r, int64_t rank, bool many) {
+    const bool whole = r.chance(8), adaptive = r.chance(3),
+               dilated = c.op == Op::Max || c.op == Op::MaxBackward;
+    const int64_t limits[] = {6, rank == 3 ? 12 : 30, many ? 50 : rank == 1 ? 600 : 90};
+    Axis* const axes[] = {&c.p.d, &c.p.h, &c.p.w};
+    for (int64_t i = 3 - rank; i < 3; ++i) {
+        Axis& a = *axes[i];
+        a.in = r.pick(1, r.chance(2) ? limits[i] : 6);
+        if (adaptive) {
+            const Ints out{whole || c.op == Op::Lp ? 1 : r.pick(1, a.in + 3)}, none;
+            a = axis_of(a.in, {out, none, none, none, none}, 0);
+            continue;
+        }
+        if (dilated && !whole && r.chance(2)) a.dilation = r.pick(2, 4);
+        if (a.dilation > 1 && r.chance(4)) a.in = r.pick(1, 3);  // windows may be empty
+        a.kernel = whole ? a.in : r.pick(1, r.chance(6) ? 20 : 4);
+        a.stride = r.chance(3) ? a.kernel : r.pick(1, 5);
+        const int64_t reach = a.dilation * (a.kernel - 1);
+        if (!whole && r.chance(2)) a.pad_before = r.pick(0, reach), a.pad_after = r.pick(0, reach);
+        a.out = output_size(a.in, a.kernel, a.stride, a.pad_before, a.pad_after, a.dilation,
+                            r.chance(2));
+        if (a.out < 1) return false;
+    }
+    return c.inputs() <= 140000 && c.outputs() * c.p.window_places() <= 300000;
+}
+
+Case make_case(Random& r) {
+    Case c;
+    bool chosen;
+    do {
+        c = Case{};
+        c.op = Op(r.pick(0, 4));
+        c.format = kFormats[r.pick(0, c.op == Op::Max ? 8 : 3)];
+        c.coarse = r.chance(2);
+        c.special = r.chance(2) ? 0 : r.chance(2) ? 12 : 300;
+        const int64_t rank = r.pick(1, 3);
+        const bool many = r.chance(3);
+        c.p.outer = many ? r.pick(64, 140) : r.pick(1, 4);
+        if (!many && rank > 1 && r.chance(2)) c.p.channels = r.pick(1, r.chance(3) ? 80 : 9);
+        chosen = choose_windows(c, r, rank, many);
+    } while (!chosen);
+    Job& job = c.job;
+    job.p = c.p;
+    if (c.op == Op::Max || c.op == Op::MaxBackward)
+        c.places = Places(r.pick(c.op == Op::MaxBackward, 3));
+    if (c.places == Places::Byte && c.p.window_places() > kByteWindow) c.places = Places::Int32;
+    if (c.op == Op::Avg || c.op == Op::AvgBackward) {
+        job.count_include_pad = r.chance(2);
+        if (r.chance(4)) job.divisor = r.chance(2) ? r.pick(1, 9) : -r.pick(1, 9);
+    }
+    if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
+    job.by_plane = c.op == Op::MaxBackward && c.p.channels == 1 && !r.chance(4);
+    if (c.op == Op::MaxBackward && !job.by_plane) {
+        // Also in the contiguous format, as for planes too large for sums in memory.
+        flatten_whole_planes(job.p);
+        c.rows.count = job.p.in_rows();
+    } else {
+        c.rows = c.forward() ? plan_forward(job) : plan_backward(job);
+    }
+    return c;
+}
+
+// --- expected results ------------------------------------------------------------------
+
+// What an element should be, within a slack; below 0 means exactly.
+struct Expected {
+    double value = 0, slack = -1;
+    bool or_nan = false;  // the sum may have either sign, and its root is NaN
+};
+
+double root(double x, int norm) { return norm == 1 ? x : std::pow(x, 1.0 / norm); }
+
+Expected power_average(double sum, double slack, double scale, int norm) {
+    sum *= scale, slack *= scale;
+    if (norm == 1) return {sum, slack};
+    if (!std::isfinite(sum) || sum < -slack) return {root(sum, norm), 0};
+    const double value = root(std::max(sum, 0.0), norm);
+    const double above = root(sum + slack, norm) - value;
+    const double below = value - root(std::max(sum - slack, 0.0), norm);
+    return {value, std::max(above, below) + value * 0x1p-20, norm == 3 && sum < slack};
+}
+
+// The elements of the result, and the winners' places. For a backward pass of max pooling these are
+// chosen here, at random.
+std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random& r,
+                             std::vector<uint64_t>& places) {
+    const PoolParams& p = c.p;
+    const Format& format = c.format;
+    std::vector<Expected> y(c.forward() ? c.outputs() : c.inputs());
+    // Rounding errors grow with the number of terms and their size.
+    const double epsilon = format.dtype == DType::Float64 ? 0x1p-52 : 0x1p-24;
+    const auto slack = [&](double terms, double size) { return (terms + 8) * epsilon * size; };
+    std::vector<double> terms(y.size()), size(y.size());
+    const auto add = [&](int64_t i, double term) {
+        y[i].value += term, size[i] += std::abs(term), ++terms[i];
+        y[i].slack = slack(terms[i], size[i]);
+    };
+    const auto windows = c.windows();
+    const auto empty = [](const Window& window) { return window.inside.empty(); };
+    progress->empty_windows += std::any_of(windows.begin(), windows.end(), empty);
+    for (int64_t o = 0; o < c.outputs(); ++o) {
+        const int64_t channel = o % p.channels, outer = o / p.channels / p.out_plane();
+        const Window& window = windows[o / p.channels % p.out_plane()];
+        const auto element = [&](const auto& pair) {
+            return (outer * p.in_plane() + pair.second) * p.channels + channel;
+        };
+        const auto place = [&](const auto& pair) {
+            return uint64_t(c.places == Places::Index ? pair.second : pair.first);
+        };
+        const double divisor = c.job.divisor ? c.job.divisor : window.counted;
+        const int64_t count = window.inside.size();
+        uint64_t winner = -1;
+        if (c.op == Op::Max) {
+            y[o].value = format.lowest();
+            if (count) winner = place(window.inside[0]);
+            for (const auto& pair : window.inside)
+                if (const double v = x[element(pair)]; v > y[o].value || std::isnan(v))
+                    y[o].value = v, winner = place(pair);
+        } else if (c.op == Op::MaxBackward) {
+            if (count && !r.chance(20)) {
+                const auto& pair = window.inside[r.pick(0, count - 1)];
+                winner = place(pair);
+                add(element(pair), x[o]);
+            }
+        } else if (c.op == Op::AvgBackward) {
+            for (const auto& pair : window.inside) add(element(pair), x[o] / divisor);
+        } else {
+            double sum = 0, magnitudes = 0;
+            for (const auto& pair : window.inside) {
+                const double v = x[element(pair)], base = c.job.magnitude ? std::abs(v) : v;
+                const double power = c.op == Op::Lp ? std::pow(base, c.job.norm) : base;
+                sum += power, magnitudes += std::abs(power);
+            }
+            const double error = slack(count, magnitudes);
+            if (c.op == Op::Avg)
+                y[o] = {sum / divisor, error / std::abs(divisor)};
+            else
+                y[o] = power_average(sum, error, window.size / divisor, c.job.norm);
+        }
+        places.push_back(winner);
+    }
+    return y;
+}
+
+[[noreturn]] void fail(const char* what, int64_t at, double found, const Expected& expected) {
+    std::fprintf(stderr, "%s %lld: found %.17g, expected %.17g within %g\n", what, (long long)at,
+                 found, expected.value, expected.slack);
+    std::exit(1);
+}
+
+void run_case(const Case& c, Random& r) {
+    const bool forward = c.forward();
+    Array src(forward ? c.inputs() : c.outputs(), c.format.bytes);
+    Array dst(forward ? c.outputs() : c.inputs(), c.format.bytes);
+    Array places(c.outputs(), kPlaceBytes[int(c.places)]);
+    std::vector<double> x;
+    for (int64_t i = 0; i < src.count; ++i) {
+        src.set(i, c.format.random(r, c.coarse, c.special && r.chance(c.special)));
+        x.push_back(c.format.value(src.get(i)));
+    }
+    std::vector<uint64_t> winners;
+    const std::vector<Expected> expected = expect(c, x, r, winners);
+    Job job = c.job;
+    job.src = src.data.get();
+    job.dst = dst.data.get();
+    if (c.op == Op::Max && c.places != Places::None) job.places_out = places.data.get();
+    if (c.op == Op::MaxBackward) {
+        job.places_in = places.data.get();
+        for (int64_t o = 0; o < places.count; ++o) places.set(o, winners[o]);
+    }
+
+    const auto& [max, max_backward, avg, avg_backward, lp] = POOLING_EXT_ISA::kernels;
+    const DType t = c.format.dtype;
+    const Kernel kernels[] = {max(t, c.places), max_backward(t, c.places), avg(t), avg_backward(t),
+                              lp(t)};
+    // Two ranges of rows, in either order, as two threads would take them.
+    const int64_t middle = r.pick(0, c.rows.count);
+    std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, c.rows.count}};
+    if (r.chance(2)) std::swap(ranges[0], ranges[1]);
+    const int64_t row = job.block ? job.block * (forward ? c.p.out_plane() : c.p.in_plane())
+                                  : dst.count / c.rows.count;
+    for (const auto& [begin, end] : ranges) {
+        if (begin == end) continue;
+        Array scratch(scratch_bytes(job), 1, r.chance(2) ? 0xff : 0x4b);
+        kernels[int(c.op)](job, begin, end, scratch.data.get());
+        if (&begin != &ranges[0].first) continue;
+        if (dst.written_outside(begin * row, end * row) ||
+            (job.places_out && places.written_outside(begin * row, end * row)))
+            fail("written outside rows up to", end, begin, {});
+    }
+
+    for (int64_t i = 0; i < dst.count; ++i) {
+        const Expected& e = expected[i];
+        const double found = c.format.value(dst.get(i));
+        if (found == e.value || (std::isnan(found) && (std::isnan(e.value) || e.or_nan))) continue;
+        const double rounding = e.slack < 0 ? 0 : c.format.rounding(e.value);
+        if (!(std::abs(found - e.value) <= e.slack + rounding)) fail("element", i, found, e);
+    }
+    const int unused = 64 - 8 * kPlaceBytes[int(c.places)];
+    for (int64_t o = 0; job.places_out && o < places.count; ++o)
+        if (places.get(o) != winners[o] << unused >> unused)
+            fail("place", o, double(places.get(o)), {double(winners[o])});
+    ++progress->done;
+    progress->blocks += job.block > 0;
+    progress->planes += job.by_plane;
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+int main(int argc, char** argv) {
+    using namespace pooling_ext;
+    const long long jobs = argc > 1 ? std::atoll(argv[1]) : kDefaultJobs;
+    const long long first = argc > 2 ? std::atoll(argv[2]) : 0;
+    void* const shared =
+        mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED) return std::perror("mmap"), 2;
+    progress = new (shared) Progress{};
+    const pid_t child = fork();
+    if (child == 0) {
+        for (long long number = first; number < first + jobs; ++number) {
+            Random random{std::mt19937_64(number)};
+            const Case c = make_case(random);
+            std::snprintf(progress->job, sizeof(progress->job), "job %lld: %s", number,
+                          c.description().c_str());
+            run_case(c, random);
+        }
+        return 0;
+    }
+    int status = 1;
+    if (child < 0 || waitpid(child, &status, 0) != child) return std::perror("fork"), 2;
+    const Progress& p = *progress;
+    if (status != 0) return std::fprintf(stderr, "fuzz_kernels: FAILED in %s\n", p.job), 1;
+    std::printf(
+        "fuzz_kernels: %lld jobs passed: %lld in blocks, %lld by plane, %lld with empty windows\n",
+        p.done, p.blocks, p.planes, p.empty_windows);
+    return 0;
+}
