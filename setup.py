@@ -51,7 +51,10 @@ def settings():
     for folder in (torch_dir / "include", pybind11.get_include(), sysconfig.get_paths()["include"]):
         flags += ["-isystem", str(folder)]
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
-    flags += [f'-DPOOLING_EXT_TORCH_TARGET="{major}.{minor}"', f'-DPOOLING_EXT_BUILD_TORCH="{torch.__version__}"']
+    flags += [
+        f'-DPOOLING_EXT_TORCH_TARGET="{major}.{minor}"',
+        f'-DPOOLING_EXT_BUILD_TORCH="{torch.__version__}"',
+    ]
     if X86:
         flags += ["-DPOOLING_EXT_X86"]
     return flags, [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]

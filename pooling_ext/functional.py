@@ -1,6 +1,6 @@
 """Drop-in for the pooling functions of torch.nn.functional, and global pooling.
 
-    import pooling_ext.functional as F
+import pooling_ext.functional as F
 """
 
 from .ops.avg_pool import (

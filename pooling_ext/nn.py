@@ -87,7 +87,9 @@ class AvgPool1d(nn.AvgPool1d):
         count_include_pad: bool = True,
     ) -> None:
         # torch.nn.AvgPool1d would take a string apart, letter by letter.
-        super().__init__(kernel_size, stride, 0 if isinstance(padding, str) else padding, ceil_mode, count_include_pad)
+        super().__init__(
+            kernel_size, stride, 0 if isinstance(padding, str) else padding, ceil_mode, count_include_pad
+        )
         if isinstance(padding, str):
             self.padding = padding  # type: ignore[assignment]
 

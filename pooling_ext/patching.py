@@ -37,7 +37,9 @@ class PatchReport:
         rows += [("replaced", entry.path, entry.what, entry.why) for entry in self.replaced]
         rows += [("skipped", entry.path, entry.what, entry.why) for entry in self.skipped]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
         lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -120,7 +120,9 @@ def _cached(make):
 
 def _ints(value: Any, name: str, rank: int, low: int) -> Ints:
     """Expand an int, or a sequence of 1 or ``rank`` ints, to ``rank`` ints of at least ``low``."""
-    items: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    items: tuple[Any, ...] = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    )
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)):
             raise TypeError(
@@ -143,9 +145,7 @@ def _padding(value: Any, rank: int, sizes: Ints, kernel_size: Ints, stride: Ints
         if value == "valid":
             return (0, 0) * rank
         if value != "same":
-            raise ArgumentError(
-                f"padding must be an int, a tuple, 'same' or 'valid', but got {value!r}"
-            )
+            raise ArgumentError(f"padding must be an int, a tuple, 'same' or 'valid', but got {value!r}")
         pairs = []
         for size, step, extra in zip(sizes, stride, reach, strict=True):
             total = max((-(-size // step) - 1) * step + extra + 1 - size, 0)
@@ -194,9 +194,7 @@ def _output_size(size, kernel, stride, before, after, dilation, ceil_mode):
 
 
 @_cached
-def fixed_windows(
-    rank: int, shape: Ints, kernel_size, stride, padding, dilation, ceil_mode: bool
-) -> Windows:
+def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Windows:
     """Windows of fixed size, as in :func:`torch.nn.functional.max_pool2d`.
 
     Raises:
@@ -239,9 +237,7 @@ def adaptive_windows(rank: int, shape: Ints, output_size) -> Windows:
     """
     sizes = _spatial_sizes(rank, shape)
     if isinstance(output_size, Sequence) and len(output_size) == rank:
-        output_size = tuple(
-            sizes[i] if want is None else want for i, want in enumerate(output_size)
-        )
+        output_size = tuple(sizes[i] if want is None else want for i, want in enumerate(output_size))
     elif output_size is None:
         output_size = sizes
     return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())

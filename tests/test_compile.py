@@ -56,7 +56,7 @@ def test_compiled_forward_and_backward(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_compiled_with_dynamic_shapes(call):
-    """One compilation serves all sizes whose windows are alike: in parity, in being even, up to 255 places."""
+    """One compilation serves all sizes alike in parity, in up to 255 places, in uneven adaptive windows."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
     for shape in ((2, 3, 10, 11), (4, 5, 14, 13), (3, 2, 8, 17)):

@@ -21,9 +21,15 @@ using Ints = std::vector<int64_t>;
 
 using torch::stable::parallel_for;
 
+inline Ints sizes_of(const Tensor& x) {
+    const auto sizes = x.sizes();
+    return {sizes.begin(), sizes.end()};
+}
+
 // Whether the strides put the channels innermost and the rest in order, so that the tensor asks
 // for a channels-last result: what Tensor::suggest_memory_format says. Where the strides fit both
-// formats (no axis but one is larger than 1), they are channels-last only if they say so by being unequal.
+// formats (no axis but one is larger than 1), they are channels-last only if they say so by being
+// unequal.
 inline bool suggests_channels_last(const Tensor& x, int64_t rank) {
     if (rank < 2 || x.dim() != rank + 2) return false;
     const auto sizes = x.sizes();
@@ -78,7 +84,7 @@ inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last) {
 // The tensor itself if it is dense in the wanted format, else a copy that is.
 inline Tensor dense(const Tensor& x, bool channels_last) {
     if (is_dense(x, channels_last)) return x;
-    const MemoryFormat format = !channels_last  ? MemoryFormat::Contiguous
+    const MemoryFormat format = !channels_last ? MemoryFormat::Contiguous
                                 : x.dim() == 4 ? MemoryFormat::ChannelsLast
                                                : MemoryFormat::ChannelsLast3d;
     return torch::stable::contiguous(x, format);

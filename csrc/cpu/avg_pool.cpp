@@ -1,4 +1,5 @@
-// Launchers of average pooling on the CPU. The operators are defined in pooling_ext/ops/avg_pool.py.
+// Launchers of average pooling on the CPU. The operators are defined in
+// pooling_ext/ops/avg_pool.py.
 #include "cpu/launch.h"
 
 namespace pooling_ext {
@@ -16,6 +17,8 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
                          Ints kernel_size, Ints stride, Ints padding, Ints dilation,
                          bool count_include_pad, std::optional<int64_t> divisor_override) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
+    STD_TORCH_CHECK(sizes_of(grad) == output_sizes(input_size, windows),
+                    "pooling_ext: grad must have the output's size");
     const Tensor dense_grad = dense(grad, channels_last);
     Tensor result = empty(input_size, grad.scalar_type(), channels_last);
     Job job;

@@ -23,58 +23,115 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.block) return pool_blocks(job, begin, end, scratch, average<In>, true, sizeof(In), 0);
     const Divisors<T> divisors(job, scratch);
-    pool_rows<SumOp<In>, In>(job, begin, end, scratch,
-                             [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
-                                 divisors.each(od, oh, [=](int64_t i, T divisor) { y[i] = narrow<In>(row[i] / divisor); });
-                             });
+    pool_rows<SumOp<In>, In>(
+        job, begin, end, scratch,
+        [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
+            divisors.each(od, oh,
+                          [=](int64_t i, T divisor) { y[i] = narrow<In>(row[i] / divisor); });
+        });
 }
 
-// Shares the gradients of a row of outputs out over the columns of their windows. The rows over
-// one input row are summed first, and shared out together with the last of them.
+// Shares gradients out over their windows: those of the rows of outputs over one row of inputs are
+// summed first, then shared out over its columns.
 template <class G>
 class AverageSpread {
-public:
+  public:
     using T = Accumulator<G>;
 
-    AverageSpread(const Job& job, Scratch& scratch) : divisors_(job, scratch), share_(scratch.take<T>(job.p.out_row())) {}
+    AverageSpread(const Job& job, Scratch& scratch)
+        : p_(job.p),
+          divisors_(job, scratch),
+          share_(scratch.take<T>(p_.out_row())),
+          gradient_(p_, scratch, deals(p_)) {}
 
-    void operator()(RowGradient<T>& gradient, const SpreadRow<G>& row) const {
-        const PoolParams& p = gradient.params();
-        const Axis& w = p.w;
+    void start() { any_ = false; }
+
+    void add(const SpreadRow<G>& row) {
         const G* __restrict grad = row.grad;
         T* __restrict share = share_;
-        divisors_.each(row.od, row.oh, [=](int64_t i, T divisor) { share[i] = widen(grad[i]) / divisor; });
-        if (gradient.dealing()) {
-            for (int64_t c = 0; c < w.kernel; ++c) add(gradient.phase(c), share_, w.out);
-            return;
+        if (any_)
+            divisors_.each(row.od, row.oh,
+                           [=](int64_t i, T divisor) { share[i] += widen(grad[i]) / divisor; });
+        else
+            divisors_.each(row.od, row.oh,
+                           [=](int64_t i, T divisor) { share[i] = widen(grad[i]) / divisor; });
+        any_ = true;
+    }
+
+    void finish(G* dst) {
+        const Axis& w = p_.w;
+        const int64_t channels = p_.channels;
+        if (!any_) {
+            std::memset(dst, 0, p_.in_row() * sizeof(G));
+        } else if (deals(p_)) {
+            gradient_.clear();
+            for (int64_t c = 0; c < w.kernel; ++c) sum(gradient_.phase(c), share_, w.out);
+            gradient_.write(dst);
+        } else if (!w.adaptive && w.stride >= w.kernel) {
+            write_apart(dst);
+        } else {
+            gradient_.clear();
+            for (int64_t o = 0; o < w.out; ++o) {
+                const int64_t from = w.start(o) + w.first(o), to = w.start(o) + w.end(o);
+                if (channels == 1) {
+                    T* __restrict total = gradient_.column(0);
+                    for (int64_t i = from; i < to; ++i) total[i] += share_[o];
+                } else {
+                    for (int64_t i = from; i < to; ++i)
+                        sum(gradient_.column(i), share_ + o * channels, channels);
+                }
+            }
+            gradient_.write(dst);
         }
+    }
+
+  private:
+    static void sum(T* __restrict total, const T* __restrict share, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) total[i] += share[i];
+    }
+
+    // Where no two windows overlap, each column has its share from one of them, or none.
+    void write_apart(G* __restrict dst) const {
+        const Axis& w = p_.w;
+        const int64_t channels = p_.channels;
+        int64_t done = 0;
+        const auto zero_until = [&](int64_t column) {
+            if (column > done)
+                std::memset(dst + done * channels, 0, (column - done) * channels * sizeof(G));
+        };
         for (int64_t o = 0; o < w.out; ++o) {
             const int64_t from = w.start(o) + w.first(o), to = w.start(o) + w.end(o);
-            if (p.channels == 1) {
-                T* __restrict sum = gradient.column(0);
-                for (int64_t i = from; i < to; ++i) sum[i] += share_[o];
+            zero_until(from);
+            if (channels == 1) {
+                const G share = narrow<G>(share_[o]);
+                for (int64_t i = from; i < to; ++i) dst[i] = share;
             } else {
+                const T* __restrict share = share_ + o * channels;
                 for (int64_t i = from; i < to; ++i)
-                    add(gradient.column(i), share_ + o * p.channels, p.channels);
+                    for (int64_t c = 0; c < channels; ++c)
+                        dst[i * channels + c] = narrow<G>(share[c]);
             }
+            done = to;
         }
+        zero_until(w.in);
     }
 
-private:
-    static void add(T* __restrict sum, const T* __restrict share, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) sum[i] += share[i];
-    }
-
+    const PoolParams& p_;
     Divisors<T> divisors_;
-    T* share_;
+    T* const share_;
+    RowGradient<T> gradient_;
+    bool any_ = false;
 };
 
 template <class G>
 void average_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
-    if (job.block) return pool_blocks(job, begin, end, scratch, average_backward<G>, false, sizeof(G), 0);
+    if (job.block)
+        return pool_blocks(job, begin, end, scratch, average_backward<G>, false, sizeof(G), 0);
     AverageSpread<G> spread(job, scratch);
-    gather_rows<G>(job, begin, end, scratch, deals(job.p), spread);
+    gather_rows<G>(
+        job, begin, end, [&] { spread.start(); }, [&](const SpreadRow<G>& row) { spread.add(row); },
+        [&](G* dst) { spread.finish(dst); });
 }
 
 }  // namespace

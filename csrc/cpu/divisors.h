@@ -7,7 +7,7 @@ namespace pooling_ext::POOLING_EXT_ISA {
 
 template <class T>
 class Divisors {
-public:
+  public:
     Divisors(const Job& job, Scratch& scratch) : job_(job), columns_(scratch.take<T>(job.p.w.out)) {
         const Axis& w = job.p.w;
         for (int64_t o = 0; o < w.out; ++o)
@@ -19,7 +19,8 @@ public:
     POOLING_EXT_INLINE void each(int64_t od, int64_t oh, Visit visit) const {
         const PoolParams& p = job_.p;
         const bool include = job_.count_include_pad;
-        const T row = T(job_.divisor ? job_.divisor : p.d.count(od, include) * p.h.count(oh, include));
+        const T row =
+            T(job_.divisor ? job_.divisor : p.d.count(od, include) * p.h.count(oh, include));
         const T* __restrict columns = columns_;
         if (p.channels == 1) {
             for (int64_t o = 0; o < p.w.out; ++o) visit(o, row * columns[o]);
@@ -32,7 +33,7 @@ public:
         }
     }
 
-private:
+  private:
     const Job& job_;
     T* columns_;
 };

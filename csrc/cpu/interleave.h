@@ -22,14 +22,16 @@ constexpr int64_t kVectorBytes = 16;
 // interleaving row i with row i + kLanes / 2.
 template <class E>
 class Tile {
-public:
+  public:
     static constexpr int64_t kLanes = kVectorBytes / sizeof(E) < 16 ? kVectorBytes / sizeof(E) : 16;
 
     // to[j * to_pitch + i] = from[i * from_pitch + j]
-    static POOLING_EXT_INLINE void transpose(E* to, int64_t to_pitch, const E* from, int64_t from_pitch) {
+    static POOLING_EXT_INLINE void transpose(E* to, int64_t to_pitch, const E* from,
+                                             int64_t from_pitch) {
         V rows[kLanes], next[kLanes];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) std::memcpy(&rows[i], from + i * from_pitch, sizeof(V));
+        for (int64_t i = 0; i < kLanes; ++i)
+            std::memcpy(&rows[i], from + i * from_pitch, sizeof(V));
 #pragma GCC unroll 4
         for (int64_t round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 8
@@ -44,7 +46,7 @@ public:
         for (int64_t i = 0; i < kLanes; ++i) std::memcpy(to + i * to_pitch, &rows[i], sizeof(V));
     }
 
-private:
+  private:
     typedef E V __attribute__((vector_size(kLanes * sizeof(E))));
     static constexpr auto kSequence = std::make_integer_sequence<int, int(kLanes)>{};
 
@@ -69,7 +71,8 @@ void transpose(E* to, const E* from, int64_t rows, int64_t columns) {
         for (int64_t next = 0; next < columns; next += kLanes) {
             // The last tile overlaps the one before it instead of ending early.
             const int64_t column = next + kLanes <= columns ? next : columns - kLanes;
-            Tile<E>::transpose(to + column * rows + row, rows, from + row * columns + column, columns);
+            Tile<E>::transpose(to + column * rows + row, rows, from + row * columns + column,
+                               columns);
         }
 }
 
@@ -90,10 +93,10 @@ inline void transpose(void* to, const void* from, int64_t rows, int64_t columns,
     }
 }
 
-// Runs `pool` on blocks [begin, end) of job.block planes each. `size` and `places_size` are those of an
-// element and of a place (0 if there are none).
-inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scratch, Kernel pool, bool forward,
-                        size_t size, size_t places_size) {
+// Runs `pool` on blocks [begin, end) of job.block planes each. `size` and `places_size` are those
+// of an element and of a place (0 if there are none).
+inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scratch, Kernel pool,
+                        bool forward, size_t size, size_t places_size) {
     Job inner = job;
     inner.block = 0;
     PoolParams& p = inner.p;
@@ -108,12 +111,13 @@ inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scra
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * job.block;
         p.channels = first + job.block <= job.planes ? job.block : job.planes - first;
-        transpose(src, static_cast<const char*>(job.src) + first * from * size, p.channels, from, size);
+        transpose(src, static_cast<const char*>(job.src) + first * from * size, p.channels, from,
+                  size);
         pool(inner, 0, forward ? p.out_rows() : p.in_rows(), scratch.take<char>(0));
         transpose(static_cast<char*>(job.dst) + first * to * size, dst, to, p.channels, size);
         if (places_size)
-            transpose(static_cast<char*>(job.places_out) + first * out * places_size, places, out, p.channels,
-                      places_size);
+            transpose(static_cast<char*>(job.places_out) + first * out * places_size, places, out,
+                      p.channels, places_size);
     }
 }
 

@@ -10,17 +10,21 @@ namespace pooling_ext {
 
 enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int64, UInt8 };
 
+// How many planes max pooling's backward scatters to at a time in channels-last.
+constexpr int64_t kScatterChannels = 32;
+
 // How the winner of a max-pool window is remembered: not at all, as its offset in the window
 // (a byte or an int32), or as its index in the plane.
 enum class Places { None, Byte, Int32, Index };
 
 struct Job {
     PoolParams p;
-    const void* src = nullptr;     // forward: the input; backward: the gradient of the output
-    void* dst = nullptr;           // forward: the output; backward: the gradient of the input
-    void* places_out = nullptr;    // max forward
+    const void* src = nullptr;        // forward: the input; backward: the gradient of the output
+    void* dst = nullptr;              // forward: the output; backward: the gradient of the input
+    void* places_out = nullptr;       // max forward
     const void* places_in = nullptr;  // max backward
-    bool by_plane = false;            // max backward: rows are whole planes
+    // Max backward: a row is a whole plane, or kScatterChannels planes in channels-last.
+    bool by_plane = false;
     // If not 0: there are `planes` small planes, of which `p` describes `block`, as channels, and
     // a row is such a block (see interleave.h).
     int64_t block = 0;
@@ -59,10 +63,12 @@ extern const Kernels kernels;
 inline size_t scratch_bytes(const PoolParams& p) {
     constexpr size_t element = 8 + 4, slack = 256;
     const size_t rows = p.d.kernel * p.h.kernel;
-    const size_t phases = p.w.adaptive ? 0 : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
-                                                 (p.w.out + 2) * p.w.stride;
+    const size_t phases = p.w.adaptive ? 0
+                                       : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
+                                             (p.w.out + 2) * p.w.stride;
     const size_t in = p.in_row(), out = p.out_row();
-    return (in + 2 * out + phases) * element + (rows + 2 * p.w.kernel + 2 * p.w.stride + p.w.out) * 16 + 16 * slack;
+    return (in + 2 * out + phases) * element +
+           (rows + 2 * p.w.kernel + 2 * p.w.stride + p.w.out) * 16 + 16 * slack;
 }
 
 }  // namespace pooling_ext

@@ -37,10 +37,10 @@ inline DType dtype_of(const Tensor& x) {
 // The geometry of an input of the given sizes, unbatched or batched.
 inline PoolParams params_of(const Ints& sizes, const Windows& windows, bool channels_last) {
     const int64_t rank = windows.rank(), dims = static_cast<int64_t>(sizes.size());
-    STD_TORCH_CHECK(rank >= 1 && rank <= 3 && dims >= rank, "pooling_ext: wrong number of dimensions");
     PoolParams p;
     Axis* axes[] = {&p.d, &p.h, &p.w};
-    for (int64_t i = 0; i < rank; ++i) *axes[3 - rank + i] = axis_of(sizes[dims - rank + i], windows, i);
+    for (int64_t i = 0; i < rank; ++i)
+        *axes[3 - rank + i] = axis_of(sizes[dims - rank + i], windows, i);
     for (int64_t i = 0; i < dims - rank; ++i) p.outer *= sizes[i];
     if (channels_last) {
         p.channels = sizes[1];
@@ -49,16 +49,17 @@ inline PoolParams params_of(const Ints& sizes, const Windows& windows, bool chan
     return p;
 }
 
-inline Ints output_sizes(const Tensor& input, const Windows& windows) {
-    const auto sizes = input.sizes();
-    Ints result(sizes.begin(), sizes.end());
-    std::copy(windows.output_size.begin(), windows.output_size.end(), result.end() - windows.rank());
-    return result;
+// The output's sizes for an input of the given ones; checks that the windows go with it.
+inline Ints output_sizes(Ints sizes, const Windows& windows) {
+    STD_TORCH_CHECK(valid(sizes, windows),
+                    "pooling_ext: the windows do not go with the input's size");
+    std::copy(windows.output_size.begin(), windows.output_size.end(), sizes.end() - windows.rank());
+    return sizes;
 }
 
 // Scratch memory that a thread keeps between calls, unless it is very large.
 class ThreadScratch {
-public:
+  public:
     explicit ThreadScratch(size_t bytes) {
         constexpr size_t kKeep = size_t(8) << 20;
         if (bytes > kKeep) {
@@ -77,7 +78,7 @@ public:
 
     void* get() const { return memory_; }
 
-private:
+  private:
     std::unique_ptr<char[]> own_;
     void* memory_;
 };
@@ -88,9 +89,13 @@ inline void launch(Kernel kernel, const Job& job, Rows rows) {
     constexpr int64_t kWorkPerThread = 1 << 15;
     const int64_t grain = 1 + kWorkPerThread / (rows.work + 1);
     const size_t bytes = scratch_bytes(job);
-    auto run = [&](int64_t begin, int64_t end) { kernel(job, begin, end, ThreadScratch(bytes).get()); };
-    if (rows.count <= grain) run(0, rows.count);
-    else parallel_for(0, rows.count, grain, run);
+    auto run = [&](int64_t begin, int64_t end) {
+        kernel(job, begin, end, ThreadScratch(bytes).get());
+    };
+    if (rows.count <= grain)
+        run(0, rows.count);
+    else
+        parallel_for(0, rows.count, grain, run);
 }
 
 // A forward call: the input made dense in the format it suggests, and an output in that format.
@@ -102,9 +107,8 @@ struct Forward {
     Forward(const Tensor& x, const Windows& windows)
         : channels_last(suggests_channels_last(x, windows.rank())),
           input(dense(x, channels_last)),
-          output(empty(output_sizes(x, windows), x.scalar_type(), channels_last)) {
-        const auto sizes = x.sizes();
-        job.p = params_of({sizes.begin(), sizes.end()}, windows, channels_last);
+          output(empty(output_sizes(sizes_of(x), windows), x.scalar_type(), channels_last)) {
+        job.p = params_of(sizes_of(x), windows, channels_last);
         job.src = input.data_ptr();
         job.dst = output.data_ptr();
     }

@@ -1,4 +1,5 @@
-// Launcher of power-average pooling on the CPU. The operator is defined in pooling_ext/ops/lp_pool.py.
+// Launcher of power-average pooling on the CPU. The operator is defined in
+// pooling_ext/ops/lp_pool.py.
 #include "cpu/launch.h"
 
 namespace pooling_ext {

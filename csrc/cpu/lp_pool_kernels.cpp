@@ -35,7 +35,8 @@ void power_average(const Job& job, int64_t begin, int64_t end, Scratch scratch) 
     const Divisors<T> divisors(job, scratch);
     const PoolParams& p = job.p;
     pool_rows<PowerSumOp<In, kNorm, kMagnitude>, In>(
-        job, begin, end, scratch, [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
+        job, begin, end, scratch,
+        [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
             // PyTorch takes the average and multiplies by the full window's size.
             const T whole = T(p.d.places(od) * p.h.places(oh) * p.w.places(0));
             divisors.each(od, oh, [=](int64_t i, T divisor) {
@@ -48,7 +49,8 @@ void power_average(const Job& job, int64_t begin, int64_t end, Scratch scratch) 
 template <class In>
 void power_average_of(const Job& job, int64_t begin, int64_t end, void* memory) {
     const Scratch scratch(memory);
-    if (job.block) return pool_blocks(job, begin, end, scratch, power_average_of<In>, true, sizeof(In), 0);
+    if (job.block)
+        return pool_blocks(job, begin, end, scratch, power_average_of<In>, true, sizeof(In), 0);
     switch (job.norm) {
         case 1:
             return job.magnitude ? power_average<In, 1, true>(job, begin, end, scratch)

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
     const bool byte = call.job.p.window_places() <= kByteWindow;
     const Places kind = indices ? Places::Index : byte ? Places::Byte : Places::Int32;
     const ScalarType dtype = indices ? ScalarType::Long : byte ? ScalarType::Byte : ScalarType::Int;
-    Tensor places = empty(output_sizes(input, windows), dtype, call.channels_last);
+    Tensor places = empty(sizes_of(call.output), dtype, call.channels_last);
     call.job.places_out = places.data_ptr();
     return {call.launch(kernels().max_pool(dtype_of(input), kind)), places};
 }
@@ -35,10 +35,14 @@ Places kind_of(const Tensor& places) {
     }
 }
 
-Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_size, Ints output_size,
-                         Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
+Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_size,
+                         Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+                         Ints dilation) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     const bool channels_last = suggests_channels_last(places, windows.rank());
+    STD_TORCH_CHECK(
+        sizes_of(grad) == sizes_of(places) && sizes_of(grad) == output_sizes(input_size, windows),
+        "pooling_ext: grad and places must have the output's size");
     const Tensor dense_grad = dense(grad, channels_last);
     const Tensor dense_places = dense(places, channels_last);
     Tensor result = empty(input_size, grad.scalar_type(), channels_last);
@@ -47,16 +51,14 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     job.src = dense_grad.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
-    // Scattering needs a plane of sums in memory; beyond this size rows are gathered instead.
-    constexpr int64_t kLargestPlane = int64_t(1) << 26;
-    job.by_plane = job.p.channels == 1 && job.p.in_plane() <= kLargestPlane;
+    choose_scatter(job);
     launch_backward(kernels().max_pool_backward(dtype_of(grad), kind_of(places)), job, result);
     return result;
 }
 
 // Where the winner of each output lies in its plane, from either kind of place; -1 for none.
 class Decoder {
-public:
+  public:
     Decoder(const PoolParams& p, const Tensor& places)
         : p_(p), kind_(kind_of(places)), data_(places.data_ptr()) {}
 
@@ -76,7 +78,7 @@ public:
         return (d * p_.h.in + h) * p_.w.in + p_.w.start(ow) + kw * p_.w.dilation;
     }
 
-private:
+  private:
     const PoolParams& p_;
     const Places kind_;
     const void* data_;
@@ -102,16 +104,17 @@ void gather(const PoolParams& p, const Decoder& decode, const void* from, void* 
     });
 }
 
-Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_size, Ints kernel_size,
-                       Ints stride, Ints padding, Ints dilation) {
+Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_size,
+                       Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     const bool channels_last = suggests_channels_last(places, windows.rank());
     const Tensor dense_input = dense(input, channels_last);
     const Tensor dense_places = dense(places, channels_last);
-    Tensor result = empty(output_sizes(input, windows), input.scalar_type(), channels_last);
+    const Ints sizes = output_sizes(sizes_of(input), windows);
+    STD_TORCH_CHECK(sizes_of(places) == sizes, "pooling_ext: places must have the output's size");
+    Tensor result = empty(sizes, input.scalar_type(), channels_last);
     if (result.numel() == 0) return result;
-    const auto sizes = input.sizes();
-    const PoolParams p = params_of({sizes.begin(), sizes.end()}, windows, channels_last);
+    const PoolParams p = params_of(sizes_of(input), windows, channels_last);
     const Decoder decode(p, dense_places);
     switch (dtype_of(input)) {
         case DType::Float64:

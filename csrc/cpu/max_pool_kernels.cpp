@@ -23,10 +23,11 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
     using Order = typename Fastest<In>::Order;
     using Op = MaxOp<Order, In>;
     const int64_t n = job.p.out_row();
-    pool_rows<Op, In>(job, begin, end, Scratch(scratch),
-                      [&](int64_t, int64_t, const typename Op::T* __restrict row, In* __restrict y) {
-                          for (int64_t i = 0; i < n; ++i) y[i] = Order::store(row[i]);
-                      });
+    pool_rows<Op, In>(
+        job, begin, end, Scratch(scratch),
+        [&](int64_t, int64_t, const typename Op::T* __restrict row, In* __restrict y) {
+            for (int64_t i = 0; i < n; ++i) y[i] = Order::store(row[i]);
+        });
 }
 
 // An offset larger than any in a window: what is not in the input, and so never wins.
@@ -36,7 +37,7 @@ constexpr int32_t kNowhere = 1 << 30;
 // carries its offset; PyTorch's rule is that the first of equals wins, and the last NaN.
 template <class In>
 class ArgmaxReducer {
-public:
+  public:
     using Order = Ordered<In>;
     using T = typename Order::T;
 
@@ -62,12 +63,15 @@ public:
     const int32_t* offsets() const { return offset_; }
 
     void operator()(const In* plane, int64_t od, int64_t oh) {
+        if (p_.channels > 1) return reduce_pixels(plane, od, oh);
         const Axis& w = p_.w;
         bool any = false;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
             const int32_t offset = int32_t(place * w.kernel);
-            if (any) add_row(row, offset);
-            else start_row(row, offset);
+            if (any)
+                add_row(row, offset);
+            else
+                start_row(row, offset);
             any = true;
         });
         for (int64_t i = 0; i < p_.out_row(); ++i) {
@@ -77,37 +81,75 @@ public:
         if (!any) return;
         if (dealing_) {
             for (const auto& part : phases_) {
-                gather_phase<Same<T>>(dealt_value_ + part.to, row_value_ + part.from, part.count, w.stride);
-                gather_phase<Same<int32_t>>(dealt_offset_ + part.to, row_offset_ + part.from, part.count,
-                                            w.stride);
+                gather_phase<Same<T>>(dealt_value_ + part.to, row_value_ + part.from, part.count,
+                                      w.stride);
+                gather_phase<Same<int32_t>>(dealt_offset_ + part.to, row_offset_ + part.from,
+                                            part.count, w.stride);
             }
             for (int64_t c = 0; c < w.kernel; ++c) {
                 const int64_t at = phases_.at(c);
-                add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c), w.out);
+                add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c),
+                           w.out);
             }
             return;
         }
-        const int64_t channels = p_.channels;
-        if (channels == 1) {
-            for (int64_t o = 0; o < w.out; ++o) scan_window(o);
-            return;
-        }
-        for (int64_t o = 0; o < w.out; ++o) {
-            const int64_t last = w.end(o);
-            for (int64_t c = w.first(o); c < last; ++c) {
-                const int64_t at = (w.start(o) + c * w.dilation) * channels;
-                add_column(value_ + o * channels, offset_ + o * channels, row_value_ + at, row_offset_ + at,
-                           int32_t(c), channels);
-            }
-        }
+        for (int64_t o = 0; o < w.out; ++o) scan_window(o);
     }
 
-private:
+  private:
     template <class U>
     struct Same {
         using Element = U;
         static POOLING_EXT_INLINE U get(U x) { return x; }
     };
+
+    // In channels-last the places of a window are met in order, so a later one never wins a tie.
+    void reduce_pixels(const In* plane, int64_t od, int64_t oh) {
+        const Axis& w = p_.w;
+        const int64_t channels = p_.channels;
+        // Until something larger comes along, the first place of the window wins, if it has any.
+        const int64_t kd = p_.d.first(od), kh = p_.h.first(oh);
+        const bool any = kd < p_.d.end(od) && kh < p_.h.end(oh);
+        for (int64_t o = 0, i = 0; o < w.out; ++o) {
+            const int64_t kw = w.first(o), offset = (kd * p_.h.kernel + kh) * w.kernel + kw;
+            const int32_t start = any && kw < w.end(o) ? int32_t(offset) : kNowhere;
+            for (int64_t c = 0; c < channels; ++c, ++i) {
+                value_[i] = Order::lowest();
+                offset_[i] = start;
+            }
+        }
+        each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
+            for (int64_t o = 0; o < w.out; ++o) {
+                const int64_t last = w.end(o), step = w.dilation * channels;
+                int64_t c = w.first(o);
+                T* const best = value_ + o * channels;
+                int32_t* const where = offset_ + o * channels;
+                const In* x = row + w.start(o) * channels + c * step;
+                const int32_t offset = int32_t(place * w.kernel);
+                for (; c + 3 <= last; c += 3, x += 3 * step)
+                    add_pixels<3>(best, where, x, step, offset + int32_t(c), channels);
+                for (; c < last; ++c, x += step)
+                    add_pixels<1>(best, where, x, step, offset + int32_t(c), channels);
+            }
+        });
+    }
+
+    template <int kCount>
+    static void add_pixels(T* __restrict best, int32_t* __restrict where, const In* __restrict x,
+                           int64_t step, int32_t offset, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            T b = best[i];
+            int32_t o = where[i];
+            for (int k = 0; k < kCount; ++k) {
+                const T v = Order::load(x[k * step + i]);
+                const bool wins = (v > b) | is_nan(v);
+                b = wins ? v : b;
+                o = wins ? offset + k : o;
+            }
+            best[i] = b;
+            where[i] = o;
+        }
+    }
 
     // Finds the maximum of one wide window, then the offset of whoever has it.
     void scan_window(int64_t o) {
@@ -121,13 +163,15 @@ private:
         if (is_nan(most)) {
             where = -1;
             for (int64_t c = 0; c < n; ++c) {
-                const int32_t candidate = is_nan(value[c * step]) ? offset[c * step] + int32_t(c) : -1;
+                const int32_t candidate =
+                    is_nan(value[c * step]) ? offset[c * step] + int32_t(c) : -1;
                 where = candidate > where ? candidate : where;
             }
         } else {
             where = kNowhere;
             for (int64_t c = 0; c < n; ++c) {
-                const int32_t candidate = value[c * step] == most ? offset[c * step] + int32_t(c) : kNowhere;
+                const int32_t candidate =
+                    value[c * step] == most ? offset[c * step] + int32_t(c) : kNowhere;
                 where = candidate < where ? candidate : where;
             }
         }
@@ -177,21 +221,25 @@ private:
     int32_t* dealt_offset_ = nullptr;
 };
 
-// Writes the winners' offsets, or their indices in the plane; -1 (as a byte: 255) where there is none.
+// Writes the winners' offsets, or their indices in the plane; -1 (as a byte: 255) where there is
+// none.
 template <class Place>
 void write_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offset,
                   Place* __restrict places) {
     if constexpr (!std::is_same_v<Place, int64_t>) {
-        for (int64_t i = 0; i < p.out_row(); ++i) places[i] = Place(offset[i] < kNowhere ? offset[i] : -1);
+        for (int64_t i = 0; i < p.out_row(); ++i)
+            places[i] = Place(offset[i] < kNowhere ? offset[i] : -1);
     } else {
         const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
         for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
             const int64_t w0 = p.w.start(o);
             for (int64_t c = 0; c < p.channels; ++c, ++i) {
-                const int32_t row = offset[i] / int32_t(p.w.kernel), kw = offset[i] % int32_t(p.w.kernel);
+                const int32_t row = offset[i] / int32_t(p.w.kernel),
+                              kw = offset[i] % int32_t(p.w.kernel);
                 const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
                 const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
-                places[i] = offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
+                places[i] =
+                    offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
             }
         }
     }
@@ -201,29 +249,31 @@ template <class In, class Place>
 void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.block)
-        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In), sizeof(Place));
+        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In),
+                           sizeof(Place));
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
     ArgmaxReducer<In> argmax(p, scratch);
     const auto* src = static_cast<const In*>(job.src);
     const int64_t plane = p.d.in * p.h.in * p.in_row();
-    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
-        argmax(src + outer * plane, od, oh);
-        In* __restrict y = static_cast<In*>(job.dst) + index * p.out_row();
-        const auto* __restrict values = argmax.values();
-        for (int64_t i = 0; i < p.out_row(); ++i) y[i] = Order::store(values[i]);
-        write_places(p, od, oh, argmax.offsets(), static_cast<Place*>(job.places_out) + index * p.out_row());
-    });
+    each_index(begin, end, p.d.out, p.h.out,
+               [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+                   argmax(src + outer * plane, od, oh);
+                   In* __restrict y = static_cast<In*>(job.dst) + index * p.out_row();
+                   const auto* __restrict values = argmax.values();
+                   for (int64_t i = 0; i < p.out_row(); ++i) y[i] = Order::store(values[i]);
+                   write_places(p, od, oh, argmax.offsets(),
+                                static_cast<Place*>(job.places_out) + index * p.out_row());
+               });
 }
 
-// In the contiguous format the gradients of a plane are scattered, each to its winner. A thread
-// has the plane to itself, so the order of the sums does not depend on how many there are.
+// The gradients of a plane are scattered, each to its winner. A thread has the plane to itself
+// (in channels-last: kScatterChannels planes), so the order of the sums does not depend on how many
+// there are.
 template <class G, class Place>
 void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
     using T = Accumulator<G>;
     const PoolParams& p = job.p;
-    const int64_t in = p.d.in * p.h.in * p.w.in, out = p.d.out * p.h.out * p.w.out;
-    constexpr bool kDirect = std::is_same_v<T, G>;
     // Where each offset in a window leads, from the window's start.
     constexpr int64_t kTable = std::is_same_v<Place, uint8_t> ? kByteWindow : 0;
     int64_t lead[kTable + 1];
@@ -234,32 +284,44 @@ void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch)
     };
     for (int64_t offset = 0; offset < kTable && offset < p.window_places(); ++offset)
         lead[offset] = lead_of(offset);
-    T* sums = kDirect ? nullptr : scratch.take<T>(in);
     int64_t* starts = scratch.take<int64_t>(p.w.out);
     for (int64_t ow = 0; ow < p.w.out; ++ow) starts[ow] = p.w.start(ow);
-    for (int64_t plane = begin; plane < end; ++plane) {
-        const G* grad = static_cast<const G*>(job.src) + plane * out;
-        const Place* place = static_cast<const Place*>(job.places_in) + plane * out;
-        G* dst = static_cast<G*>(job.dst) + plane * in;
-        if constexpr (kDirect) sums = dst;
-        std::memset(sums, 0, in * sizeof(T));
-        for (int64_t od = 0; od < p.d.out; ++od)
-            for (int64_t oh = 0; oh < p.h.out; ++oh) {
+    const int64_t groups = ceil_div(p.channels, kScatterChannels);
+    // Sums of the stored type in the contiguous format are made in place.
+    const bool in_place = std::is_same_v<T, G> && p.channels == 1;
+    T* own =
+        scratch.take<T>(in_place ? 0 : p.in_plane() * (groups > 1 ? kScatterChannels : p.channels));
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t channel = unit % groups * kScatterChannels, outer = unit / groups;
+        const int64_t channels =
+            p.channels - channel < kScatterChannels ? p.channels - channel : kScatterChannels;
+        const int64_t from = outer * p.out_plane() * p.channels + channel;
+        const G* grad = static_cast<const G*>(job.src) + from;
+        const Place* place = static_cast<const Place*>(job.places_in) + from;
+        G* dst = static_cast<G*>(job.dst) + outer * p.in_plane() * p.channels + channel;
+        T* const sums = in_place ? reinterpret_cast<T*>(dst) : own;
+        std::memset(sums, 0, p.in_plane() * channels * sizeof(T));
+        each_index(
+            0, p.d.out * p.h.out, p.d.out, p.h.out, [&](int64_t, int64_t, int64_t od, int64_t oh) {
                 const int64_t row = (p.d.start(od) * p.h.in + p.h.start(oh)) * p.w.in;
-                for (int64_t ow = 0; ow < p.w.out; ++ow) {
-                    const Place at = *place++;
-                    const T g = widen(*grad++);
-                    if constexpr (std::is_same_v<Place, int64_t>) {
-                        if (at >= 0) sums[at] += g;
-                    } else if constexpr (std::is_same_v<Place, uint8_t>) {
-                        if (at != kByteWindow) sums[row + starts[ow] + lead[at]] += g;
-                    } else if (at >= 0) {
-                        sums[row + starts[ow] + lead_of(at)] += g;
+                for (int64_t ow = 0; ow < p.w.out; ++ow, grad += p.channels, place += p.channels)
+                    for (int64_t c = 0; c < channels; ++c) {
+                        const Place at = place[c];
+                        const T g = widen(grad[c]);
+                        if constexpr (std::is_same_v<Place, int64_t>) {
+                            if (at >= 0) sums[at * channels + c] += g;
+                        } else if constexpr (std::is_same_v<Place, uint8_t>) {
+                            if (at != kByteWindow)
+                                sums[(row + starts[ow] + lead[at]) * channels + c] += g;
+                        } else if (at >= 0) {
+                            sums[(row + starts[ow] + lead_of(at)) * channels + c] += g;
+                        }
                     }
-                }
-            }
-        if constexpr (!kDirect)
-            for (int64_t i = 0; i < in; ++i) dst[i] = narrow<G>(sums[i]);
+            });
+        if (in_place) continue;
+        for (int64_t i = 0; i < p.in_plane(); ++i)
+            for (int64_t c = 0; c < channels; ++c)
+                dst[i * p.channels + c] = narrow<G>(sums[i * channels + c]);
     }
 }
 
@@ -275,7 +337,8 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
     using T = Accumulator<G>;
     const PoolParams& p = job.p;
     const Axis& w = p.w;
-    const auto add_row = [&](RowGradient<T>& gradient, const SpreadRow<G>& row) {
+    RowGradient<T> gradient(p, scratch, false);
+    const auto add_row = [&](const SpreadRow<G>& row) {
         const Place* places = static_cast<const Place*>(job.places_in) + row.offset;
         for (int64_t o = 0; o < w.out; ++o) {
             const G* __restrict grad = row.grad + o * p.channels;
@@ -299,13 +362,16 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
             }
         }
     };
-    gather_rows<G>(job, begin, end, scratch, false, add_row);
+    gather_rows<G>(
+        job, begin, end, [&] { gradient.clear(); }, add_row, [&](G* dst) { gradient.write(dst); });
 }
 
 template <class G, class Place>
 void max_backward(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.by_plane) scatter_planes<G, Place>(job, begin, end, Scratch(scratch));
-    else gather_winners<G, Place>(job, begin, end, Scratch(scratch));
+    if (job.by_plane)
+        scatter_planes<G, Place>(job, begin, end, Scratch(scratch));
+    else
+        gather_winners<G, Place>(job, begin, end, Scratch(scratch));
 }
 
 template <class In>

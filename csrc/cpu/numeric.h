@@ -104,15 +104,20 @@ struct Ordered {
         return -std::numeric_limits<T>::infinity();
     }
     static POOLING_EXT_INLINE T load(In x) {
-        if constexpr (std::is_integral_v<In>) return x;
-        else return widen(x);
+        if constexpr (std::is_integral_v<In>)
+            return x;
+        else
+            return widen(x);
     }
     static POOLING_EXT_INLINE In store(T x) {
-        if constexpr (std::is_integral_v<In>) return x;
-        else return narrow<In>(x);
+        if constexpr (std::is_integral_v<In>)
+            return x;
+        else
+            return narrow<In>(x);
     }
-    // A NaN wins against all: `a` is kept where the comparison fails, and where `b` is a NaN all bits are set, which
-    // is one too. Integer arithmetic, because a second selection by the compiler costs thrice that.
+    // A NaN wins against all: `a` is kept where the comparison fails, and where `b` is a NaN all
+    // bits are set, which is one too. Integer arithmetic, because a second selection by the
+    // compiler costs thrice that.
     static POOLING_EXT_INLINE T larger(T a, T b) {
         const T most = b > a ? b : a;
         if constexpr (std::is_integral_v<T>) {

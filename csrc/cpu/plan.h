@@ -40,6 +40,33 @@ inline Axis axis_of(int64_t in, const Windows& windows, int64_t i) {
     return axis;
 }
 
+// Whether the lists have the lengths that the rank asks for and the windows lie where
+// windows.py puts them; kernels trust that they do.
+inline bool valid(const Ints& sizes, const Windows& windows) {
+    const size_t rank = windows.output_size.size();
+    const auto fits = [&](const Ints& list, size_t length) {
+        return list.empty() || list.size() == length;
+    };
+    if (rank < 1 || rank > 3 || (sizes.size() != rank + 1 && sizes.size() != rank + 2))
+        return false;
+    if (!fits(windows.kernel_size, rank) || !fits(windows.stride, rank) ||
+        !fits(windows.padding, 2 * rank) || !fits(windows.dilation, rank))
+        return false;
+    for (size_t i = 0; i < rank; ++i) {
+        const Axis a = axis_of(sizes[sizes.size() - rank + i], windows, static_cast<int64_t>(i));
+        if (a.in < 1 || a.out < 0) return false;
+        if (windows.kernel_size.empty()) continue;
+        if (a.kernel < 1 || a.stride < 1 || a.dilation < 1 || a.pad_before < 0 || a.pad_after < 0)
+            return false;
+        const auto out = [&](bool ceil_mode) {
+            return output_size(a.in, a.kernel, a.stride, a.pad_before, a.pad_after, a.dilation,
+                               ceil_mode);
+        };
+        if (a.out != out(false) && a.out != out(true)) return false;
+    }
+    return true;
+}
+
 // A window over a whole plane is a window over one long row, which the kernels walk faster.
 inline void flatten_whole_planes(PoolParams& p) {
     if (p.channels != 1) return;
@@ -64,7 +91,8 @@ inline bool interleave_small_planes(Job& job) {
     // A block of planes is to fit the second-level cache.
     constexpr int64_t kShortRow = 48, kLargestPlane = 4096, kBlock = 64, kBlockElements = 1 << 17;
     PoolParams& p = job.p;
-    if (p.channels != 1 || p.w.in > kShortRow || p.in_plane() > kLargestPlane || p.outer < kBlock) return false;
+    if (p.channels != 1 || p.w.in > kShortRow || p.in_plane() > kLargestPlane || p.outer < kBlock)
+        return false;
     job.block = p.in_plane() * kBlock > kBlockElements ? kBlock / 2 : kBlock;
     job.planes = p.outer;
     p.outer = 1;
@@ -88,10 +116,24 @@ inline Rows plan_forward(Job& job) {
     return {p.out_rows(), p.d.kernel * p.h.kernel * p.in_row()};
 }
 
+// Max pooling's backward scatters whole planes, unless they are so large that their sums would take
+// too much memory; in channels-last, where small windows gather faster, it does so for large ones.
+inline void choose_scatter(Job& job) {
+    constexpr int64_t kLargestPlane = int64_t(1) << 26, kLargestGathered = 16;
+    const PoolParams& p = job.p;
+    const int64_t at_once = p.channels < kScatterChannels ? p.channels : kScatterChannels;
+    job.by_plane = p.in_plane() * at_once <= kLargestPlane &&
+                   (p.channels == 1 || p.window_places() > kLargestGathered);
+}
+
 inline Rows plan_backward(Job& job) {
     PoolParams& p = job.p;
-    if (job.by_plane) return {p.outer, 4 * p.in_plane()};
-    if (interleave_small_planes(job)) return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
+    if (job.by_plane) {
+        const int64_t groups = ceil_div(p.channels, kScatterChannels);
+        return {p.outer * groups, 4 * p.in_plane() * p.channels / groups};
+    }
+    if (interleave_small_planes(job))
+        return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
     flatten_whole_planes(p);
     return {p.in_rows(), 4 * p.in_row()};
 }
@@ -100,7 +142,9 @@ inline Rows plan_backward(Job& job) {
 inline size_t scratch_bytes(const Job& job) {
     const PoolParams& p = job.p;
     size_t bytes = scratch_bytes(p);
-    if (job.by_plane) bytes += p.in_plane() * sizeof(double);
+    if (job.by_plane)
+        bytes += p.in_plane() * (p.channels < kScatterChannels ? p.channels : kScatterChannels) *
+                 sizeof(double);
     if (job.block) bytes += (p.in_plane() + 2 * p.out_plane()) * job.block * sizeof(double);
     return bytes;
 }

@@ -23,14 +23,14 @@ struct SpreadRow {
 // so that the c-th columns of neighbouring windows lie side by side.
 template <class T>
 class RowGradient {
-public:
+  public:
     RowGradient(const PoolParams& p, Scratch& scratch, bool dealing)
-        : p_(p), phases_(p.w, dealing, scratch), dealing_(dealing), size_(dealing ? phases_.size() : p.in_row()) {
+        : p_(p),
+          phases_(p.w, dealing, scratch),
+          dealing_(dealing),
+          size_(dealing ? phases_.size() : p.in_row()) {
         sum_ = scratch.take<T>(size_);
     }
-
-    const PoolParams& params() const { return p_; }
-    bool dealing() const { return dealing_; }
 
     // Where the c-th columns of windows 0, 1, 2, ... are summed, side by side.
     T* phase(int64_t c) { return sum_ + phases_.at(c); }
@@ -67,7 +67,7 @@ public:
                 dst[part->from + i * stride] = narrow<G>(sum_[part->to + i]);
     }
 
-private:
+  private:
     const PoolParams& p_;
     const Phases phases_;
     const bool dealing_;
@@ -75,29 +75,31 @@ private:
     T* sum_;
 };
 
-// Computes input rows [begin, end): spread(gradient, row) adds one row of outputs.
-template <class G, class Spread>
-POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch, bool dealing,
-                                    Spread& spread) {
+// For each of the input rows [begin, end): calls start(), then add(row) for each row of outputs
+// over it, then finish(pointer to the row of the input's gradient).
+template <class G, class Start, class Add, class Finish>
+POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, Start start,
+                                    Add add, Finish finish) {
     const PoolParams& p = job.p;
-    RowGradient<Accumulator<G>> gradient(p, scratch, dealing);
     const auto* grad = static_cast<const G*>(job.src);
     auto* dst = static_cast<G*>(job.dst);
-    each_index(begin, end, p.d.in, p.h.in, [&](int64_t index, int64_t outer, int64_t id, int64_t ih) {
-        gradient.clear();
-        const int64_t d_end = p.d.end_output(id), h_end = p.h.end_output(ih);
-        for (int64_t od = p.d.first_output(id); od < d_end; ++od) {
-            const int64_t kd = p.d.place(od, id);
-            if (kd < 0) continue;
-            for (int64_t oh = p.h.first_output(ih); oh < h_end; ++oh) {
-                const int64_t kh = p.h.place(oh, ih);
-                if (kh < 0) continue;
-                const int64_t offset = ((outer * p.d.out + od) * p.h.out + oh) * p.out_row();
-                spread(gradient, SpreadRow<G>{grad + offset, offset, od, oh, kd * p.h.kernel + kh, id * p.h.in + ih});
+    each_index(
+        begin, end, p.d.in, p.h.in, [&](int64_t index, int64_t outer, int64_t id, int64_t ih) {
+            start();
+            const int64_t d_end = p.d.end_output(id), h_end = p.h.end_output(ih);
+            for (int64_t od = p.d.first_output(id); od < d_end; ++od) {
+                const int64_t kd = p.d.place(od, id);
+                if (kd < 0) continue;
+                for (int64_t oh = p.h.first_output(ih); oh < h_end; ++oh) {
+                    const int64_t kh = p.h.place(oh, ih);
+                    if (kh < 0) continue;
+                    const int64_t offset = ((outer * p.d.out + od) * p.h.out + oh) * p.out_row();
+                    add(SpreadRow<G>{grad + offset, offset, od, oh, kd * p.h.kernel + kh,
+                                     id * p.h.in + ih});
+                }
             }
-        }
-        gradient.write(dst + index * p.in_row());
-    });
+            finish(dst + index * p.in_row());
+        });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

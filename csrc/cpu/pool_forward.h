@@ -1,9 +1,9 @@
 // The forward pass of every pooling operator: windows reduced in two steps.
 //
-// A row of outputs is made from the rows of input under it. The first step reduces those rows to one, element by
-// element; the second reduces each window's columns of that row. Both are the same loop over
-// contiguous memory, `fold`: in the contiguous format the second step first deals the row out into
-// `stride` phases, so that the c-th columns of neighbouring windows lie side by side; in
+// A row of outputs is made from the rows of input under it. The first step reduces those rows to
+// one, element by element; the second reduces each window's columns of that row. Both are the same
+// loop over contiguous memory, `fold`: in the contiguous format the second step first deals the row
+// out into `stride` phases, so that the c-th columns of neighbouring windows lie side by side; in
 // channels-last the columns are vectors of channels anyway.
 //
 // An operator is a type with `In` and `T` (stored and computed type), load, combine and identity.
@@ -16,17 +16,18 @@ namespace pooling_ext::POOLING_EXT_ISA {
 
 // Cuts the scratch memory into aligned arrays.
 class Scratch {
-public:
+  public:
     explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
 
     template <class T>
     T* take(int64_t count) {
-        T* const array = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(next_) + 63) & ~uintptr_t(63));
+        T* const array =
+            reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(next_) + 63) & ~uintptr_t(63));
         next_ = reinterpret_cast<char*>(array + count);
         return array;
     }
 
-private:
+  private:
     char* next_;
 };
 
@@ -46,7 +47,8 @@ struct Computed {
 
 // dst[i] = rows[0][i] + rows[1][i] + ..., where + is the operator's; count is at least 1.
 template <class Op, class Load>
-void fold(typename Op::T* __restrict dst, const typename Load::Element* const* rows, int64_t count, int64_t n) {
+void fold(typename Op::T* __restrict dst, const typename Load::Element* const* rows, int64_t count,
+          int64_t n) {
     const auto* a = rows[0];
     int64_t row = 1;
     if (count >= 3) {
@@ -96,7 +98,8 @@ typename Op::T reduce(const typename Load::Element* x, int64_t n, int64_t step) 
 
 // Deals x[0], x[step], x[2 * step], ... out to dst.
 template <class Load, class T>
-void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x, int64_t n, int64_t step) {
+void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x, int64_t n,
+                  int64_t step) {
     switch (step) {
         case 1:
             for (int64_t i = 0; i < n; ++i) dst[i] = Load::get(x[i]);
@@ -115,7 +118,7 @@ void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x,
 // Where the columns of a row lie once it is dealt out: column i of the padded row is element
 // i / stride of phase i % stride. Only the phases that windows read are dealt.
 class Phases {
-public:
+  public:
     // If not `dealing`, there are none.
     Phases(const Axis& w, bool dealing, Scratch& scratch) {
         if (!dealing) return;
@@ -129,7 +132,8 @@ public:
             for (int64_t c = 0; c < w.kernel; ++c) read |= c * w.dilation % stride_ == phase;
             const int64_t column = ((phase - w.pad_before) % stride_ + stride_) % stride_;
             if (read && column < w.in)
-                parts_[count_++] = {place(column + w.pad_before), column, ceil_div(w.in - column, stride_)};
+                parts_[count_++] = {place(column + w.pad_before), column,
+                                    ceil_div(w.in - column, stride_)};
         }
     }
 
@@ -146,7 +150,7 @@ public:
     const Part* begin() const { return parts_; }
     const Part* end() const { return parts_ + count_; }
 
-private:
+  private:
     int64_t place(int64_t column) const { return column % stride_ * length_ + column / stride_; }
 
     int64_t stride_ = 0, length_ = 0, count_ = 0;
@@ -165,7 +169,8 @@ POOLING_EXT_INLINE bool deals(const PoolParams& p) {
 // Calls visit(pointer to row, place of the row in the window) for the input rows inside the
 // window of output row (od, oh).
 template <class In, class Visit>
-POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t od, int64_t oh, Visit visit) {
+POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t od, int64_t oh,
+                                 Visit visit) {
     const int64_t d_end = p.d.end(od), h_first = p.h.first(oh), h_end = p.h.end(oh);
     const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
     for (int64_t kd = p.d.first(od); kd < d_end; ++kd) {
@@ -187,7 +192,8 @@ void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row,
 
 // The `slide` for the windows that most networks have, or nullptr.
 template <class Op>
-auto slide_for(const PoolParams& p) -> void (*)(typename Op::T* __restrict, const typename Op::T* __restrict, int64_t) {
+auto slide_for(const PoolParams& p)
+    -> void (*)(typename Op::T* __restrict, const typename Op::T* __restrict, int64_t) {
     if (p.channels != 1 || p.w.adaptive || p.w.dilation != 1) return nullptr;
     const int64_t stride = p.w.stride, kernel = p.w.kernel;
     if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
@@ -200,7 +206,7 @@ auto slide_for(const PoolParams& p) -> void (*)(typename Op::T* __restrict, cons
 // Makes rows of outputs in the computed type.
 template <class Op>
 class RowReducer {
-public:
+  public:
     using In = typename Op::In;
     using T = typename Op::T;
 
@@ -213,7 +219,9 @@ public:
           phases_(p.w, dealing_, scratch),
           rows_(scratch.take<const In*>(p.d.kernel * p.h.kernel)),
           columns_(scratch.take<const void*>(p.w.kernel)),
-          row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector : 0) + kVector),
+          row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector
+                                                                     : 0) +
+               kVector),
           dealt_(scratch.take<T>(phases_.size())),
           out_(scratch.take<T>(p.out_row() + kVector)) {
         for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
@@ -241,11 +249,13 @@ public:
         return out_;
     }
 
-private:
+  private:
     // Scratch rows have room for a vector more, so that loops over them need no remainder.
     static constexpr int64_t kVector = 64;
 
-    static int64_t whole_vectors(int64_t n) { return (n + kVector / 2 - 1) / (kVector / 2) * (kVector / 2); }
+    static int64_t whole_vectors(int64_t n) {
+        return (n + kVector / 2 - 1) / (kVector / 2) * (kVector / 2);
+    }
 
     void fold_rows(int64_t count) {
         const int64_t n = whole_vectors(p_.in_row());
@@ -265,14 +275,16 @@ private:
                 const Element* x = row + (w.start(o) + first * w.dilation) * channels;
                 for (int64_t c = 0; c < count; ++c) columns[c] = x + c * w.dilation * channels;
                 T* const out = out_ + o * channels;
-                if (count > 0) fold<Op, Load>(out, columns, count, channels);
+                if (count > 0)
+                    fold<Op, Load>(out, columns, count, channels);
                 else
                     for (int64_t c = 0; c < channels; ++c) out[c] = Op::identity();
             }
         } else if (!dealing_) {
             for (int64_t o = 0; o < w.out; ++o) {
                 const int64_t first = w.first(o);
-                out_[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first, w.dilation);
+                out_[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first,
+                                           w.dilation);
             }
         } else {
             for (const auto& part : phases_)
@@ -297,7 +309,8 @@ private:
 
 // Calls visit(index, outer, d, h) for rows [begin, end) of planes of d_size x h_size rows.
 template <class Visit>
-POOLING_EXT_INLINE void each_index(int64_t begin, int64_t end, int64_t d_size, int64_t h_size, Visit visit) {
+POOLING_EXT_INLINE void each_index(int64_t begin, int64_t end, int64_t d_size, int64_t h_size,
+                                   Visit visit) {
     int64_t h = begin % h_size, d = begin / h_size % d_size, outer = begin / (h_size * d_size);
     for (int64_t index = begin; index < end; ++index) {
         visit(index, outer, d, h);
@@ -311,15 +324,17 @@ POOLING_EXT_INLINE void each_index(int64_t begin, int64_t end, int64_t d_size, i
 
 // Calls finish(od, oh, reduced row, pointer to the row of outputs) for output rows [begin, end).
 template <class Op, class Out, class Finish>
-POOLING_EXT_INLINE void pool_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch, Finish finish) {
+POOLING_EXT_INLINE void pool_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch,
+                                  Finish finish) {
     const PoolParams& p = job.p;
     const auto* src = static_cast<const typename Op::In*>(job.src);
     auto* dst = static_cast<Out*>(job.dst);
     const int64_t plane = p.in_plane() * p.channels;
     RowReducer<Op> reduce_row(p, src + p.outer * plane, scratch);
-    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
-        finish(od, oh, reduce_row(src + outer * plane, od, oh), dst + index * p.out_row());
-    });
+    each_index(
+        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+            finish(od, oh, reduce_row(src + outer * plane, od, oh), dst + index * p.out_row());
+        });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

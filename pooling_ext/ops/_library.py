@@ -50,9 +50,7 @@ def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
     return torch.channels_last if rank == 2 else torch.channels_last_3d
 
 
-def empty(
-    like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def empty(like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor with ``like``'s batch and channels, and its memory format if it is batched."""
     rank = len(spatial)
     batched = like.dim() == rank + 2

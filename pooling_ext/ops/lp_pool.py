@@ -49,17 +49,11 @@ def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: i
         zero = output == 0
         weighted = grad * size * output.masked_fill(zero, 1).pow(1 - p)
         weighted = weighted.masked_fill(zero, 0)
-    shared = spread(
-        weighted, tuple(input.shape), _library.suggests_channels_last(input), windows, True, None
-    )
+    shared = spread(weighted, tuple(input.shape), _library.suggests_channels_last(input), windows, True, None)
     power = input if p == 2 else input.pow(p - 1)
     if p == 1:
         return shared * input.sign() if safe else shared
     return shared * (power.abs() * input.sign() if safe and p % 2 else power)
-
-
-
-
 
 
 def _window_size(windows: Windows, input: Tensor) -> int:

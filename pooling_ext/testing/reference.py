@@ -1,7 +1,7 @@
 """Pooling as its definition reads: one window after the other, in float64.
 
-Slow on purpose. Floating-point inputs are computed in float64 and integers in int64, so the results are what a
-kernel's are rounded from. Inputs are ``(*, *spatial)``: leading dimensions are carried along.
+Slow on purpose. Floating-point inputs are computed in float64 and integers in int64, so the results
+are what a kernel's are rounded from. Inputs are ``(*, *spatial)``: leading dimensions are carried along.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def axis_places(windows: Windows, axis: int, size: int, out: int) -> list[int]:
     if windows.adaptive:
         count = windows.output_size[axis]
         return list(range(out * size // count, -(-(out + 1) * size // count)))
-    start = out * windows.stride[axis] - windows.padding[2 * axis]
-    places = [start + windows.dilation[axis] * k for k in range(windows.kernel_size[axis])]
+    _, kernel_size, stride, padding, dilation = windows.full
+    start = out * stride[axis] - padding[2 * axis]
+    places = [start + dilation[axis] * k for k in range(kernel_size[axis])]
     return [place for place in places if 0 <= place < size]
 
 
@@ -103,14 +104,14 @@ def divisor(
     """
     if divisor_override is not None:
         return divisor_override
+    if windows.adaptive or not count_include_pad:
+        return math.prod(len(axis_places(windows, axis, size, out[axis])) for axis, size in enumerate(sizes))
+    _, kernel_size, stride, padding, _ = windows.full
     count = 1
     for axis, size in enumerate(sizes):
-        if windows.adaptive or not count_include_pad:
-            count *= len(axis_places(windows, axis, size, out[axis]))
-            continue
-        before, after = windows.padding[2 * axis : 2 * axis + 2]
-        start = out[axis] * windows.stride[axis] - before
-        count *= sum(-before <= start + k < size + after for k in range(windows.kernel_size[axis]))
+        before, after = padding[2 * axis : 2 * axis + 2]
+        start = out[axis] * stride[axis] - before
+        count *= sum(-before <= start + k < size + after for k in range(kernel_size[axis]))
     return count
 
 

@@ -1,8 +1,8 @@
 """How far a result may lie from a float64 reference, for each dtype.
 
-Kernels accumulate in float32 (float64 for float64) and round once to the output's dtype. So the relative
-tolerance is that of the dtype, about one unit in the last place for the 16-bit ones, and the absolute one that of
-the float32 sums, which shows where large terms cancel.
+Kernels accumulate in float32 (float64 for float64) and round once to the output's dtype. So the
+relative tolerance is that of the dtype, about one unit in the last place for the 16-bit ones, and the
+absolute one that of the float32 sums, which shows where large terms cancel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
     return TOLERANCES.get(dtype, EXACT)
 
 
-def assert_close(actual: Tensor, expected: Tensor, exact: bool = False, scale: float = 1.0, what: str = "") -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, exact: bool = False, scale: float = 1.0, what: str = ""
+) -> None:
     """Compare ``actual`` with a reference of the same shape, which is first rounded to ``actual``'s dtype.
 
     Args:

@@ -1,0 +1,52 @@
+"""What a call costs beside its work: Python, dispatch, allocation."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import pooling_ext.functional as F
+
+
+def seconds(function, x, calls: int = 300) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(x)
+    return (time.perf_counter() - start) / calls
+
+
+@pytest.mark.native
+@pytest.mark.no_poison
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        pytest.param(lambda x: F.max_pool2d(x, 2), lambda x: TF.max_pool2d(x, 2), id="max"),
+        pytest.param(lambda x: F.avg_pool2d(x, 2), lambda x: TF.avg_pool2d(x, 2), id="avg"),
+        pytest.param(lambda x: F.lp_pool2d(x, 2, 2), lambda x: TF.lp_pool2d(x, 2, 2), id="lp"),
+        pytest.param(
+            lambda x: F.adaptive_avg_pool2d(x, 2), lambda x: TF.adaptive_avg_pool2d(x, 2), id="adaptive-avg"
+        ),
+        pytest.param(
+            lambda x: F.adaptive_max_pool2d(x, 2), lambda x: TF.adaptive_max_pool2d(x, 2), id="adaptive-max"
+        ),
+    ],
+)
+def test_a_tiny_call_costs_at_most_three_of_pytorchs(ours, theirs):
+    """Interleaved medians, the best of several rounds, so that a busy machine does not decide."""
+    x = torch.randn(1, 1, 4, 4)
+    ratios = []
+    gc.collect()
+    with torch.no_grad():
+        seconds(ours, x), seconds(theirs, x)
+        for _ in range(6):
+            rounds = [(seconds(ours, x), seconds(theirs, x)) for _ in range(7)]
+            mine, reference = (statistics.median(times) for times in zip(*rounds, strict=True))
+            ratios.append(mine / reference)
+            if ratios[-1] < 2.5:
+                break
+    assert min(ratios) <= 3, f"ratios {[round(ratio, 2) for ratio in ratios]}"
