@@ -38,4 +38,4 @@ class Differentiable:
             return self.with_jvp.apply(*args)
         # Function.apply would first bind the arguments to forward's signature, at ten times the
         # cost of the rest; ours are complete and in order.
-        return super(Function, self.with_jvp).apply(*args)
+        return super(Function, self.with_jvp).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]

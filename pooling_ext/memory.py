@@ -26,8 +26,8 @@ def reuse_cpu_memory() -> MemoryReuse:
     """Stop glibc's malloc from mapping every large tensor afresh, for the rest of the process.
 
     By default a large CPU tensor is mapped from the kernel when made and unmapped when freed, so each
-    operator pays for the page faults of its output, which can cost more than the operator. After this call freed
-    memory stays with the process and is used again; its peak does not fall back in between.
+    operator pays for the page faults of its output, which can cost more than the operator. After this
+    call freed memory stays with the process and is used again; its peak does not fall in between.
 
     Returns:
         A :class:`MemoryReuse`, true if it took effect. Outside glibc it is false and says why.

@@ -10,10 +10,7 @@ from .errors import ArgumentError
 from .nn import REPLACES
 
 _ORIGINAL = {ours: theirs for theirs, ours in REPLACES.items()}
-_POOLING_BASES = tuple(REPLACES) + (
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
-)
+_POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 @dataclass(frozen=True)

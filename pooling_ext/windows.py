@@ -215,8 +215,8 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
     )
     if any(count < 1 for count in output):
         raise ArgumentError(
-            f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, stride={step}, "
-            f"padding={padding!r} and dilation={spread} gives output size {list(output)}"
+            f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, "
+            f"stride={step}, padding={padding!r} and dilation={spread} gives output size {list(output)}"
         )
     return Windows(
         output,

@@ -150,8 +150,8 @@ def avg_pool2d(
     Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
 
     Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory format. The
-            output keeps the format.
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory
+            format. The output keeps the format.
         kernel_size: window size, an int or ``(kH, kW)``.
         stride: step between windows; default ``kernel_size``.
         padding: implicit zeros, as in :func:`max_pool2d`, with the same additions to PyTorch.

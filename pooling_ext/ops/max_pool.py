@@ -245,8 +245,8 @@ def max_pool2d(
     """Max pooling over 2-d planes; drop-in for :func:`torch.nn.functional.max_pool2d`.
 
     Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16, float16 or an integer dtype, in any
-            memory format. The output keeps the format.
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16, float16 or an integer
+            dtype, in any memory format. The output keeps the format.
         kernel_size: window size, an int or ``(kH, kW)``.
         stride: step between windows; default ``kernel_size``.
         padding: implicit -inf on both sides, an int or ``(pH, pW)``, at most half the effective kernel
@@ -255,7 +255,8 @@ def max_pool2d(
         dilation: step between the elements of a window.
         ceil_mode: round the output size up instead of down.
         return_indices: also return the winners' int64 indices in their planes, as
-            :func:`torch.nn.functional.max_unpool2d` takes them. A window with no element in range gives -inf and index -1.
+            :func:`torch.nn.functional.max_unpool2d` takes them. A window with no element in range
+            gives -inf and index -1.
 
     Returns:
         ``(N, C, H_out, W_out)`` in the input's dtype; with ``return_indices`` a pair.
