@@ -8,6 +8,7 @@ from helpers import (
     FLOATS,
     INTEGERS,
     LAYOUTS,
+    NATIVE,
     assert_same,
     dtype_id,
     gradient,
@@ -79,7 +80,8 @@ def test_average(rank, out, layout):
         actual = pool(x, out[rank])
         assert actual.dtype == dtype
         assert_close(actual, expected, what=f"{dtype}")
-        if rank > 1:
+        # PyTorch itself loses the memory format in 3-d.
+        if rank == 2 or (rank == 3 and NATIVE):
             assert strides(actual) == strides(in_format_of(x, expected))
         if actual.numel():
             _, grad = gradient(lambda x: pool(x, out[rank]), x)
@@ -104,7 +106,8 @@ def test_maximum(rank, out, layout):
         assert_close(output, expected, exact=True, what=f"{dtype}")
         assert torch.equal(places, indices)
         assert torch.equal(pool(x, out[rank]), output)
-        if rank > 1:
+        # PyTorch itself loses the memory format in 3-d.
+        if rank == 2 or (rank == 3 and NATIVE):
             assert strides(output) == strides(in_format_of(x, expected))
         if output.numel():
             _, grad = gradient(lambda x: pool(x, out[rank]), x)

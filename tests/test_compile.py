@@ -64,9 +64,10 @@ def test_compiled_with_dynamic_shapes(call):
         assert_same(compiled(x), call(x))
         assert_same(gradient(compiled, x), gradient(call, x))
     # One for inference, one for training.
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2 or not NATIVE
 
 
+@pytest.mark.native
 def test_compiled_by_inductor():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
@@ -80,6 +81,7 @@ def test_compiled_by_inductor():
         torch.testing.assert_close(gradient(compiled, x), gradient(model, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.native
 def test_compiled_with_ceil_mode_gradients_in_inductor():
     """A place where Inductor's own average pooling has had silently wrong gradients."""
 
@@ -143,6 +145,7 @@ def test_meta_and_fake_tensors(call, dtype, layout):
         assert metadata(gradient(call, mode.from_tensor(batched))[1]) == real
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("rank", [1, 3], ids="{}d".format)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(

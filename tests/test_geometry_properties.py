@@ -112,7 +112,7 @@ def test_max_pool(case):
     event(f"window without elements: {empty}")
     ours, indices = our_op(name)(x, **arguments, return_indices=True)
     plain = our_op(name)(x, **arguments)
-    assert_same(plain, ours)
+    assert_same(plain, ours, check_strides=rank > 1)
     theirs, their_indices = torch_op(name)(x, **arguments, return_indices=True)
     assert_same(ours, theirs, check_strides=rank == 2)
     grad = grad_like(ours)
@@ -215,7 +215,7 @@ def test_adaptive_max_pool(case):
     assert_close(ours_grad, theirs_grad, exact=True)
 
 
-@given(adaptive_cases(FLOATS))
+@given(adaptive_cases(AVERAGED))
 def test_adaptive_avg_pool(case):
     rank, x, out = case
     name = f"adaptive_avg_pool{rank}d"
@@ -225,8 +225,7 @@ def test_adaptive_avg_pool(case):
     grad = grad_like(ours)
     _, ours_grad = gradient(lambda x: our_op(name)(x, out), x, grad)
     expected = reference.avg_pool_backward(grad, tuple(x.shape[-rank:]), adaptive_windows(rank, x.shape, out))
-    # PyTorch's own gradient in 16 bits rounds at every addition.
-    assert_close(ours_grad, expected, scale=2 if NATIVE else 64)
+    assert_close(ours_grad, expected, scale=2)
 
 
 @given(cases(FLOATS, dilated=True, beyond=True))
@@ -258,7 +257,7 @@ def test_avg_pool_beyond_pytorch(case, count_include_pad, divisor):
     _, ours_grad = gradient(lambda x: our_op(name)(x, **arguments), x, grad)
     sizes = tuple(x.shape[-rank:])
     expected = reference.avg_pool_backward(grad, sizes, windows, count_include_pad, divisor)
-    assert_close(ours_grad, expected, scale=2 if NATIVE else 64)
+    assert_close(ours_grad, expected, scale=2)
 
 
 @given(cases(AVERAGED, low=1, high=6, beyond=True), st.sampled_from([1, 2, 3]))

@@ -108,6 +108,11 @@ struct PoolParams {
     POOLING_EXT_INLINE int64_t out_rows() const { return outer * d.out * h.out; }
 };
 
+// Whether the only window is the whole plane.
+POOLING_EXT_INLINE bool is_whole(const PoolParams& p) {
+    return p.w.whole() && p.h.whole() && p.d.whole();
+}
+
 // The largest window, in places, whose offsets fit one byte with 255 left to mean "none".
 constexpr int64_t kByteWindow = 255;
 

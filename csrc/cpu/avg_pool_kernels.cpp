@@ -26,8 +26,9 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
-            divisors.each(od, oh,
-                          [=](int64_t i, T divisor) { y[i] = narrow<In>(row[i] / divisor); });
+            divisors.divide(
+                od, oh, [=](int64_t i) { return row[i]; },
+                [=](int64_t i, T mean) { y[i] = narrow<In>(mean); });
         });
 }
 
@@ -49,12 +50,11 @@ class AverageSpread {
     void add(const SpreadRow<G>& row) {
         const G* __restrict grad = row.grad;
         T* __restrict share = share_;
+        const auto read = [=](int64_t i) { return widen(grad[i]); };
         if (any_)
-            divisors_.each(row.od, row.oh,
-                           [=](int64_t i, T divisor) { share[i] += widen(grad[i]) / divisor; });
+            divisors_.divide(row.od, row.oh, read, [=](int64_t i, T part) { share[i] += part; });
         else
-            divisors_.each(row.od, row.oh,
-                           [=](int64_t i, T divisor) { share[i] = widen(grad[i]) / divisor; });
+            divisors_.divide(row.od, row.oh, read, [=](int64_t i, T part) { share[i] = part; });
         any_ = true;
     }
 
@@ -103,8 +103,7 @@ class AverageSpread {
             const int64_t from = w.start(o) + w.first(o), to = w.start(o) + w.end(o);
             zero_until(from);
             if (channels == 1) {
-                const G share = narrow<G>(share_[o]);
-                for (int64_t i = from; i < to; ++i) dst[i] = share;
+                fill(dst + from, narrow<G>(share_[o]), to - from);
             } else {
                 const T* __restrict share = share_ + o * channels;
                 for (int64_t i = from; i < to; ++i)

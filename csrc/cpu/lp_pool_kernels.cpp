@@ -39,10 +39,9 @@ void power_average(const Job& job, int64_t begin, int64_t end, Scratch scratch) 
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
             // PyTorch takes the average and multiplies by the full window's size.
             const T whole = T(p.d.places(od) * p.h.places(oh) * p.w.places(0));
-            divisors.each(od, oh, [=](int64_t i, T divisor) {
-                const T total = divisor == whole ? row[i] : row[i] / divisor * whole;
-                y[i] = narrow<In>(root<kNorm>(total));
-            });
+            divisors.divide(
+                od, oh, [=](int64_t i) { return row[i]; },
+                [=](int64_t i, T mean) { y[i] = narrow<In>(root<kNorm>(mean * whole)); });
         });
 }
 

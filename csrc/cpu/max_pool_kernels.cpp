@@ -63,7 +63,8 @@ class ArgmaxReducer {
     const int32_t* offsets() const { return offset_; }
 
     void operator()(const In* plane, int64_t od, int64_t oh) {
-        if (p_.channels > 1) return reduce_pixels(plane, od, oh);
+        if (p_.channels >= kLeastChannels && p_.window_places() <= kDirectWindow)
+            return reduce_pixels(plane, od, oh);
         const Axis& w = p_.w;
         bool any = false;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
@@ -93,17 +94,32 @@ class ArgmaxReducer {
             }
             return;
         }
-        for (int64_t o = 0; o < w.out; ++o) scan_window(o);
+        const int64_t channels = p_.channels;
+        for (int64_t o = 0; o < w.out; ++o) {
+            if (channels == 1) {
+                scan_window(o);
+                continue;
+            }
+            const int64_t last = w.end(o), to = o * channels;
+            for (int64_t c = w.first(o); c < last; ++c) {
+                const int64_t at = (w.start(o) + c * w.dilation) * channels;
+                add_column(value_ + to, offset_ + to, row_value_ + at, row_offset_ + at, int32_t(c),
+                           channels);
+            }
+        }
     }
 
   private:
+    // In channels-last, windows of few places are faster reduced in one step than in two.
+    static constexpr int64_t kDirectWindow = 9, kLeastChannels = 16;
+
     template <class U>
     struct Same {
         using Element = U;
         static POOLING_EXT_INLINE U get(U x) { return x; }
     };
 
-    // In channels-last the places of a window are met in order, so a later one never wins a tie.
+    // The places of a window are met in order, so a later one never wins a tie.
     void reduce_pixels(const In* plane, int64_t od, int64_t oh) {
         const Axis& w = p_.w;
         const int64_t channels = p_.channels;
@@ -143,8 +159,8 @@ class ArgmaxReducer {
             for (int k = 0; k < kCount; ++k) {
                 const T v = Order::load(x[k * step + i]);
                 const bool wins = (v > b) | is_nan(v);
-                b = wins ? v : b;
-                o = wins ? offset + k : o;
+                b = select(wins, v, b);
+                o = select(wins, offset + k, o);
             }
             best[i] = b;
             where[i] = o;
@@ -270,7 +286,7 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
 // The gradients of a plane are scattered, each to its winner. A thread has the plane to itself
 // (in channels-last: kScatterChannels planes), so the order of the sums does not depend on how many
 // there are.
-template <class G, class Place>
+template <class G, class Place, bool kChannelsLast>
 void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
     using T = Accumulator<G>;
     const PoolParams& p = job.p;
@@ -288,13 +304,15 @@ void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch)
     for (int64_t ow = 0; ow < p.w.out; ++ow) starts[ow] = p.w.start(ow);
     const int64_t groups = ceil_div(p.channels, kScatterChannels);
     // Sums of the stored type in the contiguous format are made in place.
-    const bool in_place = std::is_same_v<T, G> && p.channels == 1;
+    constexpr bool in_place = std::is_same_v<T, G> && !kChannelsLast;
     T* own =
         scratch.take<T>(in_place ? 0 : p.in_plane() * (groups > 1 ? kScatterChannels : p.channels));
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t channel = unit % groups * kScatterChannels, outer = unit / groups;
-        const int64_t channels =
-            p.channels - channel < kScatterChannels ? p.channels - channel : kScatterChannels;
+        const int64_t rest = p.channels - channel;
+        const int64_t channels = !kChannelsLast            ? 1
+                                 : rest < kScatterChannels ? rest
+                                                           : kScatterChannels;
         const int64_t from = outer * p.out_plane() * p.channels + channel;
         const G* grad = static_cast<const G*>(job.src) + from;
         const Place* place = static_cast<const Place*>(job.places_in) + from;
@@ -319,9 +337,14 @@ void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch)
                     }
             });
         if (in_place) continue;
-        for (int64_t i = 0; i < p.in_plane(); ++i)
-            for (int64_t c = 0; c < channels; ++c)
-                dst[i * p.channels + c] = narrow<G>(sums[i * channels + c]);
+        // Pixels that are whole are written in one run.
+        const int64_t runs = channels == p.channels ? 1 : p.in_plane();
+        const int64_t run = p.in_plane() * channels / runs;
+        for (int64_t r = 0; r < runs; ++r) {
+            const T* __restrict sum = sums + r * run;
+            G* __restrict to = dst + r * p.channels;
+            for (int64_t i = 0; i < run; ++i) to[i] = narrow<G>(sum[i]);
+        }
     }
 }
 
@@ -368,8 +391,10 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
 
 template <class G, class Place>
 void max_backward(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.by_plane)
-        scatter_planes<G, Place>(job, begin, end, Scratch(scratch));
+    if (job.by_plane && job.p.channels == 1)
+        scatter_planes<G, Place, false>(job, begin, end, Scratch(scratch));
+    else if (job.by_plane)
+        scatter_planes<G, Place, true>(job, begin, end, Scratch(scratch));
     else
         gather_winners<G, Place>(job, begin, end, Scratch(scratch));
 }

@@ -88,6 +88,31 @@ POOLING_EXT_INLINE Float16 narrow<Float16>(float x) {
     return {uint16_t(sign | half)};
 }
 
+// The unsigned integer as wide as a type.
+template <class T>
+using BitsOf =
+    std::conditional_t<sizeof(T) == 8, uint64_t,
+                       std::conditional_t<sizeof(T) == 4, uint32_t,
+                                          std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>>;
+
+// condition ? a : b, which a compiler can not turn into a branch that keeps a loop from being
+// vectorised.
+template <class T>
+POOLING_EXT_INLINE T select(bool condition, T a, T b) {
+    const BitsOf<T> mask = BitsOf<T>(-BitsOf<T>(condition));
+    return bit_cast<T>(
+        BitsOf<T>((bit_cast<BitsOf<T>>(a) & mask) | (bit_cast<BitsOf<T>>(b) & ~mask)));
+}
+
+// dst[0..n) = value. As integers, since compilers leave loops that store a structure alone.
+template <class G>
+void fill(G* dst, G value, int64_t n) {
+    typedef BitsOf<G> Aliasing __attribute__((may_alias));
+    const BitsOf<G> bits = bit_cast<BitsOf<G>>(value);
+    Aliasing* to = reinterpret_cast<Aliasing*>(dst);
+    for (int64_t i = 0; i < n; ++i) to[i] = bits;
+}
+
 template <class T>
 POOLING_EXT_INLINE bool is_nan(T x) {
     if constexpr (std::is_floating_point_v<T>) return x != x;
@@ -120,12 +145,10 @@ struct Ordered {
     // compiler costs thrice that.
     static POOLING_EXT_INLINE T larger(T a, T b) {
         const T most = b > a ? b : a;
-        if constexpr (std::is_integral_v<T>) {
+        if constexpr (std::is_integral_v<T>)
             return most;
-        } else {
-            using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-            return bit_cast<T>(Bits(bit_cast<Bits>(most) | -Bits(b != b)));
-        }
+        else
+            return bit_cast<T>(BitsOf<T>(bit_cast<BitsOf<T>>(most) | -BitsOf<T>(b != b)));
     }
 };
 

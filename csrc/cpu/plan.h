@@ -132,7 +132,7 @@ inline Rows plan_backward(Job& job) {
         const int64_t groups = ceil_div(p.channels, kScatterChannels);
         return {p.outer * groups, 4 * p.in_plane() * p.channels / groups};
     }
-    if (interleave_small_planes(job))
+    if (!is_whole(p) && interleave_small_planes(job))
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
     flatten_whole_planes(p);
     return {p.in_rows(), 4 * p.in_row()};

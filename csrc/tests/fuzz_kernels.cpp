@@ -116,11 +116,9 @@ struct Array {
         return bits;
     }
     void set(int64_t i, uint64_t bits) { std::memcpy(&data[i * size], &bits, size); }
-    // Whether something was written outside elements [begin, end).
-    bool written_outside(int64_t begin, int64_t end) const {
-        for (int64_t i = 0; i < count * size; ++i)
-            if ((i < begin * size || i >= end * size) && data[i] != kPoison) return true;
-        return false;
+    bool written(int64_t i) const {
+        const auto* const from = &data[i * size];
+        return std::any_of(from, from + size, [](int byte) { return byte != kPoison; });
     }
 };
 
@@ -253,7 +251,10 @@ Case make_case(Random& r) {
         if (r.chance(4)) job.divisor = r.chance(2) ? r.pick(1, 9) : -r.pick(1, 9);
     }
     if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
-    job.by_plane = c.op == Op::MaxBackward && c.p.channels == 1 && !r.chance(4);
+    if (c.op == Op::MaxBackward) {
+        choose_scatter(job);
+        if (r.chance(4)) job.by_plane = !job.by_plane;
+    }
     if (c.op == Op::MaxBackward && !job.by_plane) {
         // Also in the contiguous format, as for planes too large for sums in memory.
         flatten_whole_planes(job.p);
@@ -381,16 +382,22 @@ void run_case(const Case& c, Random& r) {
     const int64_t middle = r.pick(0, c.rows.count);
     std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, c.rows.count}};
     if (r.chance(2)) std::swap(ranges[0], ranges[1]);
-    const int64_t row = job.block ? job.block * (forward ? c.p.out_plane() : c.p.in_plane())
-                                  : dst.count / c.rows.count;
+    const int64_t plane = forward ? c.p.out_plane() : c.p.in_plane(), channels = c.p.channels;
+    const int64_t row = job.block ? job.block * plane : dst.count / c.rows.count;
+    const auto row_of = [&](int64_t i) {
+        if (!job.by_plane) return i / row;
+        const int64_t groups = ceil_div(channels, kScatterChannels);
+        return i / (channels * plane) * groups + i % channels / kScatterChannels;
+    };
     for (const auto& [begin, end] : ranges) {
         if (begin == end) continue;
         Array scratch(scratch_bytes(job), 1, r.chance(2) ? 0xff : 0x4b);
         kernels[int(c.op)](job, begin, end, scratch.data.get());
         if (&begin != &ranges[0].first) continue;
-        if (dst.written_outside(begin * row, end * row) ||
-            (job.places_out && places.written_outside(begin * row, end * row)))
-            fail("written outside rows up to", end, begin, {});
+        for (int64_t i = 0; i < dst.count; ++i)
+            if ((row_of(i) < begin || row_of(i) >= end) &&
+                (dst.written(i) || (job.places_out && places.written(i))))
+                fail("written outside the rows: element", i, c.format.value(dst.get(i)), {});
     }
 
     for (int64_t i = 0; i < dst.count; ++i) {
