@@ -127,12 +127,13 @@ def _aten_avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, div
         sums = F.avg_pool2d(padded.unsqueeze(-2), (1, *kernel), (1, *stride), divisor_override=1).squeeze(-2)
     else:
         sums = getattr(F, f"avg_pool{rank}d")(padded, kernel, stride, divisor_override=1)
-    if divisor is not None:
-        return sums / divisor
-    counts = torch.ones((), dtype=torch.float64)
-    for axis_counts in windows.counts(sizes, count_include_pad):
-        counts = counts.unsqueeze(-1) * torch.tensor(axis_counts, dtype=torch.float64)
-    return sums / counts.to(sums)
+    counts = torch.ones((), dtype=torch.int64) if divisor is None else torch.tensor(divisor)
+    if divisor is None:
+        for axis_counts in windows.counts(sizes, count_include_pad):
+            counts = counts.unsqueeze(-1) * torch.tensor(axis_counts)
+    if input.is_floating_point() or input.is_complex():
+        return sums / counts.to(sums)
+    return torch.div(sums, counts.to(sums), rounding_mode="trunc")
 
 
 @public

@@ -41,14 +41,10 @@ def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: i
 
     ``d output / d x = output ** (1 - p) * x ** (p - 1)``, scaled as the forward pass scales.
     """
-    size = _window_size(windows, input)
-    if p == 1:
-        weighted = grad * size
-    else:
-        # PyTorch's formula ends in relu, whose gradient is 0 wherever the sum is 0.
-        zero = output == 0
-        weighted = grad * size * output.masked_fill(zero, 1).pow(1 - p)
-        weighted = weighted.masked_fill(zero, 0)
+    # PyTorch's formula ends in relu, whose gradient is 0 wherever the sum is 0.
+    zero = output == 0
+    weighted = grad * _window_size(windows, input) * output.masked_fill(zero, 1).pow(1 - p)
+    weighted = weighted.masked_fill(zero, 0)
     shared = spread(weighted, tuple(input.shape), _library.suggests_channels_last(input), windows, True, None)
     power = input if p == 2 else input.pow(p - 1)
     if p == 1:
@@ -86,9 +82,8 @@ def _lp_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
     input, output = ctx.saved_tensors
     windows, p, safe = ctx.options
     power = (input.abs() if safe else input).pow(p - 1) * (input.sign() if safe else 1)
-    weight = output.masked_fill(output == 0, 1).pow(1 - p) * _window_size(windows, input)
-    if p > 1:
-        weight = weight.masked_fill(output == 0, 0)
+    zero = output == 0
+    weight = output.masked_fill(zero, 1).pow(1 - p).masked_fill(zero, 0) * _window_size(windows, input)
     return avg_pool(power * tangent, windows) * weight
 
 
