@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,22 @@ def needs_autograd(input: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+class _Leaf:
+    """A tuple that pytree sees as one leaf.
+
+    torch.func pairs the tangents of a Function with its arguments, of which a nested tuple would be many.
+    """
+
+    def __init__(self, value: tuple[Any, ...]):
+        self.value = value
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.value, name)
+
+
 class Differentiable:
     """An autograd Function with its forward-mode rule.
 
@@ -35,7 +51,7 @@ class Differentiable:
         if is_compiling():
             return self.plain.apply(*args)
         if torch._C._are_functorch_transforms_active():
-            return self.with_jvp.apply(*args)
+            return self.with_jvp.apply(*(_Leaf(a) if isinstance(a, tuple) else a for a in args))
         # Function.apply would first bind the arguments to forward's signature, at ten times the
         # cost of the rest; ours are complete and in order.
         return super(Function, self.with_jvp).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]

@@ -170,14 +170,17 @@ def _padding(value: Any, rank: int, sizes: Ints, kernel_size: Ints, stride: Ints
     return tuple(pad for amount in amounts for pad in (amount, amount))
 
 
-def _spatial_sizes(rank: int, shape: Ints, zero_batch: bool = True) -> Ints:
-    """Check an input shape, batched or not, and return its spatial sizes."""
+def _spatial_sizes(rank: int, shape: Ints, may_be_zero: int = 0) -> Ints:
+    """Check an input shape, batched or not, and return its spatial sizes.
+
+    A batch may be empty; ``may_be_zero`` says how many leading dimensions may be besides.
+    """
     if len(shape) not in (rank + 1, rank + 2):
         raise ArgumentError(
             f"Expected {rank + 1}D or {rank + 2}D (batch mode) tensor for input, "
             f"but got input of size {list(shape)}"
         )
-    if any(size == 0 for size in shape[-rank - 1 :]):
+    if any(size == 0 for size in shape[max(len(shape) - rank - 1, may_be_zero) :]):
         raise ArgumentError(
             "Expected input to have non-zero size for non-batch dimensions, "
             f"but got input of size {list(shape)}"
@@ -228,14 +231,16 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
 
 
 @_cached
-def adaptive_windows(rank: int, shape: Ints, output_size) -> Windows:
+def adaptive_windows(rank: int, shape: Ints, output_size, zero_channels: bool = False) -> Windows:
     """Windows that split the input into ``output_size`` parts; ``None`` keeps an axis as it is.
+
+    As in PyTorch the first dimension may be of size 0, and with ``zero_channels`` the channels.
 
     Raises:
         TypeError: ``output_size`` is not made of ints.
         ArgumentError: ``output_size`` or the input's shape is out of range.
     """
-    sizes = _spatial_sizes(rank, shape)
+    sizes = _spatial_sizes(rank, shape, len(shape) - rank if zero_channels else 1)
     if isinstance(output_size, Sequence) and len(output_size) == rank:
         output_size = tuple(sizes[i] if want is None else want for i, want in enumerate(output_size))
     elif output_size is None:

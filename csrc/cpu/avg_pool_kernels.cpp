@@ -43,7 +43,8 @@ class AverageSpread {
         : p_(job.p),
           divisors_(job, scratch),
           share_(scratch.take<T>(p_.out_row())),
-          gradient_(p_, scratch, deals(p_)) {}
+          apart_(!deals(p_) && !p_.w.adaptive && p_.w.stride >= p_.w.kernel),
+          gradient_(p_, scratch, deals(p_), !apart_) {}
 
     void start() { any_ = false; }
 
@@ -67,7 +68,7 @@ class AverageSpread {
             gradient_.clear();
             for (int64_t c = 0; c < w.kernel; ++c) sum(gradient_.phase(c), share_, w.out);
             gradient_.write(dst);
-        } else if (!w.adaptive && w.stride >= w.kernel) {
+        } else if (apart_) {
             write_apart(dst);
         } else {
             gradient_.clear();
@@ -118,6 +119,8 @@ class AverageSpread {
     const PoolParams& p_;
     Divisors<T> divisors_;
     T* const share_;
+    // Whether no two windows overlap.
+    const bool apart_;
     RowGradient<T> gradient_;
     bool any_ = false;
 };

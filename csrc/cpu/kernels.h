@@ -10,6 +10,9 @@ namespace pooling_ext {
 
 enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int64, UInt8 };
 
+// Windows too wide for a pass over the row for each column are reduced one by one.
+constexpr int64_t kWideWindow = 16;
+
 // How many planes max pooling's backward scatters to at a time in channels-last.
 constexpr int64_t kScatterChannels = 32;
 
@@ -61,14 +64,15 @@ extern const Kernels kernels;
 
 // Bytes of scratch that one call of a kernel needs, for elements of at most 8 bytes.
 inline size_t scratch_bytes(const PoolParams& p) {
-    constexpr size_t element = 8 + 4, slack = 256;
+    constexpr size_t element = 8 + 4, pointer = 8, slack = 4096;
     const size_t rows = p.d.kernel * p.h.kernel;
-    const size_t phases = p.w.adaptive ? 0
-                                       : p.w.in + p.w.pad_before + p.w.dilation * p.w.kernel +
-                                             (p.w.out + 2) * p.w.stride;
+    if (p.channels == 1 && is_whole(p) && rows == 1) return slack;  // walked in place
+    const size_t columns = p.channels == 1 && p.w.kernel > kWideWindow ? 0 : p.w.kernel;
+    const size_t phases =
+        columns ? p.w.in + p.w.pad_before + p.w.dilation * columns + (p.w.out + 2) * p.w.stride : 0;
     const size_t in = p.in_row(), out = p.out_row();
     return (in + 2 * out + phases) * element +
-           (rows + 2 * p.w.kernel + 2 * p.w.stride + p.w.out) * 16 + 16 * slack;
+           (rows + 2 * columns + 4 * (columns ? p.w.stride : 0) + 2 * p.w.out) * pointer + slack;
 }
 
 }  // namespace pooling_ext

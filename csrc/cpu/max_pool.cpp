@@ -14,9 +14,17 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
                                            Ints stride, Ints padding, Ints dilation, bool indices) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     Forward call(input, windows);
-    const bool byte = call.job.p.window_places() <= kByteWindow;
-    const Places kind = indices ? Places::Index : byte ? Places::Byte : Places::Int32;
-    const ScalarType dtype = indices ? ScalarType::Long : byte ? ScalarType::Byte : ScalarType::Int;
+    // As _places_dtype in max_pool.py says.
+    constexpr int64_t kManyPlaces = int64_t(1) << 30;
+    const int64_t window = call.job.p.window_places();
+    STD_TORCH_CHECK(window < kManyPlaces || is_whole(call.job.p),
+                    "pooling_ext: kernel_size must have fewer than 2**30 places");
+    const Places kind = indices || window >= kManyPlaces ? Places::Index
+                        : window <= kByteWindow          ? Places::Byte
+                                                         : Places::Int32;
+    const ScalarType dtype = kind == Places::Index  ? ScalarType::Long
+                             : kind == Places::Byte ? ScalarType::Byte
+                                                    : ScalarType::Int;
     Tensor places = empty(sizes_of(call.output), dtype, call.channels_last);
     call.job.places_out = places.data_ptr();
     return {call.launch(kernels().max_pool(dtype_of(input), kind)), places};

@@ -261,12 +261,32 @@ void write_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __
     }
 }
 
+// Maxima of whole planes: the maximum first, then the place of whoever has it.
+template <class In, class Place>
+void max_of_planes(const Job& job, int64_t begin, int64_t end) {
+    using Order = Ordered<In>;
+    using Op = MaxOp<Order, In>;
+    const int64_t n = job.p.in_plane();
+    for (int64_t plane = begin; plane < end; ++plane) {
+        const In* x = static_cast<const In*>(job.src) + plane * n;
+        const auto most = reduce<Op, Stored<Op>>(x, n, 1);
+        int64_t at = 0;
+        if (is_nan(most))
+            for (at = n - 1; !is_nan(Order::load(x[at]));) --at;
+        else
+            while (Order::load(x[at]) != most) ++at;
+        static_cast<In*>(job.dst)[plane] = Order::store(most);
+        static_cast<Place*>(job.places_out)[plane] = Place(at);
+    }
+}
+
 template <class In, class Place>
 void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.block)
         return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In),
                            sizeof(Place));
+    if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
     ArgmaxReducer<In> argmax(p, scratch);

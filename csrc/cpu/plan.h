@@ -134,7 +134,8 @@ inline Rows plan_backward(Job& job) {
     }
     if (!is_whole(p) && interleave_small_planes(job))
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
-    flatten_whole_planes(p);
+    // Gathering winners needs a row of sums, and a plane as one row may be too long for that.
+    if (job.places_in == nullptr) flatten_whole_planes(p);
     return {p.in_rows(), 4 * p.in_row()};
 }
 

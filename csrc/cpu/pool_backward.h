@@ -24,11 +24,14 @@ struct SpreadRow {
 template <class T>
 class RowGradient {
   public:
-    RowGradient(const PoolParams& p, Scratch& scratch, bool dealing)
+    // If not `needed`, nothing may be summed.
+    RowGradient(const PoolParams& p, Scratch& scratch, bool dealing, bool needed = true)
         : p_(p),
           phases_(p.w, dealing, scratch),
           dealing_(dealing),
-          size_(dealing ? phases_.size() : p.in_row()) {
+          size_(!needed   ? 0
+                : dealing ? phases_.size()
+                          : p.in_row()) {
         sum_ = scratch.take<T>(size_);
     }
 

@@ -158,9 +158,6 @@ class Phases {
     Part* parts_ = nullptr;
 };
 
-// Windows too wide for a pass over the row for each column are reduced one by one.
-constexpr int64_t kWideWindow = 16;
-
 // Whether rows are dealt out, which takes windows of one size in the contiguous format.
 POOLING_EXT_INLINE bool deals(const PoolParams& p) {
     return p.channels == 1 && !p.w.adaptive && p.w.kernel <= kWideWindow;
@@ -218,7 +215,7 @@ class RowReducer {
           end_(end),
           phases_(p.w, dealing_, scratch),
           rows_(scratch.take<const In*>(p.d.kernel * p.h.kernel)),
-          columns_(scratch.take<const void*>(p.w.kernel)),
+          columns_(scratch.take<const void*>(p.channels > 1 || dealing_ ? p.w.kernel : 0)),
           row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector
                                                                      : 0) +
                kVector),

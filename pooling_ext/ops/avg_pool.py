@@ -48,7 +48,7 @@ class _AvgPool(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
-        ctx.input_size = tuple(input.shape)
+        ctx.input_size = input.shape
         ctx.channels_last = _library.suggests_channels_last(input)
 
     @staticmethod
@@ -70,7 +70,9 @@ class _Spread(Function):
         count_include_pad: bool,
         divisor: int | None,
     ) -> Tensor:
-        return _avg_pool_backward(grad, input_size, channels_last, *windows, count_include_pad, divisor)
+        return _avg_pool_backward(
+            grad, tuple(input_size), channels_last, *windows, count_include_pad, divisor
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -210,13 +212,13 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
         TypeError: an argument has the wrong type.
         ArgumentError: an argument or the input's shape is out of range.
     """
-    return avg_pool(input, adaptive_windows(2, input.shape, output_size))
+    return avg_pool(input, adaptive_windows(2, input.shape, output_size, True))
 
 
 @public
 def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
     """As :func:`adaptive_avg_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
-    return avg_pool(input, adaptive_windows(1, input.shape, output_size))
+    return avg_pool(input, adaptive_windows(1, input.shape, output_size, True))
 
 
 @public

@@ -36,7 +36,9 @@ _lp_pool_forward = _library.define(
 )
 
 
-def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: int, safe: bool) -> Tensor:
+def _lp_grad(
+    grad: Tensor, input: Tensor, output: Tensor, channels_last: bool, windows: Windows, p: int, safe: bool
+) -> Tensor:
     """Gradient of the input, written in differentiable operators so that it has one of its own.
 
     ``d output / d x = output ** (1 - p) * x ** (p - 1)``, scaled as the forward pass scales.
@@ -45,7 +47,7 @@ def _lp_grad(grad: Tensor, input: Tensor, output: Tensor, windows: Windows, p: i
     zero = output == 0
     weighted = grad * _window_size(windows, input) * output.masked_fill(zero, 1).pow(1 - p)
     weighted = weighted.masked_fill(zero, 0)
-    shared = spread(weighted, tuple(input.shape), _library.suggests_channels_last(input), windows, True, None)
+    shared = spread(weighted, input.shape, channels_last, windows, True, None)
     power = input if p == 2 else input.pow(p - 1)
     if p == 1:
         return shared * input.sign() if safe else shared
@@ -69,13 +71,14 @@ class _LPPool(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
+        ctx.channels_last = _library.suggests_channels_last(input)
         ctx.save_for_backward(input, output)
         ctx.save_for_forward(input, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, output = ctx.saved_tensors
-        return _lp_grad(grads[0], input, output, *ctx.options), None, None, None
+        return _lp_grad(grads[0], input, output, ctx.channels_last, *ctx.options), None, None, None
 
 
 def _lp_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:

@@ -22,23 +22,14 @@ from ..autograd import Differentiable, needs_autograd
 from ..windows import Windows, adaptive_windows, fixed_windows
 from . import _library
 from ._dispatch import public
+from .avg_pool import FLOATS
 
-backends.register_cpu(
-    "max_pool",
-    frozenset(
-        (
-            torch.float32,
-            torch.float64,
-            torch.bfloat16,
-            torch.float16,
-            torch.int8,
-            torch.int16,
-            torch.int32,
-            torch.int64,
-            torch.uint8,
-        )
-    ),
-)
+INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
+backends.register_cpu("max_pool", FLOATS | INTEGERS)
+
+
+#: Windows of so many places remember indices instead of offsets, which would not fit.
+_MANY_PLACES = 2**30
 
 
 def _places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
@@ -48,7 +39,8 @@ def _places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype
     if windows.adaptive:
         spatial = input.shape[input.dim() - len(windows.output_size) :]
         sizes = tuple(_adaptive_kernel(n, out) for n, out in zip(spatial, windows.output_size, strict=True))
-    return torch.uint8 if math.prod(sizes) <= 255 else torch.int32
+    places = math.prod(sizes)
+    return torch.uint8 if places <= 255 else torch.int32 if places < _MANY_PLACES else torch.int64
 
 
 def _adaptive_kernel(size: int, out: int) -> int:
@@ -102,7 +94,7 @@ class _Gather(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, places, ctx.windows = inputs
-        ctx.input_size = tuple(input.shape)
+        ctx.input_size = input.shape
         ctx.save_for_backward(places)
         ctx.save_for_forward(places)
 
@@ -119,11 +111,11 @@ class _Scatter(Function):
 
     @staticmethod
     def forward(grad: Tensor, places: Tensor, input_size: tuple[int, ...], windows: Windows) -> Tensor:
-        return _max_pool_backward(grad, places, input_size, *windows)
+        return _max_pool_backward(grad, places, tuple(input_size), *windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, places, _, ctx.windows = inputs
+        _, places, ctx.input_size, ctx.windows = inputs
         ctx.save_for_backward(places)
         ctx.save_for_forward(places)
 
@@ -146,7 +138,7 @@ class _MaxPool(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, ctx.windows, _ = inputs
         places = output[1]
-        ctx.input_size = tuple(input.shape)
+        ctx.input_size = input.shape
         ctx.mark_non_differentiable(places)
         ctx.save_for_backward(places)
         ctx.save_for_forward(places)
@@ -192,6 +184,16 @@ def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> A
 
 def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any:
     rank = len(windows.output_size)
+    if input.dtype in INTEGERS and input.numel() > 0:
+        # PyTorch lacks some of these and gets the indices of others wrong, so pool the elements'
+        # places in sorted order, as floats.
+        values, order = input.unique(return_inverse=True)
+        order = torch.empty_like(input, dtype=torch.float64).copy_(order)
+        pooled, indices = _aten_max_pool(order, windows, True)
+        lowest = torch.iinfo(input.dtype).min
+        maxima = values[pooled.clamp_min(0).long()].masked_fill(pooled < 0, lowest)
+        output = torch.empty_like(pooled, dtype=input.dtype).copy_(maxima)
+        return (output, indices) if return_indices else output
     if windows.adaptive:
         pool = getattr(F, f"adaptive_max_pool{rank}d")
         return pool(input, windows.output_size, return_indices=return_indices)
