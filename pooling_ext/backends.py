@@ -72,7 +72,7 @@ ATEN = Backend("aten", lambda call: None)
 BACKENDS: tuple[Backend, ...] = (CPU, ATEN)
 
 _forced: str | None = None
-_decisions: dict[tuple, Backend] = {}  # by the fields of Call
+_decisions: dict[tuple, Backend] = {}  # by what `choose` looks at
 _recorded: list[Decision] | None = None
 
 
@@ -122,16 +122,18 @@ def _decide(call: Call) -> tuple[Backend, dict[str, str]]:
 
 def choose(op: str, input: torch.Tensor) -> Backend:
     """Return the backend that takes ``op`` on ``input``."""
-    call = (op, input.device.type, input.dtype, input.layout, type(input))
+    key = (op, input.device, input.dtype, input.layout, type(input))
+    if not is_compiling() and _recorded is None:
+        backend = _decisions.get(key)
+        if backend is not None:
+            return backend
+    backend, declined = _decide(Call(op, input.device.type, input.dtype, input.layout, type(input)))
     if is_compiling():
-        return _decide(Call(*call))[0]
-    if _recorded is not None:
-        backend, declined = _decide(Call(*call))
-        _recorded.append(Decision(op, backend.name, declined))
         return backend
-    backend = _decisions.get(call)
-    if backend is None:
-        backend = _decisions[call] = _decide(Call(*call))[0]
+    if _recorded is not None:
+        _recorded.append(Decision(op, backend.name, declined))
+    else:
+        _decisions[key] = backend
     return backend
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,11 +21,11 @@ def public(function: F) -> F:
 
     @wraps(function)
     def entry(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(input) is torch.Tensor:  # nearly always, so first
+        if type(input) is Tensor:  # nearly always, so first
             return function(input, *args, **kwargs)
         if has_torch_function_unary(input):
             return handle_torch_function(entry, (input,), input, *args, **kwargs)
-        if not isinstance(input, torch.Tensor):
+        if not isinstance(input, Tensor):
             raise TypeError(
                 f"{function.__name__}(): input must be a torch.Tensor, but got {type(input).__name__}"
             )
