@@ -10,7 +10,7 @@ Tensor avg_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints st
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.count_include_pad = count_include_pad;
     call.job.divisor = divisor_override.value_or(0);
-    return call.launch(kernels().avg_pool(dtype_of(input)));
+    return call.launch(kernels().avg_pool(dtype_of(input)), true);
 }
 
 Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last, Ints output_size,
@@ -27,7 +27,10 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
     job.dst = result.data_ptr();
     job.count_include_pad = count_include_pad;
     job.divisor = divisor_override.value_or(0);
-    launch_backward(kernels().avg_pool_backward(dtype_of(grad)), job, result);
+    if (result.numel() > 0) {
+        const Rows rows = plan_avg_backward(job);
+        launch(kernels().avg_pool_backward(dtype_of(grad)), job, rows);
+    }
     return result;
 }
 

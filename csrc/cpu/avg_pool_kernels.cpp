@@ -17,11 +17,44 @@ struct SumOp {
     static POOLING_EXT_INLINE T combine(T a, T b) { return a + b; }
 };
 
+// Averages of whole small planes, as many at a time as a register has lanes: the lanes of each are
+// summed apart, then transposed so that one addition serves all.
+template <class In>
+void average_planes(const Job& job, int64_t begin, int64_t end) {
+    using T = Accumulator<In>;
+    constexpr int64_t kLanes = Tile<T>::kLanes;
+    const int64_t n = job.p.in_plane(), whole = n / kLanes * kLanes;
+    const T divisor = T(job.divisor ? job.divisor : n);
+    In* y = static_cast<In*>(job.dst);
+    T apart[kLanes * kLanes] = {}, turned[kLanes * kLanes], rest[kLanes];
+    for (int64_t first = begin; first < end; first += kLanes) {
+        const int64_t count = end - first < kLanes ? end - first : kLanes;
+        for (int64_t plane = 0; plane < count; ++plane) {
+            const In* __restrict x = static_cast<const In*>(job.src) + (first + plane) * n;
+            T* __restrict lanes = apart + plane * kLanes;
+            for (int64_t l = 0; l < kLanes; ++l) lanes[l] = T(0);
+            for (int64_t i = 0; i < whole; i += kLanes)
+                for (int64_t l = 0; l < kLanes; ++l) lanes[l] += widen(x[i + l]);
+            T tail = T(0);
+            for (int64_t i = whole; i < n; ++i) tail += widen(x[i]);
+            rest[plane] = tail;
+        }
+        Tile<T>::transpose(turned, kLanes, apart, kLanes);
+        for (int64_t lane = 1; lane < kLanes; ++lane)
+            for (int64_t plane = 0; plane < kLanes; ++plane)
+                turned[plane] += turned[lane * kLanes + plane];
+        for (int64_t plane = 0; plane < count; ++plane)
+            y[first + plane] = narrow<In>((turned[plane] + rest[plane]) / divisor);
+    }
+}
+
 template <class In>
 void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
     Scratch scratch(memory);
     if (job.block) return pool_blocks(job, begin, end, scratch, average<In>, true, sizeof(In), 0);
+    if (job.p.channels == 1 && is_whole(job.p) && job.p.in_plane() <= kSmallPlane)
+        return average_planes<In>(job, begin, end);
     const Divisors<T> divisors(job, scratch);
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,

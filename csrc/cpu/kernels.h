@@ -13,6 +13,9 @@ enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int6
 // Windows too wide for a pass over the row for each column are reduced one by one.
 constexpr int64_t kWideWindow = 16;
 
+// The largest plane, in elements, that is averaged together with others.
+constexpr int64_t kSmallPlane = 1024;
+
 // How many planes max pooling's backward scatters to at a time in channels-last.
 constexpr int64_t kScatterChannels = 32;
 

@@ -113,18 +113,12 @@ struct Forward {
         job.dst = output.data_ptr();
     }
 
-    Tensor launch(Kernel kernel) {
+    Tensor launch(Kernel kernel, bool averages = false) {
         if (output.numel() == 0) return output;
-        const Rows rows = plan_forward(job);
+        const Rows rows = plan_forward(job, averages);
         pooling_ext::launch(kernel, job, rows);
         return output;
     }
 };
-
-inline void launch_backward(Kernel kernel, Job& job, const Tensor& result) {
-    if (result.numel() == 0) return;
-    const Rows rows = plan_backward(job);
-    launch(kernel, job, rows);
-}
 
 }  // namespace pooling_ext

@@ -59,8 +59,11 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     job.src = dense_grad.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
-    choose_scatter(job);
-    launch_backward(kernels().max_pool_backward(dtype_of(grad), kind_of(places)), job, result);
+    if (result.numel() > 0) {
+        choose_scatter(job);
+        launch(kernels().max_pool_backward(dtype_of(grad), kind_of(places)), job,
+               max_backward_rows(job));
+    }
     return result;
 }
 

@@ -105,9 +105,11 @@ struct Rows {
     int64_t count, work;
 };
 
-inline Rows plan_forward(Job& job) {
+// `averages`: of whole small planes, which the kernel takes several at a time by itself.
+inline Rows plan_forward(Job& job, bool averages) {
     PoolParams& p = job.p;
-    if (interleave_small_planes(job)) {
+    const bool by_itself = averages && is_whole(p) && p.in_plane() <= kSmallPlane;
+    if (!by_itself && interleave_small_planes(job)) {
         flatten_whole_rows(p);
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
     }
@@ -126,16 +128,20 @@ inline void choose_scatter(Job& job) {
                    (p.channels == 1 || p.window_places() > kLargestGathered);
 }
 
-inline Rows plan_backward(Job& job) {
+// The rows of a max pooling backward, once that is chosen. Gathering sums a row at a time, so a
+// plane stays in rows.
+inline Rows max_backward_rows(const Job& job) {
+    const PoolParams& p = job.p;
+    if (!job.by_plane) return {p.in_rows(), 4 * p.in_row()};
+    const int64_t groups = ceil_div(p.channels, kScatterChannels);
+    return {p.outer * groups, 4 * p.in_plane() * p.channels / groups};
+}
+
+inline Rows plan_avg_backward(Job& job) {
     PoolParams& p = job.p;
-    if (job.by_plane) {
-        const int64_t groups = ceil_div(p.channels, kScatterChannels);
-        return {p.outer * groups, 4 * p.in_plane() * p.channels / groups};
-    }
     if (!is_whole(p) && interleave_small_planes(job))
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
-    // Gathering winners needs a row of sums, and a plane as one row may be too long for that.
-    if (job.places_in == nullptr) flatten_whole_planes(p);
+    flatten_whole_planes(p);
     return {p.in_rows(), 4 * p.in_row()};
 }
 

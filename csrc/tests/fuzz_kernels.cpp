@@ -255,13 +255,9 @@ Case make_case(Random& r) {
         choose_scatter(job);
         if (r.chance(4)) job.by_plane = !job.by_plane;
     }
-    if (c.op == Op::MaxBackward && !job.by_plane) {
-        // Also in the contiguous format, as for planes too large for sums in memory.
-        flatten_whole_planes(job.p);
-        c.rows.count = job.p.in_rows();
-    } else {
-        c.rows = c.forward() ? plan_forward(job) : plan_backward(job);
-    }
+    c.rows = c.op == Op::MaxBackward ? max_backward_rows(job)
+             : c.forward()           ? plan_forward(job, c.op == Op::Avg)
+                                     : plan_avg_backward(job);
     return c;
 }
 
