@@ -48,9 +48,9 @@ def _lp_grad(
     weighted = grad * _window_size(windows, input) * output.masked_fill(zero, 1).pow(1 - p)
     weighted = weighted.masked_fill(zero, 0)
     shared = spread(weighted, input.shape, channels_last, windows, True, None)
-    power = input if p == 2 else input.pow(p - 1)
     if p == 1:
         return shared * input.sign() if safe else shared
+    power = input if p == 2 else input.pow(p - 1)
     return shared * (power.abs() * input.sign() if safe and p % 2 else power)
 
 
