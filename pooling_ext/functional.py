@@ -1,8 +1,9 @@
-"""Drop-in for the pooling functions of torch.nn.functional, and global pooling.
+"""Drop-in for the pooling functions of torch.nn.functional, global pooling, and fused batch norm.
 
 import pooling_ext.functional as F
 """
 
+from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -11,6 +12,9 @@ from .ops.avg_pool import (
     avg_pool2d,
     avg_pool3d,
 )
+from .ops.batch_norm_act import batch_norm_act
+from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
+from .ops.conv_bn_act import conv_bn_act
 from .ops.global_pool import global_avg_pool2d, global_lp_pool2d, global_max_pool2d
 from .ops.lp_pool import lp_pool1d, lp_pool2d, lp_pool3d
 from .ops.max_pool import (
@@ -23,6 +27,7 @@ from .ops.max_pool import (
 )
 
 __all__ = [
+    "add_relu_global_avg_pool",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
@@ -32,6 +37,9 @@ __all__ = [
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
+    "batch_norm_act",
+    "batch_norm_relu_max_pool",
+    "conv_bn_act",
     "global_avg_pool2d",
     "global_lp_pool2d",
     "global_max_pool2d",

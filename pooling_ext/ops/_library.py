@@ -19,7 +19,9 @@ library = Library("pooling_ext", "DEF")
 WINDOWS = "SymInt[] output_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 
-def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int = 1) -> Any:
+def define(
+    signature: str, returns: str, fake: Callable[..., Any], tensors: int = 1, vmap: bool = True
+) -> Any:
     """Define ``pooling_ext::<signature>`` and return its overload.
 
     Args:
@@ -28,6 +30,7 @@ def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int 
         fake: computes the outputs' metadata for fake and meta tensors.
         tensors: how many leading arguments are tensors ``(*, channels, *spatial)``; vmap folds its
             dimension into their batch.
+        vmap: whether there is a vmap rule.
     """
     signature = signature.replace("{windows}", WINDOWS)
     name = signature.split("(")[0]
@@ -35,7 +38,8 @@ def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int 
     library.define(f"{signature} -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(qualified, fake, lib=library)
     operator = getattr(torch.ops.pooling_ext, name).default
-    torch.library.register_vmap(qualified, _folding_vmap(operator, tensors), lib=library)
+    if vmap:
+        torch.library.register_vmap(qualified, _folding_vmap(operator, tensors), lib=library)
     return operator
 
 

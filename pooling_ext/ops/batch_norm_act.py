@@ -1,0 +1,348 @@
+"""Batch normalisation, an optional residual and ReLU as one operator.
+
+Ioffe and Szegedy, "Batch Normalization" (2015), with the statistics of Chan, Golub and LeVeque's
+pairwise update, so that they stay accurate where the mean is large beside the deviation. The statistics
+are one ``(2, C)`` float64 tensor: means and biased variances.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+
+from .. import backends
+from ..errors import ArgumentError
+from . import _library
+from ._dispatch import public
+
+FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+ACTIVATIONS = ("relu", "identity")
+backends.register_cpu("batch_norm_act", FLOATS)
+
+
+def _like(input: Tensor) -> Tensor:
+    return _library.empty(input, input.shape[2:])
+
+
+def _channel_sums(input: Tensor, *_: Any) -> Tensor:
+    return input.new_empty((2, input.shape[1]), dtype=torch.float64)
+
+
+_stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", _channel_sums, vmap=False)
+
+_forward = _library.define(
+    "batch_norm_act(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "bool relu)",
+    "Tensor",
+    lambda input, *_: _like(input),
+    vmap=False,
+)
+
+# The gradient of what ReLU was given (of no size unless there is a residual), and its sums over
+# each channel: of itself, and of its products with `input - mean`.
+_sums = _library.define(
+    "batch_norm_act_sums(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+    "Tensor? output, float eps, bool relu)",
+    "(Tensor, Tensor)",
+    lambda grad, input, stats, weight, bias, output, eps, relu: (
+        _like(input) if output is not None else input.new_empty(0),
+        _channel_sums(input),
+    ),
+    vmap=False,
+)
+
+# Without `sums` the statistics are constants.
+_input_grad = _library.define(
+    "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+    "Tensor? sums, float count, float eps, bool relu)",
+    "Tensor",
+    lambda grad, input, *_: _like(input),
+    vmap=False,
+)
+
+
+class _BatchNormAct(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: Tensor,
+        eps: float,
+        relu: bool,
+        count: float | None,
+        group: Any,
+    ) -> Tensor:
+        output = _forward(input, stats, weight, bias, residual, eps, relu)
+        # ReLU's mask needs the output only where a residual went into it.
+        kept = output if relu and residual is not None else None
+        ctx.save_for_backward(input, weight, bias, stats, kept)
+        ctx.options = eps, relu, count, group
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight, bias, stats, output = ctx.saved_tensors
+        eps, relu, count, group = ctx.options
+        (grad,) = grads
+        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not is_compiling():
+            wanted = _differentiable_backward(grad, input, weight, bias, stats, output, ctx.options)
+            return *wanted, None, None, None, None, None
+        sums = masked = None
+        masked = grad
+        if output is not None or count is not None or needs_weight or needs_bias:
+            masked, sums = _sums(grad, input, stats, weight, bias, output, eps, relu)
+            if output is None:
+                masked = grad
+            else:
+                relu = False  # it is in `masked` already
+        grad_weight = grad_bias = grad_input = None
+        if sums is not None and (needs_weight or needs_bias):
+            grad_bias = sums[0].to(bias.dtype) if needs_bias else None
+            if needs_weight:
+                grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
+        if needs_input:
+            if count is not None and group is not None:
+                torch.distributed.all_reduce(sums, group=group)
+            grad_input = _input_grad(
+                masked,
+                input,
+                stats,
+                weight,
+                bias,
+                sums if count is not None else None,
+                1.0 if count is None else count,
+                eps,
+                relu,
+            )
+        grad_residual = masked if needs_residual else None
+        return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    output: Tensor | None,
+    options: tuple[float, bool, float | None, Any],
+) -> tuple[Tensor | None, ...]:
+    """The gradients out of operators that PyTorch can differentiate again."""
+    eps, relu, count, group = options
+    if group is not None:
+        raise RuntimeError("batch_norm_act(): there is no double backward across processes")
+    if relu:
+        if output is None:
+            output = _forward(input.detach(), stats, weight, bias, None, eps, True)
+        grad = grad * (output > 0)
+    mean, var = stats.to(_parameter_dtype(input)).unbind()
+    masks = [True, weight is not None, bias is not None]
+    gradients = torch.ops.aten.native_batch_norm_backward(
+        grad, input, weight, mean, var, mean, (var + eps).rsqrt(), count is not None, eps, masks
+    )
+    return *gradients, grad
+
+
+def _parameter_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+@public
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    process_group: Any = None,
+) -> Tensor:
+    """``activation(batch_norm(input) + residual)`` in one pass after the statistics.
+
+    As :func:`torch.nn.functional.batch_norm`, :func:`torch.add` and :func:`torch.nn.functional.relu` in
+    turn, with statistics and arithmetic in float32 or better, rounded once.
+
+    Args:
+        input: ``(N, C, *)`` of any rank from 2; float32, float64, bfloat16 or float16, contiguous or
+            channels_last.
+        running_mean: ``(C,)``; updated in place in training. None where there are none.
+        running_var: as ``running_mean``.
+        weight: ``(C,)`` or None for ones.
+        bias: ``(C,)`` or None for zeros.
+        training: normalise with the batch's own statistics instead of the running ones.
+        momentum: the weight of the batch in the running statistics.
+        eps: added to the variance.
+        residual: added before the activation; the input's shape and dtype.
+        activation: "relu" or "identity".
+        process_group: a torch.distributed group over which the statistics of training are taken, as
+            :class:`torch.nn.SyncBatchNorm` does.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument does not go with the input's shape, or is out of range.
+    """
+    _check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    relu = activation == "relu"
+    ours = backends.choose("batch_norm_act", input) is not backends.ATEN
+    if not ours or _transformed() or (residual is not None and not _alike(input, residual)):
+        return _aten_batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu, process_group
+        )
+    if training:
+        stats, count = _batch_stats(input, process_group)
+        if running_mean is not None and running_var is not None:
+            _update(running_mean, running_var, stats, count, momentum)
+    else:
+        stats, count = torch.stack((running_mean, running_var)).to(torch.float64), None  # type: ignore[arg-type]
+    wide = _parameter_dtype(input)
+    weight = weight if weight is None or weight.dtype == wide else weight.to(wide)
+    bias = bias if bias is None or bias.dtype == wide else bias.to(wide)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (input, weight, bias, residual)
+    ):
+        group = process_group if training else None
+        return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
+    return _forward(input, stats, weight, bias, residual, eps, relu)
+
+
+def _check(
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    parameters: dict[str, Tensor | None],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+    if input.dim() < 2:
+        raise ArgumentError(f"input must have a batch and a channel dimension, but got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    parameters = {**parameters, "running_mean": running_mean, "running_var": running_var}
+    for name, value in parameters.items():
+        if value is not None and value.shape != (channels,):
+            raise ArgumentError(
+                f"{name} must have shape ({channels},), one value for each of input's channels, but got "
+                f"{tuple(value.shape)}"
+            )
+    if not training and (running_mean is None or running_var is None):
+        raise ArgumentError("running_mean and running_var must be given unless training is true")
+    if residual is not None and residual.shape != input.shape:
+        raise ArgumentError(
+            f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"
+        )
+
+
+def _alike(input: Tensor, residual: Tensor) -> bool:
+    return residual.dtype == input.dtype and residual.device == input.device
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward mode is at work, which PyTorch's operators take."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
+    """Mean and biased variance of each channel, and the number of elements that went into them."""
+    count = input.numel() // input.shape[1]
+    stats = _stats(input.detach())
+    if group is not None:
+        stats, count = _combine(stats, count, group)
+    if count <= 1:
+        raise ArgumentError(
+            f"Expected more than 1 value per channel when training, but got input of shape {tuple(input.shape)}"
+        )
+    return stats, float(count)
+
+
+def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    """The statistics of all processes' elements from those of each."""
+    own = torch.cat((stats.flatten(), stats.new_tensor([count])))
+    gathered = own.new_empty((torch.distributed.get_world_size(group), own.numel()))
+    torch.distributed.all_gather_into_tensor(gathered, own, group=group)
+    counts = gathered[:, -1:]
+    means, variances = gathered[:, :-1].unflatten(1, stats.shape).unbind(1)
+    shares = counts / counts.sum()
+    # A process without elements has no mean.
+    means = torch.where(counts > 0, means, 0)
+    variances = torch.where(counts > 0, variances, 0)
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+    return torch.stack((mean, variance)), int(counts.sum())
+
+
+def _update(running_mean: Tensor, running_var: Tensor, stats: Tensor, count: float, momentum: float) -> None:
+    with torch.no_grad():
+        batch = stats.to(running_mean.dtype)
+        running_mean.mul_(1 - momentum).add_(batch[0], alpha=momentum)
+        running_var.mul_(1 - momentum).add_(batch[1], alpha=momentum * count / (count - 1))
+
+
+def _aten_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    group: Any,
+) -> Tensor:
+    if training and group is not None:
+        normalise = nn.modules._functions.SyncBatchNorm.apply
+        size = torch.distributed.get_world_size(group)
+        output = normalise(input, weight, bias, running_mean, running_var, eps, momentum, group, size)
+    else:
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        output = output + residual
+    return F.relu(output) if relu else output
+
+
+def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
+    """What :func:`batch_norm_act` needs of a torch.nn batch norm module, whose counter it advances."""
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # a cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    tracked = not bn.training or bn.track_running_stats
+    return {
+        "running_mean": bn.running_mean if tracked else None,
+        "running_var": bn.running_var if tracked else None,
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "training": training,
+        "momentum": momentum,
+        "eps": bn.eps,
+        "process_group": _process_group(bn) if training and bn.training else None,
+    }
+
+
+def _process_group(bn: nn.Module) -> Any:
+    if not isinstance(bn, nn.SyncBatchNorm) or not torch.distributed.is_initialized():
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
