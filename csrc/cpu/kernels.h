@@ -46,6 +46,12 @@ struct Job {
 // Computes rows [begin, end): output rows in a forward pass, input rows in a backward pass.
 using Kernel = void (*)(const Job& job, int64_t begin, int64_t end, void* scratch);
 
+// See batch_norm.h.
+enum class Step;
+struct BatchNormJob;
+using BatchNormKernel = void (*)(const BatchNormJob& job, int64_t begin, int64_t end,
+                                 void* scratch);
+
 // The kernels of one instruction set.
 struct Kernels {
     Kernel (*max_pool)(DType, Places);
@@ -53,6 +59,7 @@ struct Kernels {
     Kernel (*avg_pool)(DType);
     Kernel (*avg_pool_backward)(DType);
     Kernel (*lp_pool)(DType);
+    BatchNormKernel (*batch_norm)(DType, Step);
 };
 
 namespace baseline {

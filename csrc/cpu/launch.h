@@ -84,7 +84,8 @@ class ThreadScratch {
 };
 
 // Runs `kernel` over the rows of a planned job on torch's threads.
-inline void launch(Kernel kernel, const Job& job, Rows rows) {
+template <class AnyJob>
+void launch(void (*kernel)(const AnyJob&, int64_t, int64_t, void*), const AnyJob& job, Rows rows) {
     STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: the CPU kernels do not support this dtype");
     constexpr int64_t kWorkPerThread = 1 << 15;
     const int64_t grain = 1 + kWorkPerThread / (rows.work + 1);

@@ -1,6 +1,7 @@
 // How the kernel sources of one instruction set find each other, and types by their DType.
 #pragma once
 
+#include "cpu/batch_norm.h"
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
 
@@ -12,6 +13,7 @@ Kernel max_pool_backward(DType, Places);
 Kernel avg_pool(DType);
 Kernel avg_pool_backward(DType);
 Kernel lp_pool(DType);
+BatchNormKernel batch_norm(DType, Step);
 
 // Calls `make` with a value of the floating type that `dtype` names.
 template <class Make>

@@ -1,0 +1,97 @@
+// Batch normalisation with residual and ReLU: what its launchers and kernels agree on.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace pooling_ext {
+
+// y = (x - center) * scale + shift. The center is representable in the type that kernels compute
+// in, so that nothing is lost where the mean is large beside the deviation.
+struct Affine {
+    double center, scale, shift;
+};
+
+inline Affine affine_of(double mean, double variance, double weight, double bias, double eps,
+                        bool is_double) {
+    const double center = is_double ? mean : double(float(mean));
+    const double scale = weight / std::sqrt(variance + eps);
+    return {center, scale, bias - (mean - center) * scale};
+}
+
+// How a backward pass knows what ReLU let through: it need not (there is none), from the input, or
+// from the output where a residual went into it.
+enum class Mask { None, Input, Output };
+
+struct BatchNormJob {
+    // An element is at (n, c, i) of batch * channels * inner, or at (n, i, c) in channels-last.
+    int64_t batch = 1, channels = 1, inner = 1;
+    bool channels_last = false;
+    const void* x = nullptr;
+    const void* residual = nullptr;  // may be none
+    const void* grad = nullptr;
+    const void* output = nullptr;  // with Mask::Output
+    void* y = nullptr;             // the output, or the gradient of the input
+    void* masked = nullptr;        // with Mask::Output, where `grad` goes, masked
+    // For each channel: center, scale and shift of its Affine; in Step::Backward also slope and
+    // offset of the input's gradient, grad * scale + (x - center) * slope + offset.
+    const double* center = nullptr;
+    const double* scale = nullptr;
+    const double* shift = nullptr;
+    const double* slope = nullptr;  // none where the statistics are constants
+    const double* offset = nullptr;
+    bool relu = false;
+    Mask mask = Mask::None;
+    // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with
+    // x - center. Two rows of `channels`, for each unit in channels-last.
+    double* sums = nullptr;
+
+    int64_t numel() const { return batch * channels * inner; }
+
+    // In channels-last a row of the kernels is some pixels, so that rows are not short.
+    int64_t row() const {
+        constexpr int64_t kRow = 256;
+        return channels_last ? channels * ((kRow + channels - 1) / channels) : inner;
+    }
+};
+
+// Stats: each channel's mean and deviations. Merge: from those of the units to those of all.
+// Act: the output. Sums: of a backward pass. Total: as Merge. Backward: the input's gradient.
+enum class Step { Stats, Merge, Act, Sums, Total, Backward };
+
+// What a step is divided into: in channels-last, runs of rows, of which there are as many whatever
+// the number of threads, so that sums do not depend on it; else channels or planes.
+struct Units {
+    int64_t count, size;  // how many, and elements in each
+
+    Units(const BatchNormJob& job, Step step) {
+        constexpr int64_t kRows = 256, kLeast = 16, kMost = 32;
+        if (step == Step::Merge || step == Step::Total) {
+            count = job.channels;
+            size = Units(job, Step::Stats).count;
+        } else if (job.channels_last) {
+            const int64_t rows = (job.numel() + job.row() - 1) / job.row();
+            int64_t at_once = rows / kMost;
+            at_once = at_once < kLeast ? kLeast : at_once > kRows ? kRows : at_once;
+            count = (rows + at_once - 1) / at_once;
+            size = at_once * job.row();
+        } else if (step == Step::Stats || step == Step::Sums) {
+            count = job.channels;
+            size = job.batch * job.inner;
+        } else {
+            count = job.batch * job.channels;
+            size = job.inner;
+        }
+    }
+};
+
+inline size_t scratch_bytes(const BatchNormJob& job) {
+    constexpr size_t vectors = 7, slack = 4096;
+    const size_t row = job.row() > 512 || job.channels_last ? job.row() : 512;
+    return vectors * row * sizeof(double) + slack;
+}
+
+}  // namespace pooling_ext

@@ -1,0 +1,469 @@
+// Batch normalisation with residual and ReLU, compiled once for each instruction set.
+//
+// Every step walks rows: in channels-last a row is a few pixels and has its own coefficients for each
+// element; in the contiguous format a row lies in one channel and has the same for all.
+#include "cpu/pool_forward.h"
+#include "cpu/tables.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+namespace {
+
+// Rows of `width` elements, whose starts are `stride` apart.
+struct Block {
+    int64_t start, stride, rows, width;
+};
+
+// Calls visit(block) for the elements [begin, end) of a unit in channels-last.
+template <class Visit>
+void blocks_of_run(const BatchNormJob& job, int64_t begin, int64_t end, const Visit& visit) {
+    const int64_t row = job.row(), rows = (end - begin) / row;
+    if (rows) visit(Block{begin, row, rows, row});
+    const int64_t done = begin + rows * row;
+    if (done < end) visit(Block{done, row, 1, end - done});
+}
+
+// Calls visit(block) for the elements of a channel in the contiguous format; no lane of a block
+// sums many elements.
+template <class Visit>
+void blocks_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit) {
+    constexpr int64_t kWidth = 128, kRows = 256;
+    const int64_t first = channel * job.inner, step = job.channels * job.inner;
+    if (job.inner <= 2 * kWidth) {
+        for (int64_t n = 0; n < job.batch; n += kRows) {
+            const int64_t rows = job.batch - n < kRows ? job.batch - n : kRows;
+            visit(Block{first + n * step, step, rows, job.inner});
+        }
+        return;
+    }
+    for (int64_t n = 0; n < job.batch; ++n) {
+        const int64_t begin = first + n * step, whole = job.inner / kWidth;
+        for (int64_t row = 0; row < whole; row += kRows) {
+            const int64_t rows = whole - row < kRows ? whole - row : kRows;
+            visit(Block{begin + row * kWidth, kWidth, rows, kWidth});
+        }
+        if (whole * kWidth < job.inner)
+            visit(Block{begin + whole * kWidth, kWidth, 1, job.inner - whole * kWidth});
+    }
+}
+
+// The lanes that a block's rows are summed in. In channels-last lane i is of channel i % channels.
+constexpr int64_t kLanes = 256;
+
+// s1 += x - center and s2 += (x - center)^2, lane by lane.
+template <bool kEach, class In, class T>
+void add_deviations(const In* __restrict x, const Block& block, const T* __restrict center,
+                    T* __restrict s1, T* __restrict s2) {
+    const int64_t width = block.width, stride = block.stride;
+    int64_t row = 0;
+    for (; row + 4 <= block.rows; row += 4) {
+        const In* __restrict a = x + block.start + row * stride;
+        const In* __restrict b = a + stride;
+        const In* __restrict c = b + stride;
+        const In* __restrict d = c + stride;
+        for (int64_t i = 0; i < width; ++i) {
+            const T k = center[kEach ? i : 0];
+            const T da = widen(a[i]) - k, db = widen(b[i]) - k;
+            const T dc = widen(c[i]) - k, dd = widen(d[i]) - k;
+            s1[i] += (da + db) + (dc + dd);
+            s2[i] += (da * da + db * db) + (dc * dc + dd * dd);
+        }
+    }
+    for (; row < block.rows; ++row) {
+        const In* __restrict a = x + block.start + row * stride;
+        for (int64_t i = 0; i < width; ++i) {
+            const T d = widen(a[i]) - center[kEach ? i : 0];
+            s1[i] += d;
+            s2[i] += d * d;
+        }
+    }
+}
+
+// The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as in
+// PyTorch.
+template <class T>
+POOLING_EXT_INLINE T through(T z, T grad) {
+    return select(z <= T(0), T(0), grad);
+}
+
+// s1 += g and s2 += g * (x - center), lane by lane, where g is the masked gradient.
+template <bool kEach, Mask kMask, class In, class T>
+void add_gradients(const BatchNormJob& job, const Block& block, const T* __restrict center,
+                   const T* __restrict scale, const T* __restrict shift, T* __restrict s1,
+                   T* __restrict s2) {
+    for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t start = block.start + row * block.stride;
+        const In* __restrict x = static_cast<const In*>(job.x) + start;
+        const In* __restrict grad = static_cast<const In*>(job.grad) + start;
+        const In* __restrict output = static_cast<const In*>(job.output) + start;
+        In* __restrict masked = static_cast<In*>(job.masked) + start;
+        for (int64_t i = 0; i < block.width; ++i) {
+            const int64_t k = kEach ? i : 0;
+            const T d = widen(x[i]) - center[k];
+            T g = widen(grad[i]);
+            if constexpr (kMask == Mask::Input) g = through(T(d * scale[k] + shift[k]), g);
+            if constexpr (kMask == Mask::Output) {
+                g = through(T(widen(output[i])), g);
+                masked[i] = narrow<In>(g);
+            }
+            s1[i] += g;
+            s2[i] += g * d;
+        }
+    }
+}
+
+template <bool kEach, bool kResidual, bool kRelu, class In, class T>
+void act(const In* __restrict x, const In* __restrict residual, In* __restrict y, int64_t n,
+         const T* __restrict center, const T* __restrict scale, const T* __restrict shift) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t k = kEach ? i : 0;
+        T z = (widen(x[i]) - center[k]) * scale[k] + shift[k];
+        if constexpr (kResidual) z += widen(residual[i]);
+        if constexpr (kRelu) z = z < T(0) ? T(0) : z;
+        y[i] = narrow<In>(z);
+    }
+}
+
+template <bool kEach, bool kBatch, bool kMask, class In, class T>
+void spread(const In* __restrict x, const In* __restrict grad, In* __restrict y, int64_t n,
+            const T* __restrict center, const T* __restrict scale, const T* __restrict shift,
+            const T* __restrict slope, const T* __restrict offset) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t k = kEach ? i : 0;
+        T g = widen(grad[i]);
+        if constexpr (kBatch || kMask) {
+            const T d = widen(x[i]) - center[k];
+            if constexpr (kMask) g = through(T(d * scale[k] + shift[k]), g);
+            if constexpr (kBatch) {
+                y[i] = narrow<In>(g * scale[k] + (d * slope[k] + offset[k]));
+                continue;
+            }
+        }
+        y[i] = narrow<In>(g * scale[k]);
+    }
+}
+
+// Calls run with its arguments as constants.
+template <class Run>
+void with_constants(bool a, bool b, const Run& run) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (a)
+        b ? run(Yes{}, Yes{}) : run(Yes{}, No{});
+    else
+        b ? run(No{}, Yes{}) : run(No{}, No{});
+}
+
+template <class Run>
+void with_mask(Mask mask, const Run& run) {
+    switch (mask) {
+        case Mask::None:
+            return run(std::integral_constant<Mask, Mask::None>{});
+        case Mask::Input:
+            return run(std::integral_constant<Mask, Mask::Input>{});
+        case Mask::Output:
+            return run(std::integral_constant<Mask, Mask::Output>{});
+    }
+}
+
+template <class T>
+void clear(T* values, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) values[i] = T(0);
+}
+
+// A channel's coefficients, repeated along a row in channels-last.
+template <class T>
+class Coefficients {
+  public:
+    Coefficients(const BatchNormJob& job, const double* values, Scratch& scratch)
+        : values_(values), each_(job.channels_last) {
+        if (values == nullptr) return;
+        row_ = scratch.take<T>(each_ ? job.row() : 1);
+        if (each_)
+            for (int64_t i = 0; i < job.row(); ++i) row_[i] = T(values[i % job.channels]);
+    }
+
+    // Those of the row, or of the channel.
+    const T* operator()(int64_t channel) const {
+        if (values_ != nullptr && !each_) *row_ = T(values_[channel]);
+        return row_;
+    }
+
+  private:
+    const double* values_;
+    bool each_;
+    T* row_ = nullptr;
+};
+
+// Adds lane by lane sums up for each channel, into `sums`.
+template <class T>
+void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __restrict sums) {
+    const int64_t channels = job.channels;
+    clear(sums, channels);
+    for (int64_t from = 0; from < job.row(); from += channels)
+        for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
+}
+
+template <class T>
+double total(const T* lanes, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += double(lanes[i]);
+    return sum;
+}
+
+// Mean and sum of squared deviations of a growing set; sets are merged as in Chan, Golub and LeVeque.
+struct Moments {
+    double count = 0, mean = 0, deviation = 0;
+
+    // Adds n elements, of which s1 and s2 are the sums of x - center and its square.
+    void add(double n, double center, double s1, double s2) {
+        const double away = center + s1 / n - mean, all = count + n;
+        deviation += s2 - s1 * s1 / n + away * away * count * n / all;
+        mean += away * n / all;
+        count = all;
+    }
+};
+
+// A value near the mean of a run: that of some of its rows.
+template <class In, class T>
+void guess_center(const BatchNormJob& job, const In* x, int64_t begin, int64_t end, T* lanes,
+                  double* sums, T* center) {
+    constexpr int64_t kSamples = 8;
+    const int64_t row = job.row(), rows = (end - begin) / row, channels = job.channels;
+    int64_t count = 0;
+    clear(lanes, row);
+    if (rows == 0) {
+        const int64_t n = end - begin;
+        for (int64_t i = 0; i < channels; ++i) lanes[i] = widen(x[begin + i]);
+        count = n > 0;
+    } else {
+        const int64_t samples = rows < kSamples ? rows : kSamples;
+        for (int64_t sample = 0; sample < samples; ++sample) {
+            const In* __restrict from = x + begin + sample * rows / samples * row;
+            for (int64_t i = 0; i < row; ++i) lanes[i] += widen(from[i]);
+        }
+        count = samples * (row / channels);
+    }
+    add_lanes(job, lanes, sums);
+    for (int64_t i = 0; i < row; ++i) center[i] = T(sums[i % channels] / double(count));
+}
+
+template <class In>
+void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
+    using T = Accumulator<In>;
+    Scratch scratch(memory);
+    const In* x = static_cast<const In*>(job.x);
+    const int64_t channels = job.channels, row = job.channels_last ? job.row() : kLanes;
+    T *center = scratch.take<T>(row), *s1 = scratch.take<T>(row), *s2 = scratch.take<T>(row);
+    if (job.channels_last) {
+        const Units units(job, Step::Stats);
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t from = unit * units.size;
+            const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
+            double* const mean = job.sums + unit * 2 * channels;
+            double* const deviation = mean + channels;
+            guess_center(job, x, from, to, s1, mean, center);
+            clear(s1, row);
+            clear(s2, row);
+            blocks_of_run(job, from, to, [&](const Block& block) {
+                add_deviations<true>(x, block, center, s1, s2);
+            });
+            add_lanes(job, s1, mean);
+            add_lanes(job, s2, deviation);
+            const double n = double((to - from) / channels);
+            for (int64_t c = 0; c < channels; ++c) {
+                deviation[c] -= mean[c] * mean[c] / n;
+                mean[c] = double(center[c]) + mean[c] / n;
+            }
+        }
+        return;
+    }
+    for (int64_t channel = begin; channel < end; ++channel) {
+        Moments moments;
+        *center = widen(x[channel * job.inner]);
+        blocks_of_channel(job, channel, [&](const Block& block) {
+            clear(s1, block.width);
+            clear(s2, block.width);
+            if (moments.count == 0) {
+                // The mean of a row is a better guess than one element.
+                add_deviations<false>(x, Block{block.start, 0, 1, block.width}, center, s1, s2);
+                *center += T(total(s1, block.width) / double(block.width));
+                clear(s1, block.width);
+                clear(s2, block.width);
+            }
+            add_deviations<false>(x, block, center, s1, s2);
+            moments.add(double(block.rows * block.width), double(*center), total(s1, block.width),
+                        total(s2, block.width));
+            *center = T(moments.mean);
+        });
+        job.sums[channel] = moments.mean;
+        job.sums[channels + channel] = moments.deviation;
+    }
+}
+
+template <class In>
+void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
+    using T = Accumulator<In>;
+    Scratch scratch(memory);
+    const int64_t channels = job.channels, row = job.channels_last ? job.row() : kLanes;
+    const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
+        shift(job, job.shift, scratch);
+    T *s1 = scratch.take<T>(row), *s2 = scratch.take<T>(row);
+    with_mask(job.mask, [&](auto mask) {
+        constexpr Mask kMask = decltype(mask)::value;
+        if (job.channels_last) {
+            const Units units(job, Step::Sums);
+            for (int64_t unit = begin; unit < end; ++unit) {
+                const int64_t from = unit * units.size;
+                const int64_t to =
+                    from + units.size < job.numel() ? from + units.size : job.numel();
+                clear(s1, row);
+                clear(s2, row);
+                blocks_of_run(job, from, to, [&](const Block& block) {
+                    add_gradients<true, kMask, In>(job, block, center(0), scale(0), shift(0), s1,
+                                                   s2);
+                });
+                double* const out = job.sums + unit * 2 * channels;
+                add_lanes(job, s1, out);
+                add_lanes(job, s2, out + channels);
+            }
+            return;
+        }
+        for (int64_t channel = begin; channel < end; ++channel) {
+            double first = 0, second = 0;
+            blocks_of_channel(job, channel, [&](const Block& block) {
+                clear(s1, block.width);
+                clear(s2, block.width);
+                add_gradients<false, kMask, In>(job, block, center(channel), scale(channel),
+                                                shift(channel), s1, s2);
+                first += total(s1, block.width);
+                second += total(s2, block.width);
+            });
+            job.sums[channel] = first;
+            job.sums[channels + channel] = second;
+        }
+    });
+}
+
+// From the units' moments to those of all, in the first unit's place: two sums, without a division
+// for each unit and channel.
+void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
+    const Units units(job, Step::Stats);
+    const int64_t channels = job.channels, n = end - begin;
+    const auto count = [&](int64_t unit) {
+        const int64_t from = unit * units.size, left = job.numel() - from;
+        return double((left < units.size ? left : units.size) / channels);
+    };
+    const double all = double(job.numel() / channels);
+    double* __restrict mean = job.sums + begin;
+    double* __restrict deviation = mean + channels;
+    // As differences to the first, so that nothing is lost where means are large.
+    constexpr int64_t kAtOnce = 64;
+    for (int64_t c = 0; c < n; c += kAtOnce) {
+        const int64_t some = n - c < kAtOnce ? n - c : kAtOnce;
+        double away[kAtOnce] = {}, square[kAtOnce] = {};
+        for (int64_t unit = 1; unit < units.count; ++unit) {
+            const double* __restrict other = mean + unit * 2 * channels + c;
+            const double share = count(unit);
+            for (int64_t i = 0; i < some; ++i) {
+                const double difference = other[i] - mean[c + i];
+                away[i] += share * difference;
+                square[i] += share * difference * difference;
+                deviation[c + i] += other[channels + i];
+            }
+        }
+        for (int64_t i = 0; i < some; ++i) {
+            deviation[c + i] += square[i] - away[i] * away[i] / all;
+            mean[c + i] += away[i] / all;
+        }
+    }
+}
+
+void add_units(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
+    const int64_t units = Units(job, Step::Sums).count, channels = job.channels, n = end - begin;
+    for (int64_t unit = 1; unit < units; ++unit)
+        for (int64_t row = 0; row < 2; ++row) {
+            double* __restrict all = job.sums + row * channels + begin;
+            const double* __restrict some = all + unit * 2 * channels;
+            for (int64_t i = 0; i < n; ++i) all[i] += some[i];
+        }
+}
+
+// Calls run(start, n, channel) for the rows of the units [begin, end), the last unit first: what an
+// earlier step read last is then still in the cache.
+template <class Run>
+void rows_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const Run& run) {
+    const Units units(job, Step::Act);
+    for (int64_t unit = end - 1; unit >= begin; --unit) {
+        const int64_t from = unit * units.size;
+        if (!job.channels_last) {
+            run(from, units.size, unit % job.channels);
+            continue;
+        }
+        const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
+        for (int64_t at = from; at < to; at += job.row())
+            run(at, to - at < job.row() ? to - at : job.row(), 0);
+    }
+}
+
+template <class In>
+void act_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
+    using T = Accumulator<In>;
+    Scratch scratch(memory);
+    const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
+        shift(job, job.shift, scratch);
+    const In* x = static_cast<const In*>(job.x);
+    const In* residual = static_cast<const In*>(job.residual);
+    In* y = static_cast<In*>(job.y);
+    with_constants(residual != nullptr, job.relu, [&](auto has_residual, auto relu) {
+        constexpr bool kResidual = decltype(has_residual)::value, kRelu = decltype(relu)::value;
+        rows_backwards(job, begin, end, [&](int64_t at, int64_t n, int64_t channel) {
+            const In* added = kResidual ? residual + at : nullptr;
+            if (job.channels_last)
+                act<true, kResidual, kRelu>(x + at, added, y + at, n, center(0), scale(0),
+                                            shift(0));
+            else
+                act<false, kResidual, kRelu>(x + at, added, y + at, n, center(channel),
+                                             scale(channel), shift(channel));
+        });
+    });
+}
+
+template <class In>
+void spread_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
+    using T = Accumulator<In>;
+    Scratch scratch(memory);
+    const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
+        shift(job, job.shift, scratch), slope(job, job.slope, scratch),
+        offset(job, job.offset, scratch);
+    const In* x = static_cast<const In*>(job.x);
+    const In* grad = static_cast<const In*>(job.grad);
+    In* y = static_cast<In*>(job.y);
+    with_constants(job.slope != nullptr, job.mask == Mask::Input, [&](auto batch, auto mask) {
+        constexpr bool kBatch = decltype(batch)::value, kMask = decltype(mask)::value;
+        rows_backwards(job, begin, end, [&](int64_t at, int64_t n, int64_t channel) {
+            if (job.channels_last)
+                spread<true, kBatch, kMask>(x + at, grad + at, y + at, n, center(0), scale(0),
+                                            shift(0), slope(0), offset(0));
+            else
+                spread<false, kBatch, kMask>(x + at, grad + at, y + at, n, center(channel),
+                                             scale(channel), shift(channel), slope(channel),
+                                             offset(channel));
+        });
+    });
+}
+
+}  // namespace
+
+BatchNormKernel batch_norm(DType dtype, Step step) {
+    BatchNormKernel found = nullptr;
+    for_float(dtype, [&](auto zero) -> Kernel {
+        using In = decltype(zero);
+        constexpr BatchNormKernel steps[] = {stats<In>, merge,     act_units<In>,
+                                             sums<In>,  add_units, spread_units<In>};
+        found = steps[int(step)];
+        return nullptr;
+    });
+    return found;
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA
