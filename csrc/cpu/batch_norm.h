@@ -89,8 +89,8 @@ struct Units {
 };
 
 inline size_t scratch_bytes(const BatchNormJob& job) {
-    constexpr size_t vectors = 7, slack = 4096;
-    const size_t row = job.row() > 512 || job.channels_last ? job.row() : 512;
+    constexpr size_t vectors = 7, lanes = 128, slack = 4096;
+    const size_t row = job.channels_last ? job.row() : lanes;
     return vectors * row * sizeof(double) + slack;
 }
 

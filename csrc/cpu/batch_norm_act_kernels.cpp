@@ -22,60 +22,93 @@ void blocks_of_run(const BatchNormJob& job, int64_t begin, int64_t end, const Vi
     if (done < end) visit(Block{done, row, 1, end - done});
 }
 
-// Calls visit(block) for the elements of a channel in the contiguous format; no lane of a block
-// sums many elements.
-template <class Visit>
-void blocks_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit) {
-    constexpr int64_t kWidth = 128, kRows = 256;
+// The lanes that the rows of a channel are summed in, in the contiguous format.
+constexpr int64_t kLanes = 128;
+
+// Calls visit(block) for the elements of a channel in the contiguous format, and flush(n) after every
+// n of them, so that no lane sums many.
+template <class Visit, class Flush>
+void blocks_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit,
+                       const Flush& flush) {
+    constexpr int64_t kWidth = 64, kRows = 256;
     const int64_t first = channel * job.inner, step = job.channels * job.inner;
-    if (job.inner <= 2 * kWidth) {
+    if (job.inner <= kLanes) {
         for (int64_t n = 0; n < job.batch; n += kRows) {
             const int64_t rows = job.batch - n < kRows ? job.batch - n : kRows;
             visit(Block{first + n * step, step, rows, job.inner});
+            flush(rows * job.inner);
         }
         return;
     }
+    const int64_t whole = job.inner / kWidth, rest = job.inner - whole * kWidth;
+    int64_t pending = 0;
     for (int64_t n = 0; n < job.batch; ++n) {
-        const int64_t begin = first + n * step, whole = job.inner / kWidth;
+        const int64_t begin = first + n * step;
         for (int64_t row = 0; row < whole; row += kRows) {
             const int64_t rows = whole - row < kRows ? whole - row : kRows;
             visit(Block{begin + row * kWidth, kWidth, rows, kWidth});
+            pending += rows * kWidth;
+            if (pending < kRows * kWidth) continue;
+            flush(pending);
+            pending = 0;
         }
-        if (whole * kWidth < job.inner)
-            visit(Block{begin + whole * kWidth, kWidth, 1, job.inner - whole * kWidth});
+        if (rest) visit(Block{begin + whole * kWidth, kWidth, 1, rest});
+        pending += rest;
     }
+    if (pending) flush(pending);
 }
 
-// The lanes that a block's rows are summed in. In channels-last lane i is of channel i % channels.
-constexpr int64_t kLanes = 256;
+// A coefficient of each element of a row, or the same for all.
+template <bool kEach, class T>
+struct Values {
+    const T* __restrict each;
+    T same;
+
+    POOLING_EXT_INLINE explicit Values(const T* values)
+        : each(values), same(kEach || values == nullptr ? T(0) : *values) {}
+    POOLING_EXT_INLINE T operator[](int64_t i) const { return kEach ? each[i] : same; }
+};
+
+// Asks for what is read soon: the processor's own guesses end with a page, and where two tensors are
+// read at once they halve the speed.
+template <int64_t kAhead, class In>
+POOLING_EXT_INLINE void prefetch(const In* from, int64_t n) {
+    constexpr int64_t kLine = 64;
+    const char* ahead = reinterpret_cast<const char*>(uintptr_t(from) + kAhead);
+    for (int64_t i = 0; i < n * int64_t(sizeof(In)); i += kLine) __builtin_prefetch(ahead + i);
+}
+
+// Calls run(from, n) for pieces of a row of at most kBytes, each a burst of prefetches.
+template <int64_t kBytes, class In, class Run>
+POOLING_EXT_INLINE void in_pieces(int64_t n, const Run& run) {
+    constexpr int64_t kPiece = kBytes / int64_t(sizeof(In));
+    for (int64_t from = 0; from < n; from += kPiece)
+        run(from, n - from < kPiece ? n - from : kPiece);
+}
+
+// Bytes ahead, and in a burst: of one tensor, and of several at once.
+constexpr int64_t kAheadOne = 8192, kBurstOne = 2048, kAheadMany = 2048, kBurstMany = 512;
 
 // s1 += x - center and s2 += (x - center)^2, lane by lane.
 template <bool kEach, class In, class T>
-void add_deviations(const In* __restrict x, const Block& block, const T* __restrict center,
+void add_deviations(const In* __restrict x, int64_t n, const T* __restrict centers,
                     T* __restrict s1, T* __restrict s2) {
-    const int64_t width = block.width, stride = block.stride;
-    int64_t row = 0;
-    for (; row + 4 <= block.rows; row += 4) {
-        const In* __restrict a = x + block.start + row * stride;
-        const In* __restrict b = a + stride;
-        const In* __restrict c = b + stride;
-        const In* __restrict d = c + stride;
-        for (int64_t i = 0; i < width; ++i) {
-            const T k = center[kEach ? i : 0];
-            const T da = widen(a[i]) - k, db = widen(b[i]) - k;
-            const T dc = widen(c[i]) - k, dd = widen(d[i]) - k;
-            s1[i] += (da + db) + (dc + dd);
-            s2[i] += (da * da + db * db) + (dc * dc + dd * dd);
-        }
+    const Values<kEach, T> center(centers);
+    prefetch<kAheadOne>(x, n);
+    for (int64_t i = 0; i < n; ++i) {
+        const T d = widen(x[i]) - center[i];
+        s1[i] += d;
+        s2[i] += d * d;
     }
-    for (; row < block.rows; ++row) {
-        const In* __restrict a = x + block.start + row * stride;
-        for (int64_t i = 0; i < width; ++i) {
-            const T d = widen(a[i]) - center[kEach ? i : 0];
-            s1[i] += d;
-            s2[i] += d * d;
-        }
-    }
+}
+
+template <bool kEach, class In, class T>
+void add_deviations(const In* x, const Block& block, const T* center, T* s1, T* s2) {
+    for (int64_t row = 0; row < block.rows; ++row)
+        in_pieces<kBurstOne, In>(block.width, [&](int64_t from, int64_t n) {
+            add_deviations<kEach>(x + block.start + row * block.stride + from, n,
+                                  center + (kEach ? from : 0), s1 + from, s2 + from);
+        });
 }
 
 // The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as in
@@ -87,58 +120,71 @@ POOLING_EXT_INLINE T through(T z, T grad) {
 
 // s1 += g and s2 += g * (x - center), lane by lane, where g is the masked gradient.
 template <bool kEach, Mask kMask, class In, class T>
-void add_gradients(const BatchNormJob& job, const Block& block, const T* __restrict center,
-                   const T* __restrict scale, const T* __restrict shift, T* __restrict s1,
+void add_gradients(const In* __restrict x, const In* __restrict grad, const In* __restrict output,
+                   In* __restrict masked, int64_t n, const T* __restrict centers,
+                   const T* __restrict scales, const T* __restrict shifts, T* __restrict s1,
                    T* __restrict s2) {
-    for (int64_t row = 0; row < block.rows; ++row) {
-        const int64_t start = block.start + row * block.stride;
-        const In* __restrict x = static_cast<const In*>(job.x) + start;
-        const In* __restrict grad = static_cast<const In*>(job.grad) + start;
-        const In* __restrict output = static_cast<const In*>(job.output) + start;
-        In* __restrict masked = static_cast<In*>(job.masked) + start;
-        for (int64_t i = 0; i < block.width; ++i) {
-            const int64_t k = kEach ? i : 0;
-            const T d = widen(x[i]) - center[k];
-            T g = widen(grad[i]);
-            if constexpr (kMask == Mask::Input) g = through(T(d * scale[k] + shift[k]), g);
-            if constexpr (kMask == Mask::Output) {
-                g = through(T(widen(output[i])), g);
-                masked[i] = narrow<In>(g);
-            }
-            s1[i] += g;
-            s2[i] += g * d;
+    const Values<kEach, T> center(centers), scale(scales), shift(shifts);
+    prefetch<kAheadMany>(x, n);
+    prefetch<kAheadMany>(grad, n);
+    if constexpr (kMask == Mask::Output) prefetch<kAheadMany>(output, n);
+    for (int64_t i = 0; i < n; ++i) {
+        const T d = widen(x[i]) - center[i];
+        T g = widen(grad[i]);
+        if constexpr (kMask == Mask::Input) g = through(T(d * scale[i] + shift[i]), g);
+        if constexpr (kMask == Mask::Output) {
+            g = through(T(widen(output[i])), g);
+            put(masked, i, narrow<In>(g));
         }
+        s1[i] += g;
+        s2[i] += g * d;
     }
+}
+
+template <bool kEach, Mask kMask, class In, class T>
+void add_gradients(const BatchNormJob& job, const Block& block, const T* center, const T* scale,
+                   const T* shift, T* s1, T* s2) {
+    for (int64_t row = 0; row < block.rows; ++row)
+        in_pieces<kBurstMany, In>(block.width, [&](int64_t from, int64_t n) {
+            const int64_t at = block.start + row * block.stride + from, k = kEach ? from : 0;
+            add_gradients<kEach, kMask>(
+                static_cast<const In*>(job.x) + at, static_cast<const In*>(job.grad) + at,
+                static_cast<const In*>(job.output) + at, static_cast<In*>(job.masked) + at, n,
+                center + k, scale + k, shift + k, s1 + from, s2 + from);
+        });
 }
 
 template <bool kEach, bool kResidual, bool kRelu, class In, class T>
 void act(const In* __restrict x, const In* __restrict residual, In* __restrict y, int64_t n,
-         const T* __restrict center, const T* __restrict scale, const T* __restrict shift) {
+         const T* __restrict centers, const T* __restrict scales, const T* __restrict shifts) {
+    const Values<kEach, T> center(centers), scale(scales), shift(shifts);
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t k = kEach ? i : 0;
-        T z = (widen(x[i]) - center[k]) * scale[k] + shift[k];
+        T z = (widen(x[i]) - center[i]) * scale[i] + shift[i];
         if constexpr (kResidual) z += widen(residual[i]);
-        if constexpr (kRelu) z = z < T(0) ? T(0) : z;
-        y[i] = narrow<In>(z);
+        if constexpr (kRelu) z = select(z < T(0), T(0), z);
+        put(y, i, narrow<In>(z));
     }
 }
 
 template <bool kEach, bool kBatch, bool kMask, class In, class T>
 void spread(const In* __restrict x, const In* __restrict grad, In* __restrict y, int64_t n,
-            const T* __restrict center, const T* __restrict scale, const T* __restrict shift,
-            const T* __restrict slope, const T* __restrict offset) {
+            const T* __restrict centers, const T* __restrict scales, const T* __restrict shifts,
+            const T* __restrict slopes, const T* __restrict offsets) {
+    const Values<kEach, T> center(centers), scale(scales), shift(shifts), slope(slopes),
+        offset(offsets);
+    prefetch<kAheadMany>(x, n);
+    prefetch<kAheadMany>(grad, n);
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t k = kEach ? i : 0;
         T g = widen(grad[i]);
         if constexpr (kBatch || kMask) {
-            const T d = widen(x[i]) - center[k];
-            if constexpr (kMask) g = through(T(d * scale[k] + shift[k]), g);
+            const T d = widen(x[i]) - center[i];
+            if constexpr (kMask) g = through(T(d * scale[i] + shift[i]), g);
             if constexpr (kBatch) {
-                y[i] = narrow<In>(g * scale[k] + (d * slope[k] + offset[k]));
+                put(y, i, narrow<In>(g * scale[i] + (d * slope[i] + offset[i])));
                 continue;
             }
         }
-        y[i] = narrow<In>(g * scale[k]);
+        put(y, i, narrow<In>(g * scale[i]));
     }
 }
 
@@ -170,6 +216,14 @@ void clear(T* values, int64_t n) {
     for (int64_t i = 0; i < n; ++i) values[i] = T(0);
 }
 
+// A value for each channel, repeated along a row in channels-last.
+template <class T>
+void repeat(const BatchNormJob& job, const double* __restrict values, T* __restrict row) {
+    const int64_t channels = job.channels;
+    for (int64_t from = 0; from < job.row(); from += channels)
+        for (int64_t c = 0; c < channels; ++c) row[from + c] = T(values[c]);
+}
+
 // A channel's coefficients, repeated along a row in channels-last.
 template <class T>
 class Coefficients {
@@ -178,8 +232,7 @@ class Coefficients {
         : values_(values), each_(job.channels_last) {
         if (values == nullptr) return;
         row_ = scratch.take<T>(each_ ? job.row() : 1);
-        if (each_)
-            for (int64_t i = 0; i < job.row(); ++i) row_[i] = T(values[i % job.channels]);
+        if (each_) repeat(job, values, row_);
     }
 
     // Those of the row, or of the channel.
@@ -203,10 +256,15 @@ void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __res
         for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
 }
 
+// The sum of a channel's lanes.
 template <class T>
-double total(const T* lanes, int64_t n) {
+double total(const T* lanes) {
+    constexpr int64_t kAtOnce = 8;
+    double sums[kAtOnce] = {};
+    for (int64_t i = 0; i < kLanes; i += kAtOnce)
+        for (int64_t j = 0; j < kAtOnce; ++j) sums[j] += double(lanes[i + j]);
     double sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += double(lanes[i]);
+    for (double some : sums) sum += some;
     return sum;
 }
 
@@ -227,14 +285,13 @@ struct Moments {
 template <class In, class T>
 void guess_center(const BatchNormJob& job, const In* x, int64_t begin, int64_t end, T* lanes,
                   double* sums, T* center) {
-    constexpr int64_t kSamples = 8;
+    constexpr int64_t kSamples = 4;
     const int64_t row = job.row(), rows = (end - begin) / row, channels = job.channels;
     int64_t count = 0;
     clear(lanes, row);
     if (rows == 0) {
-        const int64_t n = end - begin;
         for (int64_t i = 0; i < channels; ++i) lanes[i] = widen(x[begin + i]);
-        count = n > 0;
+        count = 1;
     } else {
         const int64_t samples = rows < kSamples ? rows : kSamples;
         for (int64_t sample = 0; sample < samples; ++sample) {
@@ -244,7 +301,8 @@ void guess_center(const BatchNormJob& job, const In* x, int64_t begin, int64_t e
         count = samples * (row / channels);
     }
     add_lanes(job, lanes, sums);
-    for (int64_t i = 0; i < row; ++i) center[i] = T(sums[i % channels] / double(count));
+    for (int64_t c = 0; c < channels; ++c) sums[c] /= double(count);
+    repeat(job, sums, center);
 }
 
 template <class In>
@@ -279,22 +337,22 @@ void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
     }
     for (int64_t channel = begin; channel < end; ++channel) {
         Moments moments;
-        *center = widen(x[channel * job.inner]);
-        blocks_of_channel(job, channel, [&](const Block& block) {
-            clear(s1, block.width);
-            clear(s2, block.width);
-            if (moments.count == 0) {
-                // The mean of a row is a better guess than one element.
-                add_deviations<false>(x, Block{block.start, 0, 1, block.width}, center, s1, s2);
-                *center += T(total(s1, block.width) / double(block.width));
-                clear(s1, block.width);
-                clear(s2, block.width);
-            }
-            add_deviations<false>(x, block, center, s1, s2);
-            moments.add(double(block.rows * block.width), double(*center), total(s1, block.width),
-                        total(s2, block.width));
-            *center = T(moments.mean);
-        });
+        // The mean of a few elements is a better guess than one.
+        const In* some = x + channel * job.inner;
+        const int64_t few = job.inner < kLanes ? job.inner : kLanes;
+        *center = T(0);
+        for (int64_t i = 0; i < few; ++i) *center += T(widen(some[i])) / T(few);
+        clear(s1, kLanes);
+        clear(s2, kLanes);
+        blocks_of_channel(
+            job, channel,
+            [&](const Block& block) { add_deviations<false>(x, block, center, s1, s2); },
+            [&](int64_t n) {
+                moments.add(double(n), double(*center), total(s1), total(s2));
+                *center = T(moments.mean);
+                clear(s1, kLanes);
+                clear(s2, kLanes);
+            });
         job.sums[channel] = moments.mean;
         job.sums[channels + channel] = moments.deviation;
     }
@@ -330,14 +388,20 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
         }
         for (int64_t channel = begin; channel < end; ++channel) {
             double first = 0, second = 0;
-            blocks_of_channel(job, channel, [&](const Block& block) {
-                clear(s1, block.width);
-                clear(s2, block.width);
-                add_gradients<false, kMask, In>(job, block, center(channel), scale(channel),
-                                                shift(channel), s1, s2);
-                first += total(s1, block.width);
-                second += total(s2, block.width);
-            });
+            clear(s1, kLanes);
+            clear(s2, kLanes);
+            blocks_of_channel(
+                job, channel,
+                [&](const Block& block) {
+                    add_gradients<false, kMask, In>(job, block, center(channel), scale(channel),
+                                                    shift(channel), s1, s2);
+                },
+                [&](int64_t) {
+                    first += total(s1);
+                    second += total(s2);
+                    clear(s1, kLanes);
+                    clear(s2, kLanes);
+                });
             job.sums[channel] = first;
             job.sums[channels + channel] = second;
         }
@@ -388,21 +452,24 @@ void add_units(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
         }
 }
 
-// Calls run(start, n, channel) for the rows of the units [begin, end), the last unit first: what an
-// earlier step read last is then still in the cache.
+// Calls run(start, n, channel) for the rows of the units [begin, end), in runs, the last run first:
+// what an earlier step read last is then still in the cache.
 template <class Run>
 void rows_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const Run& run) {
+    constexpr int64_t kRun = 1 << 16;
     const Units units(job, Step::Act);
-    for (int64_t unit = end - 1; unit >= begin; --unit) {
-        const int64_t from = unit * units.size;
-        if (!job.channels_last) {
-            run(from, units.size, unit % job.channels);
-            continue;
+    const int64_t at_once = units.size < kRun ? kRun / units.size : 1;
+    for (int64_t last = end; last > begin; last -= at_once)
+        for (int64_t unit = last - at_once > begin ? last - at_once : begin; unit < last; ++unit) {
+            const int64_t from = unit * units.size;
+            if (!job.channels_last) {
+                run(from, units.size, unit % job.channels);
+                continue;
+            }
+            const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
+            for (int64_t at = from; at < to; at += job.row())
+                run(at, to - at < job.row() ? to - at : job.row(), 0);
         }
-        const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
-        for (int64_t at = from; at < to; at += job.row())
-            run(at, to - at < job.row() ? to - at : job.row(), 0);
-    }
 }
 
 template <class In>
@@ -440,14 +507,18 @@ void spread_units(const BatchNormJob& job, int64_t begin, int64_t end, void* mem
     In* y = static_cast<In*>(job.y);
     with_constants(job.slope != nullptr, job.mask == Mask::Input, [&](auto batch, auto mask) {
         constexpr bool kBatch = decltype(batch)::value, kMask = decltype(mask)::value;
-        rows_backwards(job, begin, end, [&](int64_t at, int64_t n, int64_t channel) {
-            if (job.channels_last)
-                spread<true, kBatch, kMask>(x + at, grad + at, y + at, n, center(0), scale(0),
-                                            shift(0), slope(0), offset(0));
-            else
-                spread<false, kBatch, kMask>(x + at, grad + at, y + at, n, center(channel),
-                                             scale(channel), shift(channel), slope(channel),
-                                             offset(channel));
+        rows_backwards(job, begin, end, [&](int64_t start, int64_t row, int64_t channel) {
+            const T *c = center(channel), *a = scale(channel), *b = shift(channel);
+            const T *k = slope(channel), *o = offset(channel);
+            in_pieces<kBurstMany, In>(row, [&](int64_t from, int64_t n) {
+                const int64_t at = start + from;
+                if (!job.channels_last)
+                    spread<false, kBatch, kMask>(x + at, grad + at, y + at, n, c, a, b, k, o);
+                else
+                    spread<true, kBatch, kMask>(x + at, grad + at, y + at, n, c + from, a + from,
+                                                b + from, kBatch ? k + from : k,
+                                                kBatch ? o + from : o);
+            });
         });
     });
 }

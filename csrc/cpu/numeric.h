@@ -104,6 +104,13 @@ POOLING_EXT_INLINE T select(bool condition, T a, T b) {
         BitsOf<T>((bit_cast<BitsOf<T>>(a) & mask) | (bit_cast<BitsOf<T>>(b) & ~mask)));
 }
 
+// to[i] = value, as an integer: compilers leave some loops that store a structure alone.
+template <class G>
+POOLING_EXT_INLINE void put(G* to, int64_t i, G value) {
+    typedef BitsOf<G> Aliasing __attribute__((may_alias));
+    reinterpret_cast<Aliasing*>(to)[i] = bit_cast<BitsOf<G>>(value);
+}
+
 // dst[0..n) = value. As integers, since compilers leave loops that store a structure alone.
 template <class G>
 void fill(G* dst, G value, int64_t n) {
