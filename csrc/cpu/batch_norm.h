@@ -45,6 +45,7 @@ struct BatchNormJob {
     const double* offset = nullptr;
     bool relu = false;
     Mask mask = Mask::None;
+    bool undivided = false;  // all is one unit, in channels-last
     // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with
     // x - center. Two rows of `channels`, for each unit in channels-last.
     double* sums = nullptr;
@@ -76,6 +77,7 @@ struct Units {
             const int64_t rows = (job.numel() + job.row() - 1) / job.row();
             int64_t at_once = rows / kMost;
             at_once = at_once < kLeast ? kLeast : at_once > kRows ? kRows : at_once;
+            if (job.undivided) at_once = rows;
             count = (rows + at_once - 1) / at_once;
             size = at_once * job.row();
         } else if (step == Step::Stats || step == Step::Sums) {

@@ -57,7 +57,8 @@ inline Ints output_sizes(Ints sizes, const Windows& windows) {
     return sizes;
 }
 
-// Scratch memory that a thread keeps between calls, unless it is very large.
+// Scratch memory that a thread keeps between calls, unless it is very large; each slot has its own.
+template <int kSlot = 0>
 class ThreadScratch {
   public:
     explicit ThreadScratch(size_t bytes) {
@@ -91,7 +92,7 @@ void launch(void (*kernel)(const AnyJob&, int64_t, int64_t, void*), const AnyJob
     const int64_t grain = 1 + kWorkPerThread / (rows.work + 1);
     const size_t bytes = scratch_bytes(job);
     auto run = [&](int64_t begin, int64_t end) {
-        kernel(job, begin, end, ThreadScratch(bytes).get());
+        kernel(job, begin, end, ThreadScratch<>(bytes).get());
     };
     if (rows.count <= grain)
         run(0, rows.count);

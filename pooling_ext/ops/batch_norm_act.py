@@ -25,21 +25,21 @@ ACTIVATIONS = ("relu", "identity")
 backends.register_cpu("batch_norm_act", FLOATS)
 
 
-def _like(input: Tensor) -> Tensor:
+def like(input: Tensor) -> Tensor:
     return _library.empty(input, input.shape[2:])
 
 
-def _channel_sums(input: Tensor, *_: Any) -> Tensor:
+def channel_sums(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty((2, input.shape[1]), dtype=torch.float64)
 
 
-_stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", _channel_sums, vmap=False)
+_stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", channel_sums, vmap=False)
 
 _forward = _library.define(
     "batch_norm_act(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     "bool relu)",
     "Tensor",
-    lambda input, *_: _like(input),
+    lambda input, *_: like(input),
     vmap=False,
 )
 
@@ -50,8 +50,8 @@ _sums = _library.define(
     "Tensor? output, float eps, bool relu)",
     "(Tensor, Tensor)",
     lambda grad, input, stats, weight, bias, output, eps, relu: (
-        _like(input) if output is not None else input.new_empty(0),
-        _channel_sums(input),
+        like(input) if output is not None else input.new_empty(0),
+        channel_sums(input),
     ),
     vmap=False,
 )
@@ -61,7 +61,7 @@ _input_grad = _library.define(
     "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     "Tensor? sums, float count, float eps, bool relu)",
     "Tensor",
-    lambda grad, input, *_: _like(input),
+    lambda grad, input, *_: like(input),
     vmap=False,
 )
 
@@ -94,10 +94,9 @@ class _BatchNormAct(Function):
         (grad,) = grads
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not is_compiling():
-            wanted = _differentiable_backward(grad, input, weight, bias, stats, output, ctx.options)
-            return *wanted, None, None, None, None, None
-        sums = masked = None
-        masked = grad
+            *wanted, masked = _differentiable_backward(grad, input, weight, bias, stats, output, ctx.options)
+            return *wanted, masked if needs_residual else None, None, None, None, None, None
+        sums, masked = None, grad
         if output is not None or count is not None or needs_weight or needs_bias:
             masked, sums = _sums(grad, input, stats, weight, bias, output, eps, relu)
             if output is None:
@@ -144,7 +143,7 @@ def _differentiable_backward(
         if output is None:
             output = _forward(input.detach(), stats, weight, bias, None, eps, True)
         grad = grad * (output > 0)
-    mean, var = stats.to(_parameter_dtype(input)).unbind()
+    mean, var = stats.to(parameter_dtype(input)).unbind()
     masks = [True, weight is not None, bias is not None]
     gradients = torch.ops.aten.native_batch_norm_backward(
         grad, input, weight, mean, var, mean, (var + eps).rsqrt(), count is not None, eps, masks
@@ -152,7 +151,7 @@ def _differentiable_backward(
     return *gradients, grad
 
 
-def _parameter_dtype(input: Tensor) -> torch.dtype:
+def parameter_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
@@ -198,31 +197,22 @@ def batch_norm_act(
         TypeError: an argument has the wrong type.
         ArgumentError: an argument does not go with the input's shape, or is out of range.
     """
-    _check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
     relu = activation == "relu"
     ours = backends.choose("batch_norm_act", input) is not backends.ATEN
-    if not ours or _transformed() or (residual is not None and not _alike(input, residual)):
+    if not ours or transformed() or (residual is not None and not _alike(input, residual)):
         return _aten_batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu, process_group
         )
-    if training:
-        stats, count = _batch_stats(input, process_group)
-        if running_mean is not None and running_var is not None:
-            _update(running_mean, running_var, stats, count, momentum)
-    else:
-        stats, count = torch.stack((running_mean, running_var)).to(torch.float64), None  # type: ignore[arg-type]
-    wide = _parameter_dtype(input)
-    weight = weight if weight is None or weight.dtype == wide else weight.to(wide)
-    bias = bias if bias is None or bias.dtype == wide else bias.to(wide)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (input, weight, bias, residual)
-    ):
+    stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
+    weight, bias = parameter(weight, input), parameter(bias, input)
+    if needs_grad(input, weight, bias, residual):
         group = process_group if training else None
         return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
     return _forward(input, stats, weight, bias, residual, eps, relu)
 
 
-def _check(
+def check(
     input: Tensor,
     residual: Tensor | None,
     activation: str,
@@ -255,9 +245,40 @@ def _alike(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype == input.dtype and residual.device == input.device
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward mode is at work, which PyTorch's operators take."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def needs_grad(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def parameter(value: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight or bias in the dtype that goes with the input's."""
+    wide = parameter_dtype(input)
+    return value if value is None or value.dtype == wide else value.to(wide)
+
+
+def statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    group: Any,
+) -> tuple[Tensor, float | None]:
+    """The statistics to normalise with, and how many elements they were taken from if they are the batch's.
+
+    In training the running ones are updated.
+    """
+    if not training:
+        running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
+        return running.to(torch.float64), None
+    stats, count = _batch_stats(input, group)
+    if running_mean is not None and running_var is not None:
+        _update(running_mean, running_var, stats, count, momentum)
+    return stats, count
 
 
 def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:

@@ -1,14 +1,129 @@
-"""Batch normalisation, ReLU and max pooling as one operator: the stem of a ResNet."""
+"""Batch normalisation, ReLU and max pooling as one operator: the stem of a ResNet.
+
+What is pooled is made a part at a time and never written as a whole; backward makes its gradient in the
+same way from the places of the maxima.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
 
+from .. import backends
+from ..windows import Windows, fixed_windows
+from . import _library
 from ._dispatch import public
-from .batch_norm_act import batch_norm_act
-from .max_pool import max_pool2d
+from .batch_norm_act import (
+    FLOATS,
+    batch_norm_act,
+    channel_sums,
+    check,
+    like,
+    needs_grad,
+    parameter,
+    statistics,
+    transformed,
+)
+from .max_pool import max_pool
+
+backends.register_cpu("batch_norm_relu_max_pool", FLOATS)
+
+#: The largest window whose places fit a byte.
+BYTE_WINDOW = 255
+
+_NORM = "Tensor input, Tensor stats, Tensor? weight, Tensor? bias"
+
+_forward = _library.define(
+    f"batch_norm_relu_max_pool({_NORM}, float eps, {{windows}})",
+    "Tensor",
+    lambda input, stats, weight, bias, eps, output_size, *_: _library.empty(input, output_size),
+    vmap=False,
+)
+
+_places = _library.define(
+    f"batch_norm_relu_max_pool_places({_NORM}, float eps, {{windows}})",
+    "(Tensor, Tensor)",
+    lambda input, stats, weight, bias, eps, output_size, *_: (
+        _library.empty(input, output_size),
+        _library.empty(input, output_size, torch.uint8),
+    ),
+    vmap=False,
+)
+
+_sums = _library.define(
+    f"batch_norm_relu_max_pool_sums(Tensor grad, Tensor places, {_NORM}, float eps, {{windows}})",
+    "Tensor",
+    lambda grad, places, input, *_: channel_sums(input),
+    vmap=False,
+)
+
+_input_grad = _library.define(
+    f"batch_norm_relu_max_pool_backward(Tensor grad, Tensor places, {_NORM}, Tensor? sums, float count, "
+    "float eps, {windows})",
+    "Tensor",
+    lambda grad, places, input, *_: like(input),
+    vmap=False,
+)
+
+
+class _BatchNormReluMaxPool(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Tensor,
+        eps: float,
+        count: float | None,
+        group: Any,
+        windows: Windows,
+    ) -> Tensor:
+        output, places = _places(input, stats, weight, bias, eps, *windows)
+        ctx.save_for_backward(input, weight, bias, stats, places)
+        ctx.options = eps, count, group, windows
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight, bias, stats, places = ctx.saved_tensors
+        eps, count, group, windows = ctx.options
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not is_compiling():
+            wanted = _differentiable_backward(ctx, grads[0])
+            return *wanted, None, None, None, None, None
+        sums = grad_input = grad_weight = grad_bias = None
+        if count is not None or needs_weight or needs_bias:
+            sums = _sums(grads[0], places, input, stats, weight, bias, eps, *windows)
+            if needs_bias:
+                grad_bias = sums[0].to(bias.dtype)
+            if needs_weight:
+                grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
+        if needs_input:
+            if count is not None and group is not None:
+                torch.distributed.all_reduce(sums, group=group)
+            through = sums if count is not None else None
+            grad_input = _input_grad(
+                grads[0], places, input, stats, weight, bias, through, count or 1.0, eps, *windows
+            )
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients out of operators that can be differentiated again."""
+    input, weight, bias, stats, _ = ctx.saved_tensors
+    eps, count, group, windows = ctx.options
+    if group is not None:
+        raise RuntimeError("batch_norm_relu_max_pool(): there is no double backward across processes")
+    mean, var = (None, None) if count is not None else stats.to(input.dtype).unbind()
+    output = batch_norm_act(input, mean, var, weight, bias, count is not None, 0.0, eps)
+    wanted = [x for x, needed in zip((input, weight, bias), ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(max_pool(output, windows), wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:3])
 
 
 @public
@@ -31,9 +146,26 @@ def batch_norm_relu_max_pool(
 ) -> Tensor:
     """``max_pool2d(relu(batch_norm(input)))`` without writing what is pooled.
 
-    Arguments are those of :func:`batch_norm_act` and :func:`max_pool2d`.
+    Arguments and errors are those of :func:`batch_norm_act` and :func:`max_pool2d`.
+
+    Args:
+        input: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+
+    Returns:
+        ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
     """
-    output = batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, process_group=process_group
-    )
-    return max_pool2d(output, kernel_size, stride, padding, dilation, ceil_mode)
+    check(input, None, "relu", {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    places = windows.kernel_size[0] * windows.kernel_size[1]
+    aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
+    if aten or transformed() or input.dim() != 4 or places > BYTE_WINDOW:
+        output = batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, process_group=process_group
+        )
+        return max_pool(output, windows)
+    stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
+    weight, bias = parameter(weight, input), parameter(bias, input)
+    if needs_grad(input, weight, bias):
+        group = process_group if training else None
+        return _BatchNormReluMaxPool.apply(input, weight, bias, stats, eps, count, group, windows)
+    return _forward(input, stats, weight, bias, eps, *windows)

@@ -1,0 +1,313 @@
+// Launchers of batch normalisation, ReLU and max pooling as one operator on the CPU, which is
+// defined in pooling_ext/ops/batch_norm_relu_max_pool.py.
+//
+// What is pooled is made a tile at a time, in memory that stays in the cache, by the kernels of
+// batch_norm_act and max_pool; so is its gradient.
+#include "cpu/batch_norm_launch.h"
+
+namespace pooling_ext {
+namespace {
+
+// A part of the input: rows of an image in channels-last, else some of its planes.
+struct Tile {
+    int64_t image;
+    int64_t begin, end;            // rows, or planes
+    int64_t out_begin, out_end;    // in the forward pass, the rows of the output that pool it
+};
+
+class Tiled {
+  public:
+    Tiled(const BatchNormJob& norm, const Job& pool, DType dtype, size_t element)
+        : norm_(norm), pool_(pool), dtype_(dtype), element_(element) {
+        // A tile is to stay in the second-level cache.
+        constexpr int64_t kTile = 1 << 18;
+        const PoolParams& p = pool.p;
+        const int64_t bytes = int64_t(element);
+        if (norm.channels_last) {
+            const int64_t row = p.in_row() * bytes;
+            rows_ = row < kTile ? kTile / row : 1;
+            out_rows_ = rows_ / p.h.stride > 0 ? rows_ / p.h.stride : 1;
+            tiles_ = ceil_div(p.h.in, rows_);
+            out_tiles_ = ceil_div(p.h.out, out_rows_);
+        } else {
+            const int64_t plane = p.in_plane() * bytes;
+            planes_ = plane < kTile ? kTile / plane : 1;
+            tiles_ = out_tiles_ = ceil_div(norm.channels, planes_);
+        }
+    }
+
+    int64_t tiles(bool forward) const { return norm_.batch * (forward ? out_tiles_ : tiles_); }
+
+    void forward(int64_t begin, int64_t end) const {
+        const BatchNormKernel act = kernels().batch_norm(dtype_, Step::Act);
+        const Kernel maxima =
+            kernels().max_pool(dtype_, pool_.places_out ? Places::Byte : Places::None);
+        const ThreadScratch<1> memory(largest_tile());
+        void* const buffer = memory.get();
+        for (int64_t i = begin; i < end; ++i) {
+            const Tile tile = forward_tile(i);
+            BatchNormJob norm = norm_of(tile);
+            norm.y = buffer;
+            run_all(act, norm, Units(norm, Step::Act).count);
+            Job pool = pool_;
+            PoolParams& p = pool.p;
+            int64_t first;
+            if (norm.channels_last) {
+                // The windows of these rows, as they lie in the tile.
+                p.outer = 1;
+                p.h.in = tile.end - tile.begin;
+                p.h.out = tile.out_end - tile.out_begin;
+                p.h.pad_before = tile.begin - pool_.p.h.start(tile.out_begin);
+                first = (tile.image * pool_.p.h.out + tile.out_begin) * p.out_row();
+            } else {
+                p.outer = tile.end - tile.begin;
+                first = (tile.image * norm_.channels + tile.begin) * p.out_plane();
+            }
+            pool.src = buffer;
+            pool.dst = static_cast<char*>(pool_.dst) + first * element_;
+            if (pool_.places_out) pool.places_out = static_cast<uint8_t*>(pool_.places_out) + first;
+            const Rows rows = plan_forward(pool, false);
+            run_all(maxima, pool, rows.count);
+        }
+    }
+
+    // Calls use(job, tile) with the gradient of each tile in the job's `grad`.
+    template <class Use>
+    void backward(int64_t begin, int64_t end, const Use& use) const {
+        const Kernel scatter = kernels().max_pool_backward(dtype_, Places::Byte);
+        const ThreadScratch<1> memory(largest_tile());
+        void* const buffer = memory.get();
+        for (int64_t i = begin; i < end; ++i) {
+            const Tile tile = backward_tile(i);
+            Job pool = pool_;
+            PoolParams& p = pool.p;
+            if (norm_.channels_last) {
+                // Rows of this image alone. The kernel writes them where they lie in the image, of which
+                // the buffer holds only these.
+                p.outer = 1;
+                const int64_t first = tile.image * p.h.out * p.out_row();
+                pool.src = static_cast<const char*>(pool_.src) + first * element_;
+                pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
+                pool.dst = reinterpret_cast<void*>(uintptr_t(buffer) -
+                                                   tile.begin * p.in_row() * element_);
+                pool.by_plane = false;
+                const ThreadScratch<> scratch(scratch_bytes(pool));
+                scatter(pool, tile.begin, tile.end, scratch.get());
+            } else {
+                p.outer = tile.end - tile.begin;
+                const int64_t first = (tile.image * norm_.channels + tile.begin) * p.out_plane();
+                pool.src = static_cast<const char*>(pool_.src) + first * element_;
+                pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
+                pool.dst = buffer;
+                choose_scatter(pool);
+                run_all(scatter, pool, max_backward_rows(pool).count);
+            }
+            BatchNormJob norm = norm_of(tile);
+            norm.grad = buffer;
+            use(norm, tile);
+        }
+    }
+
+    template <class AnyJob>
+    static void run_all(void (*kernel)(const AnyJob&, int64_t, int64_t, void*), const AnyJob& job,
+                        int64_t units) {
+        const ThreadScratch<> scratch(scratch_bytes(job));
+        kernel(job, 0, units, scratch.get());
+    }
+
+  private:
+    size_t largest_tile() const {
+        const PoolParams& p = pool_.p;
+        const int64_t extra = (p.h.kernel - 1) * p.h.dilation + p.h.stride;
+        const int64_t size =
+            norm_.channels_last ? (rows_ + extra) * p.in_row() : planes_ * p.in_plane();
+        return (size * element_ + 127) / 64 * 64;
+    }
+
+    Tile forward_tile(int64_t i) const {
+        if (!norm_.channels_last) return backward_tile(i);
+        const Axis& h = pool_.p.h;
+        Tile tile;
+        tile.image = i / out_tiles_;
+        tile.out_begin = i % out_tiles_ * out_rows_;
+        tile.out_end = tile.out_begin + out_rows_ < h.out ? tile.out_begin + out_rows_ : h.out;
+        const int64_t first = h.start(tile.out_begin);
+        const int64_t last = h.start(tile.out_end - 1) + (h.kernel - 1) * h.dilation + 1;
+        tile.begin = first < 0 ? 0 : first > h.in - 1 ? h.in - 1 : first;
+        tile.end = last > h.in ? h.in : last <= tile.begin ? tile.begin + 1 : last;
+        return tile;
+    }
+
+    Tile backward_tile(int64_t i) const {
+        const int64_t all = norm_.channels_last ? pool_.p.h.in : norm_.channels;
+        const int64_t at_once = norm_.channels_last ? rows_ : planes_;
+        const int64_t begin = i % tiles_ * at_once;
+        return {i / tiles_, begin, begin + at_once < all ? begin + at_once : all, 0, 0};
+    }
+
+    // The tile as an input of its own.
+    BatchNormJob norm_of(const Tile& tile) const {
+        BatchNormJob job = norm_;
+        job.batch = 1;
+        job.undivided = true;
+        int64_t first;
+        if (norm_.channels_last) {
+            job.inner = (tile.end - tile.begin) * pool_.p.w.in;
+            first = (tile.image * pool_.p.h.in + tile.begin) * pool_.p.in_row();
+        } else {
+            job.channels = tile.end - tile.begin;
+            first = (tile.image * norm_.channels + tile.begin) * norm_.inner;
+            for (const double** values : {&job.center, &job.scale, &job.shift, &job.slope, &job.offset})
+                if (*values != nullptr) *values += tile.begin;
+        }
+        job.x = static_cast<const char*>(norm_.x) + first * element_;
+        if (norm_.y != nullptr) job.y = static_cast<char*>(norm_.y) + first * element_;
+        return job;
+    }
+
+    const BatchNormJob& norm_;
+    const Job& pool_;
+    DType dtype_;
+    size_t element_;
+    int64_t rows_ = 0, out_rows_ = 0, planes_ = 0, tiles_ = 0, out_tiles_ = 0;
+};
+
+// What all four operators are given.
+struct StemCall {
+    BatchNormCall norm;
+    Affines affines;
+    Job pool;
+
+    StemCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+             const MaybeTensor& bias, double eps, const Windows& windows)
+        : norm(input), affines(norm.job, stats, weight, bias, eps, is_double(input)) {
+        STD_TORCH_CHECK(input.dim() == 4, "pooling_ext: input must have four dimensions");
+        out_ = output_sizes(sizes_of(input), windows);
+        // One pixel is the same in both formats; pooling goes by the output's.
+        norm.job.channels_last = norm.channels_last;
+        pool.p = params_of(sizes_of(input), windows, norm.channels_last);
+        norm.job.relu = true;
+        norm.job.mask = Mask::Input;
+    }
+
+    Tensor empty_output(ScalarType dtype) const { return empty(out_, dtype, norm.channels_last); }
+
+    void with_gradient(const Tensor& grad, const Tensor& places) {
+        STD_TORCH_CHECK(sizes_of(grad) == out_ && sizes_of(places) == out_ &&
+                            places.scalar_type() == ScalarType::Byte,
+                        "pooling_ext: grad and places must have the output's size");
+        grad_ = dense(grad, norm.channels_last);
+        places_ = dense(places, norm.channels_last);
+        pool.src = grad_.data_ptr();
+        pool.places_in = places_.data_ptr();
+    }
+
+    Tiled tiled() const {
+        return Tiled(norm.job, pool, dtype_of(norm.input), norm.input.element_size());
+    }
+
+    void forward() const {
+        if (norm.job.numel() == 0) return;
+        const Tiled all = tiled();
+        parallel_for(0, all.tiles(true), 1,
+                     [&](int64_t begin, int64_t end) { all.forward(begin, end); });
+    }
+
+  private:
+    Ints out_;
+    Tensor grad_, places_;
+};
+
+Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, MaybeTensor bias,
+              double eps, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+              Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    Tensor output = call.empty_output(input.scalar_type());
+    call.pool.dst = output.data_ptr();
+    call.forward();
+    return output;
+}
+
+std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stats,
+                                         MaybeTensor weight, MaybeTensor bias, double eps,
+                                         Ints output_size, Ints kernel_size, Ints stride,
+                                         Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    STD_TORCH_CHECK(call.pool.p.window_places() <= kByteWindow,
+                    "pooling_ext: kernel_size must have at most 255 places");
+    Tensor output = call.empty_output(input.scalar_type());
+    Tensor places = call.empty_output(ScalarType::Byte);
+    call.pool.dst = output.data_ptr();
+    call.pool.places_out = places.data_ptr();
+    call.forward();
+    return {output, places};
+}
+
+Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+            MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
+            Ints stride, Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    call.with_gradient(grad, places);
+    const int64_t channels = call.norm.job.channels;
+    Tensor result = empty({2, channels}, ScalarType::Double, false);
+    double* const total = static_cast<double*>(result.data_ptr());
+    std::fill(total, total + 2 * channels, 0.0);
+    if (call.norm.job.numel() == 0) return result;
+    const Tiled all = call.tiled();
+    const int64_t tiles = all.tiles(false);
+    const BatchNormKernel add = kernels().batch_norm(dtype_of(input), Step::Sums);
+    // Each tile's own sums, added up in their order.
+    std::vector<double> parts(tiles * 2 * channels);
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+        int64_t i = begin;
+        all.backward(begin, end, [&](BatchNormJob& job, const Tile& tile) {
+            double* const part = parts.data() + i++ * 2 * channels;
+            job.sums = part;
+            Tiled::run_all(add, job, Units(job, Step::Sums).count);
+            if (job.channels_last) return;
+            // The tile's channels have their own two rows; these are the operator's.
+            const int64_t some = job.channels;
+            const std::vector<double> own(part, part + 2 * some);
+            std::fill(part, part + 2 * some, 0.0);
+            std::copy(own.begin(), own.begin() + some, part + tile.begin);
+            std::copy(own.begin() + some, own.end(), part + channels + tile.begin);
+        });
+    });
+    for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t i = 0; i < 2 * channels; ++i) total[i] += parts[tile * 2 * channels + i];
+    call.affines.about_mean(result);
+    return result;
+}
+
+Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+                MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
+                Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    call.with_gradient(grad, places);
+    if (sums) call.affines.add_slopes(call.norm.job, *sums, count);
+    Tensor result = call.norm.empty_like_input();
+    call.norm.job.y = result.data_ptr();
+    if (call.norm.job.numel() == 0) return result;
+    const Tiled all = call.tiled();
+    const BatchNormKernel spread = kernels().batch_norm(dtype_of(input), Step::Backward);
+    parallel_for(0, all.tiles(false), 1, [&](int64_t begin, int64_t end) {
+        all.backward(begin, end, [&](const BatchNormJob& job, const Tile&) {
+            Tiled::run_all(spread, job, Units(job, Step::Backward).count);
+        });
+    });
+    return result;
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
+    m.impl("batch_norm_relu_max_pool", TORCH_BOX(&pooling_ext::pooled));
+    m.impl("batch_norm_relu_max_pool_places", TORCH_BOX(&pooling_ext::pooled_places));
+    m.impl("batch_norm_relu_max_pool_sums", TORCH_BOX(&pooling_ext::sums));
+    m.impl("batch_norm_relu_max_pool_backward", TORCH_BOX(&pooling_ext::backward));
+}
