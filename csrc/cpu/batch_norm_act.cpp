@@ -32,8 +32,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor&
                                                double eps, bool relu) {
     BatchNormCall call(input);
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
-    Tensor masked =
-        output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
+    Tensor masked = output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
     call.job.grad = call.like_input(grad);
     call.job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
     if (output) {

@@ -1,7 +1,7 @@
 // Batch normalisation with residual and ReLU, compiled once for each instruction set.
 //
-// Every step walks rows: in channels-last a row is a few pixels and has its own coefficients for each
-// element; in the contiguous format a row lies in one channel and has the same for all.
+// Every step walks rows: in channels-last a row is a few pixels and has its own coefficients for
+// each element; in the contiguous format a row lies in one channel and has the same for all.
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
 
@@ -25,8 +25,8 @@ void blocks_of_run(const BatchNormJob& job, int64_t begin, int64_t end, const Vi
 // The lanes that the rows of a channel are summed in, in the contiguous format.
 constexpr int64_t kLanes = 128;
 
-// Calls visit(block) for the elements of a channel in the contiguous format, and flush(n) after every
-// n of them, so that no lane sums many.
+// Calls visit(block) for the elements of a channel in the contiguous format, and flush(n) after
+// every n of them, so that no lane sums many.
 template <class Visit, class Flush>
 void blocks_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit,
                        const Flush& flush) {
@@ -69,8 +69,8 @@ struct Values {
     POOLING_EXT_INLINE T operator[](int64_t i) const { return kEach ? each[i] : same; }
 };
 
-// Asks for what is read soon: the processor's own guesses end with a page, and where two tensors are
-// read at once they halve the speed.
+// Asks for what is read soon: the processor's own guesses end with a page, and where two tensors
+// are read at once they halve the speed.
 template <int64_t kAhead, class In>
 POOLING_EXT_INLINE void prefetch(const In* from, int64_t n) {
     constexpr int64_t kLine = 64;
@@ -111,8 +111,8 @@ void add_deviations(const In* x, const Block& block, const T* center, T* s1, T* 
         });
 }
 
-// The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as in
-// PyTorch.
+// The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as
+// in PyTorch.
 template <class T>
 POOLING_EXT_INLINE T through(T z, T grad) {
     return select(z <= T(0), T(0), grad);
@@ -268,7 +268,8 @@ double total(const T* lanes) {
     return sum;
 }
 
-// Mean and sum of squared deviations of a growing set; sets are merged as in Chan, Golub and LeVeque.
+// Mean and sum of squared deviations of a growing set; sets are merged as in Chan, Golub and
+// LeVeque.
 struct Moments {
     double count = 0, mean = 0, deviation = 0;
 

@@ -11,8 +11,8 @@ namespace {
 // A part of the input: rows of an image in channels-last, else some of its planes.
 struct Tile {
     int64_t image;
-    int64_t begin, end;            // rows, or planes
-    int64_t out_begin, out_end;    // in the forward pass, the rows of the output that pool it
+    int64_t begin, end;          // rows, or planes
+    int64_t out_begin, out_end;  // in the forward pass, the rows of the output that pool it
 };
 
 class Tiled {
@@ -71,6 +71,58 @@ class Tiled {
         }
     }
 
+    // Calls use(job, tile) with a job whose input is what the windows of each tile of the forward
+    // pass picked, and whose gradient is the output's.
+    template <class Element, class Use>
+    void winners(int64_t begin, int64_t end, const Use& use) const {
+        const PoolParams& p = pool_.p;
+        std::vector<int64_t> jump;  // from a window's start to each of its places
+        for (int64_t h = 0; h < p.h.kernel; ++h)
+            for (int64_t w = 0; w < p.w.kernel; ++w)
+                jump.push_back((h * p.h.dilation * p.w.in + w * p.w.dilation) * p.channels);
+        const ThreadScratch<1> memory(largest_tile());
+        auto* const buffer = static_cast<Element*>(memory.get());
+        for (int64_t i = begin; i < end; ++i) {
+            const Tile tile = forward_tile(i);
+            const bool last = norm_.channels_last;
+            const int64_t planes = last ? 1 : tile.end - tile.begin;
+            const int64_t plane = last ? tile.image : tile.image * norm_.channels + tile.begin;
+            const int64_t row0 = last ? tile.out_begin : 0,
+                          rows = last ? tile.out_end - row0 : p.h.out;
+            const int64_t first = (plane * p.h.out + row0) * p.out_row();
+            const uint8_t* place = static_cast<const uint8_t*>(pool_.places_in) + first;
+            Element* to = buffer;
+            for (int64_t n = 0; n < planes; ++n) {
+                const Element* x =
+                    static_cast<const Element*>(norm_.x) + (plane + n) * p.in_plane() * p.channels;
+                for (int64_t oh = row0; oh < row0 + rows; ++oh) {
+                    const int64_t start = p.h.start(oh) * p.in_row();
+                    const Element* below = x + start + p.h.kernel * p.in_row();
+                    if (!last) {
+                        prefetch_rows(below, p.in_row());
+                        const Element* from = x + start - p.w.pad_before;
+                        for (int64_t ow = 0; ow < p.w.out; ++ow, from += p.w.stride)
+                            to[ow] = from[jump[place[ow]]];
+                        to += p.w.out;
+                        place += p.w.out;
+                        continue;
+                    }
+                    for (int64_t ow = 0; ow < p.w.out; ++ow) {
+                        const int64_t column = p.w.start(ow) * p.channels;
+                        prefetch_rows(below + column, p.w.stride * p.channels);
+                        const Element* from = x + start + column;
+                        for (int64_t c = 0; c < p.channels; ++c) *to++ = from[c + jump[*place++]];
+                    }
+                }
+            }
+            BatchNormJob job = norm_of(tile);
+            job.inner = rows * p.w.out;
+            job.x = buffer;
+            job.grad = static_cast<const char*>(pool_.src) + first * element_;
+            use(job, tile);
+        }
+    }
+
     // Calls use(job, tile) with the gradient of each tile in the job's `grad`.
     template <class Use>
     void backward(int64_t begin, int64_t end, const Use& use) const {
@@ -82,14 +134,14 @@ class Tiled {
             Job pool = pool_;
             PoolParams& p = pool.p;
             if (norm_.channels_last) {
-                // Rows of this image alone. The kernel writes them where they lie in the image, of which
-                // the buffer holds only these.
+                // Rows of this image alone. The kernel writes them where they lie in the image, of
+                // which the buffer holds only these.
                 p.outer = 1;
                 const int64_t first = tile.image * p.h.out * p.out_row();
                 pool.src = static_cast<const char*>(pool_.src) + first * element_;
                 pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
-                pool.dst = reinterpret_cast<void*>(uintptr_t(buffer) -
-                                                   tile.begin * p.in_row() * element_);
+                pool.dst =
+                    reinterpret_cast<void*>(uintptr_t(buffer) - tile.begin * p.in_row() * element_);
                 pool.by_plane = false;
                 const ThreadScratch<> scratch(scratch_bytes(pool));
                 scatter(pool, tile.begin, tile.end, scratch.get());
@@ -116,6 +168,17 @@ class Tiled {
     }
 
   private:
+    // Asks for what the windows of the next row of outputs reach: picked elements lie too far apart
+    // for the processor to guess.
+    template <class Element>
+    void prefetch_rows(const Element* from, int64_t n) const {
+        constexpr int64_t kLine = 64;
+        const int64_t row = pool_.p.in_row() * sizeof(Element);
+        for (int64_t r = 0; r < pool_.p.h.stride; ++r)
+            for (int64_t i = 0; i < n * int64_t(sizeof(Element)); i += kLine)
+                __builtin_prefetch(reinterpret_cast<const char*>(uintptr_t(from) + r * row + i));
+    }
+
     size_t largest_tile() const {
         const PoolParams& p = pool_.p;
         const int64_t extra = (p.h.kernel - 1) * p.h.dilation + p.h.stride;
@@ -157,7 +220,8 @@ class Tiled {
         } else {
             job.channels = tile.end - tile.begin;
             first = (tile.image * norm_.channels + tile.begin) * norm_.inner;
-            for (const double** values : {&job.center, &job.scale, &job.shift, &job.slope, &job.offset})
+            for (const double** values :
+                 {&job.center, &job.scale, &job.shift, &job.slope, &job.offset})
                 if (*values != nullptr) *values += tile.begin;
         }
         job.x = static_cast<const char*>(norm_.x) + first * element_;
@@ -257,25 +321,36 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
     std::fill(total, total + 2 * channels, 0.0);
     if (call.norm.job.numel() == 0) return result;
     const Tiled all = call.tiled();
-    const int64_t tiles = all.tiles(false);
+    const int64_t tiles = all.tiles(true);
     const BatchNormKernel add = kernels().batch_norm(dtype_of(input), Step::Sums);
     // Each tile's own sums, added up in their order.
     std::vector<double> parts(tiles * 2 * channels);
-    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-        int64_t i = begin;
-        all.backward(begin, end, [&](BatchNormJob& job, const Tile& tile) {
-            double* const part = parts.data() + i++ * 2 * channels;
-            job.sums = part;
-            Tiled::run_all(add, job, Units(job, Step::Sums).count);
-            if (job.channels_last) return;
-            // The tile's channels have their own two rows; these are the operator's.
-            const int64_t some = job.channels;
-            const std::vector<double> own(part, part + 2 * some);
-            std::fill(part, part + 2 * some, 0.0);
-            std::copy(own.begin(), own.begin() + some, part + tile.begin);
-            std::copy(own.begin() + some, own.end(), part + channels + tile.begin);
+    const auto run = [&](auto element) {
+        parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+            int64_t i = begin;
+            all.winners<decltype(element)>(begin, end, [&](BatchNormJob& job, const Tile& tile) {
+                // A tile of planes has two rows of its own channels, of which the operator has
+                // more.
+                double* const part = parts.data() + i++ * 2 * channels;
+                std::vector<double> own(2 * job.channels);
+                job.sums = own.data();
+                Tiled::run_all(add, job, Units(job, Step::Sums).count);
+                const int64_t from = job.channels_last ? 0 : tile.begin;
+                std::copy(own.begin(), own.begin() + job.channels, part + from);
+                std::copy(own.begin() + job.channels, own.end(), part + channels + from);
+            });
         });
-    });
+    };
+    switch (input.element_size()) {
+        case 8:
+            run(uint64_t{});
+            break;
+        case 4:
+            run(uint32_t{});
+            break;
+        default:
+            run(uint16_t{});
+    }
     for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t i = 0; i < 2 * channels; ++i) total[i] += parts[tile * 2 * channels + i];
     call.affines.about_mean(result);

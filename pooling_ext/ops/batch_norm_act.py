@@ -202,7 +202,17 @@ def batch_norm_act(
     ours = backends.choose("batch_norm_act", input) is not backends.ATEN
     if not ours or transformed() or (residual is not None and not _alike(input, residual)):
         return _aten_batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu, process_group
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            relu,
+            process_group,
         )
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
     weight, bias = parameter(weight, input), parameter(bias, input)
@@ -224,7 +234,9 @@ def check(
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     if input.dim() < 2:
-        raise ArgumentError(f"input must have a batch and a channel dimension, but got shape {tuple(input.shape)}")
+        raise ArgumentError(
+            f"input must have a batch and a channel dimension, but got shape {tuple(input.shape)}"
+        )
     channels = input.shape[1]
     parameters = {**parameters, "running_mean": running_mean, "running_var": running_var}
     for name, value in parameters.items():

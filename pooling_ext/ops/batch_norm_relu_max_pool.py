@@ -126,6 +126,20 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:3])
 
 
+def _usual(windows: Windows) -> bool:
+    """Whether places fit a byte and no window can be empty."""
+    _, kernel_size, _, padding, dilation = windows.full
+    return (
+        not windows.adaptive
+        and kernel_size[0] * kernel_size[1] <= BYTE_WINDOW
+        and all(step == 1 for step in dilation)
+        and all(
+            2 * pad <= size
+            for size, pad in zip((kernel_size[0],) * 2 + (kernel_size[1],) * 2, padding, strict=True)
+        )
+    )
+
+
 @public
 def batch_norm_relu_max_pool(
     input: Tensor,
@@ -156,11 +170,18 @@ def batch_norm_relu_max_pool(
     """
     check(input, None, "relu", {"weight": weight, "bias": bias}, running_mean, running_var, training)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    places = windows.kernel_size[0] * windows.kernel_size[1]
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
-    if aten or transformed() or input.dim() != 4 or places > BYTE_WINDOW:
+    if aten or transformed() or input.dim() != 4 or not _usual(windows):
         output = batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, process_group=process_group
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            process_group=process_group,
         )
         return max_pool(output, windows)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)

@@ -30,6 +30,4 @@ def conv_bn_act(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    return batch_norm_act(
-        conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation
-    )
+    return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
