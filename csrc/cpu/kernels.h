@@ -60,6 +60,7 @@ struct Kernels {
     Kernel (*avg_pool_backward)(DType);
     Kernel (*lp_pool)(DType);
     BatchNormKernel (*batch_norm)(DType, Step);
+    BatchNormKernel (*add_relu_mean)(DType, bool backward);
 };
 
 namespace baseline {

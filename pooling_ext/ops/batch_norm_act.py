@@ -200,7 +200,7 @@ def batch_norm_act(
     check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
     relu = activation == "relu"
     ours = backends.choose("batch_norm_act", input) is not backends.ATEN
-    if not ours or transformed() or (residual is not None and not _alike(input, residual)):
+    if not ours or transformed() or (residual is not None and not alike(input, residual)):
         return _aten_batch_norm_act(
             input,
             running_mean,
@@ -253,7 +253,7 @@ def check(
         )
 
 
-def _alike(input: Tensor, residual: Tensor) -> bool:
+def alike(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype == input.dtype and residual.device == input.device
 
 
@@ -301,7 +301,8 @@ def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
         stats, count = _combine(stats, count, group)
     if count <= 1:
         raise ArgumentError(
-            f"Expected more than 1 value per channel when training, but got input of shape {tuple(input.shape)}"
+            "Expected more than 1 value per channel when training, but got input of shape "
+            f"{tuple(input.shape)}"
         )
     return stats, float(count)
 
