@@ -25,6 +25,7 @@ import pooling_ext
 
 try:
     from rich.console import Console
+    from rich.markup import escape
 
     from finetune_data import DataError, Splits, message, open_splits, write_digits
     from finetune_model import ARCHITECTURES, STAGES, make_model, make_pretrained, synchronised
@@ -259,7 +260,7 @@ def run(args: argparse.Namespace, processes: Processes, console: Console) -> Non
                 f"[yellow]Changed since that checkpoint: {', '.join(changed)}. The result will not be that "
                 "of a single run.[/]"
             )
-    console.print(f"[bold]{args.model}[/], {weights}", highlight=False)
+    console.print(f"[bold]{args.model}[/], {escape(weights)}", highlight=False, soft_wrap=True)
     options = Options(
         epochs=dict(zip(STAGES, (args.epochs_head, args.epochs_all), strict=True)),
         # What is pretrained needs smaller steps than what is new.
@@ -270,8 +271,9 @@ def run(args: argparse.Namespace, processes: Processes, console: Console) -> Non
         bf16=args.bf16,
         channels_last=args.channels_last,
         workers=args.workers,
+        pretrained=pretrained,
     )
-    model = to_train(model, args, splits, options, processes, console)
+    model = to_train(model, args, processes, console)
     describe(args, splits, processes, console)
     facts = {"settings": settings, "names": splits.names, "pretrained": pretrained}
     trainer = Trainer(
@@ -286,24 +288,18 @@ def run(args: argparse.Namespace, processes: Processes, console: Console) -> Non
         report(args, splits, trainer, console)
 
 
-def to_train(
-    model: nn.Module,
-    args: argparse.Namespace,
-    splits: Splits,
-    options: Options,
-    processes: Processes,
-    console: Console,
-) -> nn.Module:
+def to_train(model: nn.Module, args: argparse.Namespace, processes: Processes, console: Console) -> nn.Module:
     """``model`` on its device, with SyncBatchNorm if there are several processes, and patched."""
-    model = place_model(model, processes.device, options.channels_last)
+    model = place_model(model, processes.device, args.channels_last)
     if processes.count > 1:
         trial = torch.zeros(2, 3, args.image_size, args.image_size)
-        trial = place(trial, processes.device, options.channels_last)
+        trial = place(trial, processes.device, args.channels_last)
         model, why = synchronised(model, trial, patched=not args.no_patch)
         if why is not None:
             console.print(
                 f"BatchNorm is not synchronised, so each process normalises by its own batch: {why}",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
     if not args.no_patch:
@@ -324,6 +320,7 @@ def describe(args: argparse.Namespace, splits: Splits, processes: Processes, con
         f"classes ({source}), {args.image_size}x{args.image_size} {kind}; {where}, {torch.get_num_threads()} "
         f"thread{'s' * (torch.get_num_threads() > 1)}, {args.workers} worker{'s' * (args.workers != 1)}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -350,7 +347,7 @@ def report(args: argparse.Namespace, splits: Splits, trainer: Trainer, console: 
         with console.status("timing with and without the patch, in turn"):
             rates = throughput(model, images, targets.to(device), options, args.timing)
         print_throughput(console, rates, f"{args.model}, batches of {len(images)}")
-    console.print(f"wrote {wrote}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {wrote}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _interrupt(*_: object) -> None:
@@ -368,6 +365,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args, processes, Console(quiet=not processes.first))
     except (DataError, CheckpointError) as error:
         errors.print(message(error))
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        errors.print(f"{error.filename}: {error.strerror}")
         return 2
     except RuntimeError as error:
         if not processes.lost_another(error):

@@ -120,14 +120,15 @@ def set_stage(model: nn.Module, name: str, stage: str) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def set_training(model: nn.Module) -> None:
-    """Put ``model`` into training mode, and what is frozen in it into eval mode.
+def set_training(model: nn.Module, pretrained: bool) -> None:
+    """Put ``model`` into training mode, and what is frozen of its pretrained weights into eval mode.
 
-    A frozen BatchNorm in training mode would normalise by each batch and move its running statistics,
-    so the features under the head would change all the time. Where everything is trained, nothing is frozen.
+    A frozen BatchNorm in training mode would normalise by each batch and move its running statistics, so
+    the features under the head would change all the time. Initialised weights have no statistics worth
+    keeping: in eval mode, BatchNorm would not normalise at all. Where all is trained, nothing is frozen.
     """
     model.train()
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    if not pretrained or all(parameter.requires_grad for parameter in model.parameters()):
         return
     for module in model.modules():
         if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -103,6 +103,7 @@ class Options:
     bf16: bool
     channels_last: bool
     workers: int
+    pretrained: bool
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,13 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; it may come from another machine, so it can hold only plain data."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(contents)
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path}") from None
     except Exception as error:  # whatever unpickling damaged bytes leads to
         raise CheckpointError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(contents, dict) or not {"model", "settings", "history"} <= contents.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of this example")
+    return contents
 
 
 class Trainer:
@@ -245,7 +248,9 @@ class Trainer:
                 self._save(optimizer, scheduler, better)
             # After it is saved: what has been shown can be resumed.
             mark = "   best" if better else ""
-            self.console.print(f"{stage:>4} {number + 1:2}/{count}   {epoch.text()}{mark}", highlight=False)
+            self.console.print(
+                f"{stage:>4} {number + 1:2}/{count}   {epoch.text()}{mark}", soft_wrap=True, highlight=False
+            )
 
     def _seed(self) -> None:
         self.sampler.set_epoch(len(self.history))
@@ -254,7 +259,7 @@ class Trainer:
     def _train(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
     ) -> tuple[float, float]:
-        set_training(self.model)
+        set_training(self.model, self.options.pretrained)
         totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
         for images, targets in progress.track(self.train_loader, description="train"):
             images, targets = self._place(images), targets.to(self.processes.device, non_blocking=True)

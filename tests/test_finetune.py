@@ -181,7 +181,7 @@ def test_titles_are_green_or_red(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
 
-    options = finetune_training.Options({}, {}, 1, 2, 0, False, False, 0)
+    options = finetune_training.Options({}, {}, 1, 2, 0, False, False, 0, False)
     splits = finetune_data.open_splits(images, 32)
     finetune_report.draw_predictions(tmp_path / "x.png", Dogs(), splits, options, torch.device("cpu"), "")
     titles = [axis.title for axis in drawn[0].axes if axis.images]
@@ -202,7 +202,7 @@ def test_heads(name: str, stage: str) -> None:
         architecture = finetune_model.ARCHITECTURES[name]
         images = torch.empty(2, 3, architecture.least_size, architecture.least_size)
         trained = finetune_model.set_stage(model, name, stage)
-        finetune_model.set_training(model)
+        finetune_model.set_training(model, pretrained=False)
         loss, logits = finetune_model.loss_of(model(images), torch.empty(2, dtype=torch.int64))
     assert loss.shape == ()
     assert logits.shape == (2, 7)
@@ -218,7 +218,7 @@ def test_inception_trains_its_auxiliary_head() -> None:
     model = finetune_model.make_model("inception_v3", 5)
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     finetune_model.set_stage(model, "inception_v3", "head")
-    finetune_model.set_training(model)
+    finetune_model.set_training(model, pretrained=True)
     outputs = model(torch.randn(2, 3, 299, 299))
     targets = torch.tensor([0, 4])
     loss, _ = finetune_model.loss_of(outputs, targets)
@@ -235,11 +235,12 @@ def test_inception_trains_its_auxiliary_head() -> None:
     assert isinstance(model(torch.randn(1, 3, 299, 299)), torch.Tensor)
 
 
-def test_second_stage_trains_batch_norm_and_dropout(tiny: str) -> None:
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_only_the_second_stage_changes_pretrained_statistics(tiny: str, pretrained: bool) -> None:
     model = finetune_model.make_model(tiny, 3)
-    for stage, training in (("head", False), ("all", True)):
+    for stage, training in (("head", not pretrained), ("all", True)):
         finetune_model.set_stage(model, tiny, stage)
-        finetune_model.set_training(model)
+        finetune_model.set_training(model, pretrained)
         assert model.training and model.get_submodule("fc").training
         assert model.get_submodule("features.1").training == training
         assert model.get_submodule("dropout").training == training
@@ -306,7 +307,8 @@ def test_resume_restores_the_best(tiny: str, digits: Path, output: Path) -> None
 
 def test_interrupted_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pt"
-    finetune_training.save(path, {"epoch": 1})
+    old = {"model": {}, "settings": {}, "history": []}
+    finetune_training.save(path, old)
 
     def half(contents: Any, file: Any) -> None:
         file.write(b"half of it")
@@ -314,8 +316,8 @@ def test_interrupted_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        finetune_training.save(path, {"epoch": 2})
-    assert finetune_training.load(path) == {"epoch": 1}
+        finetune_training.save(path, old | {"history": [1]})
+    assert finetune_training.load(path) == old
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -359,6 +361,8 @@ def test_checkpoints_that_cannot_be_resumed(
     assert "its model is tiny, not squeezenet" in fails(capsys, *again, "squeezenet")
     (output / "last.pt").write_bytes((output / "last.pt").read_bytes()[:1000])
     assert f"{output / 'last.pt'} cannot be read" in fails(capsys, *again, tiny)
+    torch.save({"weight": torch.zeros(1)}, output / "last.pt")
+    assert f"{output / 'last.pt'} is not a checkpoint" in fails(capsys, *again, tiny)
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -458,6 +462,14 @@ def test_bad_data(images: Path, output: Path, capsys: pytest.CaptureFixture[str]
     assert fails(capsys, "--data", images, "--output", output).startswith(expected)
     # Found before anything is written.
     assert not output.exists()
+
+
+def test_output_that_cannot_be_written(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    error = fails(capsys, "--data", images, "--output", tmp_path / "file" / "output")
+    assert error.startswith(f"{tmp_path / 'file'}")
 
 
 def test_names(images: Path, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
