@@ -82,10 +82,9 @@ def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast:
     if residual is not None:
         if list(residual.shape) != size or residual.dtype != dtype:
             return False
-        # In other formats PyTorch adds and rectifies apart, which it cannot in bfloat16.
-        if not residual.is_contiguous(
-            memory_format=torch.channels_last
-        ) or not _library.suggests_channels_last(input):
+        # Elsewhere PyTorch adds and rectifies apart, which it cannot in bfloat16.
+        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
+        if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
             return False
     return FOLD_RATIO * conv.weight.numel() <= size[0] * size[1] * size[2] * size[3]
 
