@@ -12,6 +12,7 @@ import inspect
 import itertools
 import linecache
 import operator
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,16 +51,29 @@ _MAX_POOL_ARGUMENTS = {"kernel_size": None, "stride": None, "padding": 0, "dilat
 
 
 @dataclass(frozen=True)
+class _Variant:
+    """One rewritten forward, for arguments of one kind; right where its guard holds, in one mode or both."""
+
+    arguments: tuple[str, ...]
+    kind: type
+    training: bool | None
+    guard: Callable[[Any], bool]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Fusion:
     """A class for one module, and what is fused in it.
 
     Attributes:
         cls: the subclass that the module is to become.
         parts: for each chain, its steps and the operator that takes them.
+        variants: the forwards of ``cls``.
     """
 
     cls: type
     parts: tuple[tuple[str, str], ...]
+    variants: tuple[_Variant, ...]
 
 
 def base_class(cls: type) -> type | None:
@@ -67,8 +81,12 @@ def base_class(cls: type) -> type | None:
     return cls.__dict__.get(_BASE)
 
 
-def plan(module: nn.Module) -> Fusion | None:
+def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fusion | None:
     """What to fuse in the forward of ``module``, or None if there is nothing.
+
+    Args:
+        module: may be fused already.
+        known: plans of earlier calls, which serve for modules of the same structure.
 
     Raises:
         Untraceable: its forward cannot be traced, or be replaced.
@@ -80,6 +98,11 @@ def plan(module: nn.Module) -> Fusion | None:
         raise Untraceable("it has a forward of its own")
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         raise Untraceable(f"it is a {base.__name__}")
+    known = {} if known is None else known
+    structure = (base, *((name, _plain_class(child)) for name, child in module.named_modules() if name))
+    for fusion in known.get(structure, ()):
+        if all(variant.guard(module) for variant in fusion.variants):
+            return fusion
     variants: list[_Variant] = []
     parts: dict[tuple[str, str], None] = {}
     for traced in trace(module, base):
@@ -87,7 +110,15 @@ def plan(module: nn.Module) -> Fusion | None:
         if found:
             parts |= found
             variants.append(_variant(traced))
-    return Fusion(_fused_class(base, tuple(variants)), tuple(parts)) if variants else None
+    if not variants:
+        return None
+    fusion = Fusion(_fused_class(base, tuple(variants)), tuple(parts), tuple(variants))
+    known.setdefault(structure, []).append(fusion)
+    return fusion
+
+
+def _plain_class(module: nn.Module) -> type:
+    return base_class(type(module)) or type(module)
 
 
 def worth_fusing(module: nn.Module) -> bool:
@@ -364,17 +395,9 @@ def _frozen(value: Any) -> Any:
 # Running
 
 
-@dataclass(frozen=True)
-class _Variant:
-    """One rewritten forward, for arguments of one kind and where its guard holds."""
-
-    arguments: tuple[str, ...]
-    kind: type
-    guard: Callable[[Any], bool]
-    run: Callable[..., Any]
-
-
 _numbers = itertools.count()
+_process = uuid.uuid4().hex
+_classes: dict[str, Any] = {}  # of this process, by what stands for them in copies and pickles
 _functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
@@ -387,6 +410,7 @@ def _variant(traced: Trace) -> _Variant:
     return _Variant(
         traced.arguments,
         traced.kind,
+        traced.training,
         _function("guard", guard, traced.constants),
         _function("forward", code.src, code.globals),
     )
@@ -418,17 +442,23 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
                     values = (*args, *(kwargs.get(name) for name in rest))
                 elif kwargs or len(args) != len(variant.arguments):
                     break
-                if all(isinstance(value, variant.kind) for value in values) and variant.guard(self):
+                if (
+                    variant.training in (None, self.training)
+                    and all(isinstance(value, variant.kind) for value in values)
+                    and variant.guard(self)
+                ):
                     return variant.run(self, *values)
         return base.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, max(2, protocol))
         if reduced[0] is copyreg.__newobj__ and reduced[1][0] is type(self):
-            return (_rebuild, (base, *reduced[1][1:]), *reduced[2:])
+            return (_rebuild, (key, base, *reduced[1][1:]), *reduced[2:])
         return reduced
 
-    return _subclass(base, {"forward": forward, "__reduce_ex__": reduce})
+    key = f"{_process} {next(_numbers)}"
+    _classes[key] = _subclass(base, {"forward": forward, "__reduce_ex__": reduce})
+    return _classes[key]
 
 
 def _subclass(base: Any, members: dict[str, Any]) -> Any:
@@ -443,7 +473,7 @@ def _subclass(base: Any, members: dict[str, Any]) -> Any:
 
 @functools.cache
 def _restored_class(base: Any) -> type:
-    """What a copy is until it has its state: then it is fused again, if it still can be."""
+    """What a module of another process is until it has its state: then it is fused again, if it can be."""
 
     def setstate(self: Any, state: Any) -> None:
         self.__class__ = base
@@ -458,6 +488,6 @@ def _restored_class(base: Any) -> type:
     return _subclass(base, {"__setstate__": setstate})
 
 
-def _rebuild(base: Any, *args: Any) -> Any:
-    cls = _restored_class(base)
+def _rebuild(key: str, base: Any, *args: Any) -> Any:
+    cls = _classes.get(key) or _restored_class(base)
     return cls.__new__(cls, *args)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from .errors import ArgumentError
-from .fusing import base_class, plan, worth_fusing
+from .fusing import Fusion, base_class, plan, worth_fusing
 from .nn import REPLACES
 from .tracing import Untraceable
 
@@ -76,6 +77,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     """
     report = PatchReport()
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    known: dict[Any, list[Fusion]] = {}
     for path, module in _modules(model):
         what = type(module).__name__
         ours = REPLACES.get(type(module))
@@ -89,7 +91,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
             report.skipped.append(PatchEntry(path, what, why))
         else:
             try:
-                fusion = plan(module)
+                fusion = plan(module, known)
             except Untraceable as error:
                 if worth_fusing(module):
                     report.skipped.append(PatchEntry(path, what, str(error)))

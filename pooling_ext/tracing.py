@@ -61,6 +61,7 @@ class Trace:
         graph: its placeholders are ``arguments``, in order.
         arguments: names of the parameters of forward that have no default; the others had theirs.
         kind: the class of all arguments, Tensor or list.
+        training: the mode it is for; None where the forward does not look at it.
         conditions: Python expressions of ``self`` under which the graph is right.
         constants: the values that ``conditions`` name.
     """
@@ -68,6 +69,7 @@ class Trace:
     graph: fx.Graph
     arguments: tuple[str, ...]
     kind: type
+    training: bool | None
     conditions: tuple[str, ...]
     constants: dict[str, Any]
 
@@ -151,7 +153,8 @@ class _Session:
                         raise Untraceable(f"its forward changes {_dotted(self.paths[id(copy)][0], name)}")
         calls = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         conditions, constants = self._conditions(calls)
-        return Trace(graph, self.arguments, kind, conditions, constants)
+        training = self.training if self.read_training else None
+        return Trace(graph, self.arguments, kind, training, conditions, constants)
 
     def _copy(self, module: nn.Module, path: str, memo: dict[int, nn.Module]) -> nn.Module:
         """A shallow copy that records what is read from it; its children are copies too."""
@@ -224,7 +227,6 @@ class _Session:
         for (path, name), count in self.reads.items():
             module = originals[path]
             if name == "training" and not path:
-                conditions.append(f"self.training is {self.training}")
                 continue
             called = sum(call == (f"{path}.{name}" if path else name) for call in calls)
             target = _format_target("self", path) if path else "self"
