@@ -154,10 +154,13 @@ def _step(module: nn.Module | None, function: Callable[[Any], Any] | None, value
 
 
 def _is_just(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether ``module`` is of one of the classes, and calling it does nothing but its class's forward."""
+    return type(module) in kinds and calls_only_forward(module)
+
+
+def calls_only_forward(module: Any) -> bool:
+    """Whether calling ``module`` does nothing but its class's forward, global hooks aside."""
     return (
-        type(module) in kinds
-        and not module._forward_hooks
+        not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks

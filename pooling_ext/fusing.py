@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional as F
 from .chains import (
@@ -33,6 +34,7 @@ from .chains import (
     BatchNormChain,
     GlobalAvgPool,
     MaxPool,
+    calls_only_forward,
     is_global,
 )
 from .tracing import IN_PLACE_FUNCTIONS, Trace, Untraceable, trace
@@ -105,7 +107,11 @@ def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fus
             return fusion
     variants: list[_Variant] = []
     parts: dict[tuple[str, str], None] = {}
-    for traced in trace(module, base):
+    traces = trace(module, base)
+    inline = _sequentials_to_inline(traces[0].graph, module)
+    if inline:
+        traces = trace(module, base, dict.fromkeys(inline, _is_plain_sequential))
+    for traced in traces:
         found = dict.fromkeys(_rewrite(traced.graph, module))
         if found:
             parts |= found
@@ -142,10 +148,10 @@ def _may_have_chains(module: nn.Module, base: type) -> bool:
 def _rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
     """Replace the chains in ``graph``; yields the steps of each and the operator that takes them."""
     nodes = list(graph.nodes)
-    match = _Match(module, {node: place for place, node in enumerate(nodes)})
-    for node in nodes:
-        if match.is_module(node, BATCH_NORMS) and node not in match.taken:
-            yield match.batch_norm(node)
+    match = _Match(module, nodes)
+    # From the end, so that of two that are added, the one that is computed last takes the addition.
+    norms = [node for node in reversed(nodes) if match.is_module(node, BATCH_NORMS)]
+    yield from reversed([match.batch_norm(node) for node in norms])
     for node in nodes:
         if node not in match.taken:
             pooled = match.add_pool(node) or _pool_function(node)
@@ -153,11 +159,37 @@ def _rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield pooled
 
 
+def _sequentials_to_inline(graph: fx.Graph, module: nn.Module) -> list[str]:
+    """Paths of the Sequentials that end in a batch norm whose output goes into an addition only."""
+    match = _Match(module, list(graph.nodes))
+    paths: list[str] = []
+    for node in match.order:
+        operands = [value for value in node.args if isinstance(value, fx.Node) and match.add(node, value)]
+        if any(match.is_module(value, BATCH_NORMS) for value in operands):
+            continue
+        for value in sorted(operands, key=match.places.__getitem__, reverse=True):
+            found = match.ends_in_batch_norm(value) if _only_user(value) is node else []
+            if found:
+                paths += found
+                break
+    return paths
+
+
+def _is_plain_sequential(module: Any) -> bool:
+    """Whether calling ``module`` just calls its children."""
+    return (
+        isinstance(module, nn.Sequential)
+        and _plain_class(module).forward is nn.Sequential.forward
+        and calls_only_forward(module)
+        and not _has_any_global_hook()
+    )
+
+
 class _Match:
-    def __init__(self, module: nn.Module, places: dict[fx.Node, int]) -> None:
+    def __init__(self, module: nn.Module, nodes: list[fx.Node]) -> None:
         self.module = module
-        self.places = places
-        self.order = list(places)
+        self.order = nodes
+        self.places = {node: place for place, node in enumerate(nodes)}
         self.taken: set[fx.Node] = set()
         self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.order:
@@ -199,7 +231,7 @@ class _Match:
         conv = source if self.is_module(source, (nn.Conv2d,)) and _only_user(source) is bn else None
         for tail in self._tails(bn):
             for chain in ([conv, *tail], tail) if conv else (tail,):
-                added = self._add(chain[-1], bn) or self._add(chain[-2] if len(chain) > 1 else None, bn)
+                added = self.add(chain[-1], bn) or self.add(chain[-2] if len(chain) > 1 else None, bn)
                 at = next((node for node in chain if added and added[1] in node.all_input_nodes), None)
                 if self._unchanged(chain[0].args[0], chain[0], chain) and (
                     added is None or self._unchanged(added[1], at, chain)
@@ -210,7 +242,7 @@ class _Match:
     def _tails(self, bn: fx.Node) -> Iterator[list[fx.Node]]:
         """The chains that start with ``bn``, longest first."""
         step = _only_user(bn)
-        if self._add(step, bn) is not None:
+        if self.add(step, bn) is not None:
             after = _only_user(step)
             if self._is_relu(after):
                 yield [bn, step, after]
@@ -221,6 +253,17 @@ class _Match:
                 yield [bn, step, after]
             yield [bn, step]
         yield [bn]
+
+    def ends_in_batch_norm(self, node: fx.Node) -> list[str]:
+        """The path of the Sequential that ``node`` calls and those at its end, if a batch norm ends them."""
+        if not self.is_module(node, (nn.Sequential,)):
+            return []
+        path, child, paths = str(node.target), self._child(node), []
+        while _is_plain_sequential(child) and len(child):  # type: ignore[arg-type]
+            paths.append(path)
+            name, child = list(child.named_children())[-1]
+            path = f"{path}.{name}"
+        return paths if isinstance(child, BATCH_NORMS) else []
 
     def _is_relu(self, node: fx.Node | None) -> bool:
         return _relu(node) is not None or self.is_module(node, (nn.ReLU,))
@@ -238,7 +281,7 @@ class _Match:
         function = BatchNormChain(add, relu_function, pool_function)
         return self._replace(chain, function, modules, inputs), fused
 
-    def _add(self, node: fx.Node | None, value: fx.Node) -> tuple[Add, fx.Node] | None:
+    def add(self, node: fx.Node | None, value: fx.Node) -> tuple[Add, fx.Node] | None:
         """How ``node`` adds ``value`` to another, and that other."""
         if node is None or len(node.args) != 2 or node.kwargs:
             return None
@@ -288,7 +331,7 @@ class _Match:
         if not isinstance(node, fx.Node) or _only_user(node) is not relu or node in self.taken:
             return None
         value = node.args[0] if node.args else None
-        added = self._add(node, value) if isinstance(value, fx.Node) else None
+        added = self.add(node, value) if isinstance(value, fx.Node) else None
         if added is None:
             return None
         add, residual = added

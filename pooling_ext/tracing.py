@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +74,15 @@ class Trace:
     constants: dict[str, Any]
 
 
-def trace(module: nn.Module, base: type) -> list[Trace]:
-    """Trace the forward that ``module`` has as a ``base`` in its training and evaluation mode and for each kind of argument.
+def trace(
+    module: nn.Module, base: type, inline: Mapping[str, Callable[[Any], bool]] | None = None
+) -> list[Trace]:
+    """Trace the forward that ``module`` has as a ``base``, in each mode and for each kind of argument.
+
+    Args:
+        module: stays as it is.
+        base: a class of it.
+        inline: paths of children that are to be traced into, and what has to be true of them.
 
     Raises:
         Untraceable: with the reason.
@@ -85,7 +92,7 @@ def trace(module: nn.Module, base: type) -> list[Trace]:
     for kind in kinds:
         modes = [module.training]
         for mode in modes:
-            session = _Session(module, base, mode)
+            session = _Session(module, base, mode, inline or {})
             try:
                 traces.append(session.trace(kind))
             except Untraceable:
@@ -115,10 +122,11 @@ def _is_model(name: str) -> bool:
 class _Session:
     """One run of fx over a copy of a module and all its children."""
 
-    def __init__(self, module: nn.Module, base: Any, training: bool) -> None:
+    def __init__(self, module: nn.Module, base: Any, training: bool, inline: Mapping[str, Any]) -> None:
         self.module = module
         self.base = base
         self.training = training
+        self.inline = inline
         self.arguments = _arguments(base.forward)
         self.reads: dict[tuple[str, str], int] = {}
         self.paths: dict[int, tuple[str, nn.Module]] = {}
@@ -224,6 +232,8 @@ class _Session:
         originals = dict(self.paths.values())
         conditions: list[str] = []
         constants: dict[str, Any] = {}
+        for path, holds in self.inline.items():
+            conditions.append(f"{_constant(holds, constants)}({_format_target('self', path)})")
         for (path, name), count in self.reads.items():
             module = originals[path]
             if name == "training" and not path:
@@ -361,7 +371,7 @@ class _Tracer(fx.Tracer):
         self.kind = kind
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return module_qualified_name not in self.session.inline
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
