@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import operator
+import os
 import sys
 import threading
 import types
@@ -211,10 +212,11 @@ class _Session:
 
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
         """Looks at each call that the model's code makes; see :func:`sys.setprofile`."""
-        why = None
+        why, caller = None, frame
         if event == "call":
             ours = frame.f_back.f_globals is _ours  # the call of the forward itself
-            if frame.f_globals is not _ours and (ours or _is_model(_module_name(frame.f_back))):
+            caller = frame.f_back
+            if frame.f_globals is not _ours and (ours or _is_model(_module_name(caller))):
                 why = _why_not_call(_module_name(frame), frame.f_code)
         elif event != "return" and frame.f_globals is not _ours and _is_model(_module_name(frame)):
             if argument is hasattr:
@@ -222,7 +224,7 @@ class _Session:
             elif event == "c_call":
                 why = _why_not_builtin(argument)
         if why is not None:
-            self.refuse(why)
+            self.refuse(f"{why} ({os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno})")
 
     def refuse(self, why: str) -> None:
         self.problem = self.problem or why
@@ -417,10 +419,13 @@ def _asks_for_exact_type(code: types.CodeType) -> bool:
 
 
 def _why_not_builtin(function: Any) -> str | None:
+    """As :func:`_why_not_call`, of a function that is written in C."""
     name = getattr(function, "__name__", "")
     module = getattr(function, "__module__", None)
     if module is None:
         owner = getattr(function, "__self__", None)
+        if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+            return f"its forward calls {owner.__name__}.{name}"
         module = owner.__name__ if isinstance(owner, types.ModuleType) else type(owner).__module__
     top = str(module).partition(".")[0]
     asks = top == "torch" and name.startswith(_QUERIES)
