@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from .errors import ArgumentError
-from .fusing import Fusion, base_class, plan, worth_fusing
+from .fusing import Fusion, plan
+from .matching import base_class, worth_fusing
 from .nn import REPLACES
 from .tracing import Untraceable
 
@@ -47,7 +48,9 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
         ]
         lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
-        if not any("-" in entry.what or "batch_norm" in entry.why for entry in (*self.replaced, *self.skipped)):
+        if not any(
+            "-" in entry.what or "batch_norm" in entry.why for entry in (*self.replaced, *self.skipped)
+        ):
             lines.append("no convolution, BatchNorm and ReLU to fuse")
         return "\n".join(line.rstrip() for line in lines)
 
@@ -103,7 +106,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
                 continue
             classes.append((module, fusion.cls))
             report.replaced += [
-                PatchEntry(path, steps, f"pooling_ext.functional.{operator}") for steps, operator in fusion.parts
+                PatchEntry(path, steps, f"pooling_ext.functional.{operator}")
+                for steps, operator in fusion.parts
             ]
     failed = [entry for entry in report.skipped if entry.why != _ALREADY]
     if strict and failed:

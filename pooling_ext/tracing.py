@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _format_target
+from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: In place operators, which fx would take for their out-of-place forms.
@@ -36,11 +37,11 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 # All else may keep state, ask for it, or be lost in the trace (torch.no_grad, torch.utils.checkpoint).
 _TORCH = ("torch.nn.", "torch.fx.", "torch.functional.", "torch.overrides.", "torch._jit_internal.")
 _STANDARD = frozenset(
-    ("_collections_abc", "abc", "collections", "contextlib", "dataclasses", "enum", "functools")
-    + ("itertools", "math", "operator", "types", "typing")
+    ["_collections_abc", "abc", "collections", "contextlib", "dataclasses", "enum", "functools"]
 )
-_BUILTINS = frozenset(("print", "input", "open", "exec", "eval", "globals", "locals", "vars", "id", "hash"))
-_C_MODULES = frozenset(("_io", "_random", "io", "numpy", "os", "posix", "random", "time"))
+_STANDARD |= {"itertools", "math", "operator", "types", "typing"}
+_BUILTINS = frozenset(["print", "input", "open", "exec", "eval", "globals", "locals", "vars", "id", "hash"])
+_C_MODULES = frozenset(["_io", "_random", "io", "numpy", "os", "posix", "random", "time"])
 _QUERIES = ("is_", "are_", "get_", "set_", "_")  # torch.is_grad_enabled and the like
 _LITERALS = (int, float, complex, str, bytes, types.NoneType)
 _CONSTANTS = (types.FunctionType, types.BuiltinFunctionType, type, enum.Enum, functools.partial)
@@ -128,6 +129,7 @@ class _Session:
         self.base = base
         self.training = training
         self.inline = inline
+        self.kind: type = Tensor
         self.arguments = _arguments(base.forward)
         self.reads: dict[tuple[str, str], int] = {}
         self.paths: dict[int, tuple[str, nn.Module]] = {}
@@ -146,7 +148,8 @@ class _Session:
             root = self._copy(self.module, "", copies)
             root.__dict__["training"] = self.training
             before = {key: _freeze(copy.__dict__) for key, copy in copies.items()}
-            tracer = _Tracer(self, kind)
+            self.kind = kind
+            tracer = _Tracer(self)
             try:
                 graph = tracer.trace(root)
             except Untraceable:
@@ -284,7 +287,7 @@ def _recording(base: type) -> type:
             session.record(self, name, sys._getframe(1))
         elif session is not None and session.active and not _is_torch(_module_name(sys._getframe(1))):
             session.refuse("its forward looks into __dict__")
-        return base.__getattribute__(self, name)
+        return base.__getattribute__(self, name)  # type: ignore[call-arg]
 
     try:
         return type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
@@ -299,23 +302,27 @@ class _NoOperators(TorchDispatchMode):
         raise Untraceable(f"its forward computes {func} from no argument of it")
 
 
+def _session(value: Any) -> Any:
+    return value.tracer.session
+
+
 class _Checks:
     """What fx would get wrong about a value is refused."""
 
     @property
     def __class__(self: Any) -> type:  # type: ignore[override]
         frame = sys._getframe(1)
-        session = self.tracer.session
+        session = _session(self)
         if not session.active or frame.f_globals is _ours or _is_torch(_module_name(frame)):
             return type(self)
-        if isinstance(self, fx.proxy.Attribute) or self.node.op != "placeholder":
+        if isinstance(self, Attribute) or self.node.op != "placeholder":
             session.refuse("its forward asks for the type of a value it computed")
         session.asked_for_type = True
-        return self.tracer.kind
+        return session.kind
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name not in ("root", "attr", "node", "_node", "tracer"):
-            self.tracer.session.refuse(f"its forward sets the attribute {name} of a value")
+            _session(self).refuse(f"its forward sets the attribute {name} of a value")
         object.__setattr__(self, name, value)
 
 
@@ -323,12 +330,12 @@ class _Value(_Checks, fx.Proxy):
     """A proxy that claims to be of the kind that is traced."""
 
     def __getattr__(self, name: str) -> Any:
-        if self.tracer.session.in_hasattr:
-            self.tracer.session.refuse("its forward asks whether a value has an attribute")
+        if _session(self).in_hasattr:
+            _session(self).refuse("its forward asks whether a value has an attribute")
         return _Attribute(self, name)
 
 
-class _Attribute(_Checks, fx.proxy.Attribute):
+class _Attribute(_Checks, Attribute):
     pass
 
 
@@ -341,7 +348,7 @@ def _in_place(name: str) -> Any:
 
 def _unsupported(name: str) -> Any:
     def method(self: Any, *_: Any) -> Any:
-        self.tracer.session.refuse(f"its forward calls {name} of a value")
+        _session(self).refuse(f"its forward calls {name} of a value")
 
     return method
 
@@ -367,10 +374,9 @@ for _name in ("__setitem__", "__delitem__", "__copy__", "__deepcopy__", "__conta
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, session: _Session, kind: type) -> None:
+    def __init__(self, session: _Session) -> None:
         super().__init__()
         self.session = session
-        self.kind = kind
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.session.inline

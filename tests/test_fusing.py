@@ -137,7 +137,7 @@ CHAINS = {
         lambda s, x: s.act(x + s.pair(x)),
         ["Conv2d(pair.0)-BatchNorm2d(pair.1)-add-act"],
     ),
-    "list of layers": (lambda s, x: [layer(x) for layer in s.layers][0], ["BatchNorm2d(layers.0)"]),
+    "list of layers": (lambda s, x: next(layer(x) for layer in s.layers), ["BatchNorm2d(layers.0)"]),
     "pooling functions": (
         lambda s, x: [TF.max_pool2d(x, 2), torch.max_pool2d(x, 2), TF.avg_pool2d(x, 3, 1, 1)],
         ["max_pool2d", "avg_pool2d"],
@@ -337,7 +337,13 @@ def outputs_of_a_kind(make):
 
 @pytest.mark.parametrize(
     "make",
-    [Pair, lambda *v: OrderedDict(b=v[1], a=v[0]), lambda *v: {"x": v}, lambda *v: [*v], lambda *v: (v, None)],
+    [
+        Pair,
+        lambda *v: OrderedDict(b=v[1], a=v[0]),
+        lambda *v: {"x": v},
+        lambda *v: [*v],
+        lambda *v: (v, None),
+    ],
 )
 def test_outputs_keep_their_types(make):
     net = block(outputs_of_a_kind(make))
@@ -536,7 +542,9 @@ def test_residuals_that_differ(shape, dtype, in_place):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("option", [{}, {"padding": "same"}, {"padding": "valid"}, {"stride": 2, "dilation": 2}])
+@pytest.mark.parametrize(
+    "option", [{}, {"padding": "same"}, {"padding": "valid"}, {"stride": 2, "dilation": 2}]
+)
 def test_the_residual_of_any_convolution(option):
     net = block(lambda s, x, y: s.act(s.bn1(s.conv1(x)) + y))
     net.conv1 = nn.Conv2d(4, 4, (3, 1), **option).double()
@@ -591,7 +599,11 @@ def test_torch_fx_and_jit_trace_see_the_modules():
     expected = net(x)
     pooling_ext.patch(net)
     graph = torch.fx.symbolic_trace(net)
-    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_module"][:3] == ["conv1", "bn1", "inplace"]
+    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_module"][:3] == [
+        "conv1",
+        "bn1",
+        "inplace",
+    ]
     torch.testing.assert_close(graph(x), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -353,7 +353,9 @@ def test_compiled():
     compiled(x).square().mean().backward()
     twin(x).square().mean().backward()
     for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     torch.testing.assert_close(model.bn1.running_var, twin.bn1.running_var)
 
 
