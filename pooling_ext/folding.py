@@ -10,14 +10,13 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, fx, nn
 
 from . import functional as F
-from .errors import ArgumentError
 from .nn import REPLACES
 from .patching import PatchEntry, PatchReport
 from .prepacked import (
@@ -29,166 +28,23 @@ from .prepacked import (
     PackedConv,
     PackedLinear,
 )
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_IDENTITIES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+from .recognition import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATION_MODULES,
+    ADDS,
+    CONVS,
+    FRESH,
+    IDENTITIES,
+    INPLACE,
+    POOLS,
+    TRANSPOSED,
+    Normalisation,
+    folded,
+    hooked,
+    is_batch_norm,
+    normalisation,
+    padding,
 )
-_ADDS = (operator.add, torch.add, "add")
-
-#: Operations in place, and the same out of place.
-_INPLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    TF.relu_: TF.relu,
-}
-#: Operations (by name) whose result is new memory, or no tensor at all.
-_FRESH = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "div",
-        "matmul",
-        "bmm",
-        "neg",
-        "exp",
-        "cat",
-        "concat",
-        "stack",
-        "relu",
-        "relu6",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "silu",
-        "gelu",
-        "leaky_relu",
-        "sigmoid",
-        "tanh",
-        "softmax",
-        "log_softmax",
-        "mean",
-        "sum",
-        "clamp",
-        "layer_norm",
-        "group_norm",
-        "batch_norm",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "linear",
-        "interpolate",
-        "size",
-        "dim",
-        "numel",
-        "clone",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
-        "global_avg_pool2d",
-    ]
-)
-
-
-class Normalisation(NamedTuple):
-    """Batch normalisation by running statistics."""
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """In float64: ``x * scale + shift``."""
-        scale = (self.var.double() + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight.double()
-        shift = -self.mean.double() * scale
-        return scale, shift if self.bias is None else shift + self.bias.double()
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    return type(module) in BATCH_NORMS or type(module).__name__ == "FrozenBatchNorm2d"
-
-
-def normalisation(module: nn.Module, path: str) -> Normalisation:
-    """Read a batch norm module.
-
-    Raises:
-        ArgumentError: it has no running statistics, so it depends on the batch.
-    """
-    mean, var = module.running_mean, module.running_var
-    if mean is None or var is None:
-        raise ArgumentError(
-            f"freeze cannot fold {path} ({type(module).__name__}): it has no running statistics "
-            "(track_running_stats=False), so its output depends on the whole batch"
-        )
-    return Normalisation(mean, var, module.weight, module.bias, float(module.eps))  # type: ignore[arg-type]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-_ACTIVATION_MODULES: dict[type, Callable[[Any], Activation]] = {
-    nn.ReLU: lambda m: RELU,
-    nn.ReLU6: lambda m: Activation("hardtanh", (0.0, 6.0)),
-    nn.Hardtanh: lambda m: Activation("hardtanh", (float(m.min_val), float(m.max_val))),
-    nn.Hardswish: lambda m: Activation("hardswish"),
-    nn.Hardsigmoid: lambda m: Activation("hardsigmoid"),
-    nn.SiLU: lambda m: Activation("swish"),
-    nn.GELU: lambda m: Activation("gelu", (), m.approximate),
-    nn.LeakyReLU: lambda m: Activation("leaky_relu", (float(m.negative_slope),)),
-    nn.Sigmoid: lambda m: Activation("sigmoid"),
-    nn.Tanh: lambda m: Activation("tanh"),
-}
-_ACTIVATION_FUNCTIONS: dict[Any, Callable[..., Activation]] = {
-    TF.relu: lambda inplace=False: RELU,
-    torch.relu: lambda: RELU,
-    "relu": lambda: RELU,
-    TF.relu6: lambda inplace=False: Activation("hardtanh", (0.0, 6.0)),
-    TF.hardtanh: lambda min_val=-1.0, max_val=1.0, inplace=False: Activation(
-        "hardtanh", (float(min_val), float(max_val))
-    ),
-    TF.hardswish: lambda inplace=False: Activation("hardswish"),
-    TF.hardsigmoid: lambda inplace=False: Activation("hardsigmoid"),
-    TF.silu: lambda inplace=False: Activation("swish"),
-    TF.gelu: lambda approximate="none": Activation("gelu", (), approximate),
-    TF.leaky_relu: lambda negative_slope=0.01, inplace=False: Activation(
-        "leaky_relu", (float(negative_slope),)
-    ),
-    torch.sigmoid: lambda: Activation("sigmoid"),
-    TF.sigmoid: lambda: Activation("sigmoid"),
-    "sigmoid": lambda: Activation("sigmoid"),
-    torch.tanh: lambda: Activation("tanh"),
-    "tanh": lambda: Activation("tanh"),
-}
-_POOLS = {
-    getattr(TF, name): getattr(F, name)
-    for name in F.__all__
-    if hasattr(TF, name) and not name.startswith("batch")
-}
 
 
 class Freezer:
@@ -227,9 +83,9 @@ class Freezer:
             # Nodes that a fusion has taken in are still listed here.
             if node.op == "call_module" and not node._erased:
                 module = self.modules.get(node.target)
-                if module is None or _hooked(module):
+                if module is None or hooked(module):
                     continue
-                if type(module) in (*_CONVS, *_TRANSPOSED, nn.Linear):
+                if type(module) in (*CONVS, *TRANSPOSED, nn.Linear):
                     self._fuse(node, module)
                 elif is_batch_norm(module):
                     self._batch_norm(node, module)
@@ -251,11 +107,11 @@ class Freezer:
             module = self.made.get(str(node.target)) or self._module(node)
             what = type(module)
             ours = what.__module__.startswith(("torch.nn.", "pooling_ext."))
-            return not ours or what in (Kept, nn.Flatten, nn.Unflatten, *_IDENTITIES)
+            return not ours or what in (Kept, nn.Flatten, nn.Unflatten, *IDENTITIES)
         if node.op not in ("call_function", "call_method"):
             return True
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return name not in _FRESH
+        return name not in FRESH
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         if len(node.users) != 1:
@@ -270,9 +126,9 @@ class Freezer:
             return None
         module = self._module(node)
         if module is not None:
-            make = _ACTIVATION_MODULES.get(type(module))
-            return make(module) if make and not _hooked(module) else None
-        make = _ACTIVATION_FUNCTIONS.get(node.target)
+            make = ACTIVATION_MODULES.get(type(module))
+            return make(module) if make and not hooked(module) else None
+        make = ACTIVATION_FUNCTIONS.get(node.target)
         if make is None or node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1:
             return None
         try:
@@ -280,11 +136,11 @@ class Freezer:
         except (TypeError, ValueError):  # arguments that we do not know
             return None
 
-    def _addends(self, node: fx.Node | None) -> tuple[fx.Node, fx.Node] | None:
-        """The two tensors of one shape that ``node`` adds."""
-        if node is None or node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+    def _addends(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The two tensors of one shape that ``node`` adds; None also where nodes may not move."""
+        if node.op not in ("call_function", "call_method") or node.target not in ADDS:
             return None
-        if node.kwargs or len(node.args) != 2:
+        if not self._moving or node.kwargs or len(node.args) != 2:
             return None
         a, b = node.args
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
@@ -298,7 +154,7 @@ class Freezer:
         for node in list(self.graph.nodes):
             module = self._module(node)
             if module is not None:
-                gone = type(module) in _IDENTITIES and not _hooked(module)
+                gone = type(module) in IDENTITIES and not hooked(module)
             else:
                 name = getattr(node.target, "__name__", "")
                 gone = node.op == "call_function" and (
@@ -337,10 +193,10 @@ class Freezer:
         if node.op == "call_function":
             if node.kwargs.get("inplace"):
                 return node.target
-            return _INPLACE.get(node.target)
-        if node.op == "call_method" and isinstance(node.target, str):
-            if node.target.endswith("_") and not node.target.endswith("__"):
-                return node.target[:-1] if node.target != "requires_grad_" else None
+            return INPLACE.get(node.target)
+        name = str(node.target)
+        if node.op == "call_method" and name[-1] == "_" and name[-2:] != "__" and name != "requires_grad_":
+            return name[:-1]
         return None
 
     def _replace_pools(self) -> None:
@@ -351,8 +207,8 @@ class Freezer:
                 if ours is not None:
                     module.__class__ = ours
                     self._tell(node, type(module).__name__, "ours")
-            elif node.op == "call_function" and node.target in _POOLS:
-                node.target = _POOLS[node.target]
+            elif node.op == "call_function" and node.target in POOLS:
+                node.target = POOLS[node.target]
             elif node.target in ("mean", torch.mean) and len(node.meta.get("shape_in", ())) == 4:
                 dims = _argument(node, "dim", 1, None)
                 keep = _argument(node, "keepdim", 2, False)
@@ -361,14 +217,14 @@ class Freezer:
                     node.op, node.target = "call_function", F.global_avg_pool2d
                     node.args, node.kwargs = (node.args[0], bool(keep)), {}
 
-    def _fuse(self, node: fx.Node, module: nn.Module) -> None:
+    def _fuse(self, node: fx.Node, module: Any) -> None:
         """Take what follows a convolution or linear layer into it."""
         path, parts, last = self._path(node), [type(module).__name__], node
         normalisations = []
         key: list[Any] = [node.target]
         user = self._only_user(last)
         while user is not None and (bn := self._module(user)) is not None and is_batch_norm(bn):
-            if _hooked(bn) or not _normalises_channels(module, node):
+            if hooked(bn) or not _normalises_channels(module, node):
                 break
             normalisations.append(normalisation(bn, self._path(user)))
             parts.append(f"{type(bn).__name__} {self._path(user)}")
@@ -378,21 +234,21 @@ class Freezer:
         if activation is not None and user is not None:
             last = user
             parts.append(str(activation))
-        elif type(module) in (nn.Conv2d, nn.Conv3d) and self._moving and (pair := self._addends(user)):
+        elif type(module) in (nn.Conv2d, nn.Conv3d) and user is not None and (pair := self._addends(user)):
             residual = pair[1] if pair[0] is last else pair[0]
-            last = user  # type: ignore[assignment]
+            last = user
             parts.append("add")
             after = self._only_user(last)
             if after is not None and self._activation(after) == RELU:
                 activation, last = RELU, after
                 parts.append("relu")
-        before, padding = _padding(module)
+        before, own_padding = padding(module)
         if before is not None:
             self._pad(node, before, module.padding_mode)
         key += [activation, residual is not None, node.meta.get("shape_in")]
         name = self._shared.get(tuple(key))
         if name is None:
-            layer = self._pack(module, normalisations, activation, residual is not None, padding, node)
+            layer = self._pack(module, normalisations, activation, residual is not None, own_padding, node)
             name = self._shared[tuple(key)] = self._add(str(node.target), layer)
         args = (node.args[0],) if residual is None else (node.args[0], residual)
         # A residual may be made after the convolution, so the sum is where both are there.
@@ -406,12 +262,12 @@ class Freezer:
         normalisations: list[Normalisation],
         activation: Activation | None,
         residual: bool,
-        padding: Sequence[int],
+        own_padding: Sequence[int],
         node: fx.Node,
     ) -> nn.Module:
         dtype = self.dtype or module.weight.dtype
-        transposed = type(module) in _TRANSPOSED
-        weight, bias = _folded(module.weight, module.bias, normalisations, module if transposed else None)
+        transposed = type(module) in TRANSPOSED
+        weight, bias = folded(module.weight, module.bias, normalisations, module if transposed else None)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         shape = node.meta.get("shape_in") or ()
@@ -422,7 +278,7 @@ class Freezer:
             weight,
             bias,
             module.stride,
-            padding,
+            own_padding,
             module.dilation,
             module.groups,
             activation,
@@ -446,8 +302,8 @@ class Freezer:
         if relu and user is not None:
             last = user
             parts.append("relu")
-        elif self._moving and (pair := self._addends(user)):
-            after = self._only_user(user)  # type: ignore[arg-type]
+        elif user is not None and (pair := self._addends(user)):
+            after = self._only_user(user)
             if after is not None and self._activation(after) == RELU:
                 residual, last, relu = (pair[1] if pair[0] is node else pair[0]), after, True
                 parts += ["add", "relu"]
@@ -474,10 +330,9 @@ class Freezer:
 
         for node in list(self.graph.nodes):
             layer = self.made.get(str(node.target)) if node.op == "call_module" else None
-            once = node.op == "call_module" and calls[str(node.target)] == 1
-            if isinstance(layer, PackedConv) and layer.residual == "add" and layer.packed and once:
-                if isinstance(node.args[1], fx.Node) and is_last_reader(node, node.args[1]):
-                    layer.overwrite_residual()
+            adds = isinstance(layer, PackedConv) and layer.packed and layer.residual == "add"
+            if adds and calls[str(node.target)] == 1 and is_last_reader(node, node.args[1]):  # type: ignore
+                layer.overwrite_residual()  # type: ignore[union-attr]
             activation = self._activation(node)
             if activation is not None and activation.name != "gelu":
                 source = node.args[0]
@@ -491,6 +346,7 @@ class Freezer:
             module = self._module(node)
             if module is not None and node.target not in self.made:
                 target = str(node.target)
+                node.meta["layer"] = self._path(node)
                 if not type(module).__module__.startswith(("torch.nn", "pooling_ext")):
                     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
                     module = Kept(module, own, self.dtype or own)
@@ -571,41 +427,3 @@ def _owns_its_memory(node: fx.Node, made: dict[str, nn.Module]) -> bool:
 def _normalises_channels(module: nn.Module, node: fx.Node) -> bool:
     """Whether a batch norm after ``module`` normalises what ``module`` calls its output channels."""
     return not isinstance(module, nn.Linear) or len(node.meta.get("shape", ())) == 2
-
-
-def _padding(module: Any) -> tuple[list[int] | None, Sequence[int]]:
-    """What to pad beforehand (in torch.nn.functional.pad's order), and what the convolution pads."""
-    if type(module) is nn.Linear:
-        return None, ()
-    if type(module) in _TRANSPOSED:
-        return None, module.padding
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return None, module.padding
-    before = list(module._reversed_padding_repeated_twice)
-    symmetric = all(low == high for low, high in zip(before[::2], before[1::2], strict=True))
-    if module.padding_mode == "zeros" and symmetric:
-        return None, before[::2][::-1]
-    return before, [0] * len(module.kernel_size)
-
-
-def _folded(
-    weight: Tensor, bias: Tensor | None, normalisations: list[Normalisation], transposed: Any = None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with the normalisations in them, in float64 if there are any."""
-    weight = weight.detach()
-    bias = None if bias is None else bias.detach()
-    if not normalisations:
-        return weight, bias
-    weight = weight.double()
-    bias = weight.new_zeros(()) if bias is None else bias.double()
-    for norm in normalisations:
-        scale, shift = norm.scale_shift()
-        bias = bias * scale + shift
-        if transposed is None:
-            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        else:  # (in, out / groups, ...)
-            groups = transposed.groups
-            per_group = weight.unflatten(0, (groups, -1))
-            scale = scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
-            weight = (per_group * scale).flatten(0, 1)
-    return weight, bias

@@ -14,15 +14,16 @@ from torch.utils import _pytree as pytree
 
 from . import nn as ours
 from .errors import ArgumentError
-from .folding import Freezer, is_batch_norm
+from .folding import Freezer
 from .patching import PatchEntry, PatchReport, unpatch
 from .prepacked import PackedConv, PackedLinear
+from .recognition import hooked, is_batch_norm
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -> Frozen:
-    """Make a module for inference that computes what ``model`` does in eval mode, and leave ``model`` as it is.
+    """Make a module for inference that computes what ``model`` does in eval mode; ``model`` stays as it is.
 
     Batch norms are folded into the convolutions before them (in float64), weights are packed for the
     device's kernels, residual additions and activations happen in the convolutions, activations are
@@ -171,7 +172,8 @@ class Region(nn.Module):
         if x.dim() != want.rank or channels:
             having = "" if want.channels is None else f" with {want.channels} channels"
             raise ArgumentError(
-                f"{want.layer} takes a tensor of {want.rank} dimensions{having}, but got shape {tuple(x.shape)}"
+                f"{want.layer} takes a tensor of {want.rank} dimensions{having}, but got shape "
+                f"{tuple(x.shape)}"
             )
 
     def _blame(self, args: list[Any], error: Exception) -> Exception:
@@ -237,17 +239,22 @@ class _Call1(nn.Module):
         self.model = model
 
     def forward(self, a: Any) -> Any:
-        return self.model(a)
+        return self._keep(self.model(a))
+
+    def _keep(self, result: Any) -> Any:
+        """Remember how the result is nested; a graph turns ordered dictionaries into plain ones."""
+        self.spec = pytree.tree_structure(result)
+        return result
 
 
 class _Call2(_Call1):
     def forward(self, a: Any, b: Any) -> Any:  # type: ignore[override]
-        return self.model(a, b)
+        return self._keep(self.model(a, b))
 
 
 class _Call3(_Call1):
     def forward(self, a: Any, b: Any, c: Any) -> Any:  # type: ignore[override]
-        return self.model(a, b, c)
+        return self._keep(self.model(a, b, c))
 
 
 _CALLS = {1: _Call1, 2: _Call2, 3: _Call3}
@@ -257,14 +264,13 @@ _OURS = tuple(getattr(ours, name) for name in ours.__all__)
 class _Tracer(fx.Tracer):
     """Traces down to torch.nn's modules and ours, and remembers where it failed."""
 
-    def __init__(self, opaque: set[str]):
+    def __init__(self, opaque: frozenset[str] = frozenset()):
         super().__init__()
         self.opaque = opaque
         self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooked = bool(m._forward_hooks or m._forward_pre_hooks)
-        leaf = hooked or is_batch_norm(m) or isinstance(m, _OURS) or module_qualified_name in self.opaque
+        leaf = hooked(m) or is_batch_norm(m) or isinstance(m, _OURS) or module_qualified_name in self.opaque
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -287,13 +293,13 @@ def _trace(root: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
     """
     kept: dict[str, str] = {}
     while True:
-        tracer = _Tracer(set(kept))
+        tracer = _Tracer(frozenset(kept))
         try:
             return tracer.trace(root), kept
         except Exception as error:
             if tracer.failed in (None, "model") or tracer.failed in kept:
                 raise
-            kept[tracer.failed] = f"cannot be traced: {_first_line(error)}"
+            kept[tracer.failed] = _why(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -337,8 +343,7 @@ def _freeze_whole(
     except Exception as error:
         report.skipped.append(PatchEntry(prefix.rstrip(".") or "(root)", type(module).__name__, _why(error)))
         return None
-    result = _Shapes(fx.GraphModule(root, graph), garbage_collect_values=True).run(*args)
-    prefix = prefix if prefix else ""
+    _Shapes(fx.GraphModule(root, graph), garbage_collect_values=True).run(*args)
     freezer = Freezer(root, graph, dtype, lambda path: _dotted(prefix, path), report)
     made = freezer.run()
     for path, why in kept.items():
@@ -351,7 +356,7 @@ def _freeze_whole(
     tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     frozen = fx.GraphModule(made, graph, type(module).__name__)
-    return Region(frozen, dtype or own, device, inputs, layers, pytree.tree_structure(result))
+    return Region(frozen, dtype or own, device, inputs, layers, root.spec)
 
 
 def _why(error: Exception) -> str:

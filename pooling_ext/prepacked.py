@@ -7,13 +7,14 @@ weights and packs them again on arrival.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import backends
 from .ops.batch_norm_act import _forward as _batch_norm_act
@@ -75,6 +76,7 @@ class _Prepacked(nn.Module):
     bias: Tensor | None
     activation: Activation | None
     packed: bool
+    _call: Callable[..., Tensor]
 
     def _pack(self) -> None:
         """Replace the plain ``weight`` by a packed one, if there are kernels for it."""
@@ -183,7 +185,8 @@ class PackedConv(_Prepacked):
         self._bind()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._call(x) if residual is None else self._call(x, residual)
+        call = self._call
+        return call(x) if residual is None else call(x, residual)
 
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the (not transposed) convolution of ``x``."""
@@ -206,7 +209,6 @@ class PackedConv(_Prepacked):
         return self._finish(y, residual)
 
     def _convolution(self, x: Tensor) -> Tensor:
-        transposed = self.output_padding is not None
         return torch.convolution(
             _as(x, self.weight.dtype),
             self.weight,
@@ -214,8 +216,8 @@ class PackedConv(_Prepacked):
             self.stride,
             self.padding,
             self.dilation,
-            transposed,
-            self.output_padding if transposed else [0] * len(self.stride),
+            self.output_padding is not None,
+            self.output_padding or [0] * len(self.stride),
             self.groups,
         )
 
@@ -361,4 +363,4 @@ def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
     def one(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    return torch.utils._pytree.tree_map(one, tree)
+    return tree_map(one, tree)
