@@ -3,6 +3,7 @@
 #include "cpu/interleave.h"
 #include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
+#include "cpu/pool_pixels.h"
 #include "cpu/tables.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -56,6 +57,13 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     if (job.p.channels == 1 && is_whole(job.p) && job.p.in_plane() <= kSmallPlane)
         return average_planes<In>(job, begin, end);
     const Divisors<T> divisors(job, scratch);
+    if (PixelWalker<In>::takes(job.p))
+        return pool_pixels<SumOp<In>, In>(
+            job, begin, end, [&](int64_t od, int64_t oh, int64_t o, auto use) {
+                divisors.divide_pixel(od, oh, o, [&](auto divide) {
+                    use([=](T sum) { return narrow<In>(divide(sum)); });
+                });
+            });
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {

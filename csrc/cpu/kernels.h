@@ -16,6 +16,9 @@ constexpr int64_t kWideWindow = 16;
 // The largest plane, in elements, that is averaged together with others.
 constexpr int64_t kSmallPlane = 1024;
 
+// The largest window, in places, that max pooling's backward gathers from by comparing each place.
+constexpr int64_t kGatherWindow = 27;
+
 // How many planes max pooling's backward scatters to at a time in channels-last.
 constexpr int64_t kScatterChannels = 32;
 

@@ -1,7 +1,7 @@
 // Max pooling, compiled once for each instruction set.
 #include "cpu/interleave.h"
-#include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
+#include "cpu/pool_pixels.h"
 #include "cpu/tables.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -22,6 +22,10 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
         return pool_blocks(job, begin, end, Scratch(scratch), max_values<In>, true, sizeof(In), 0);
     using Order = typename Fastest<In>::Order;
     using Op = MaxOp<Order, In>;
+    if (PixelWalker<In>::takes(job.p))
+        return pool_pixels<Op, In>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
+            use([](typename Op::T x) { return Order::store(x); });
+        });
     const int64_t n = job.p.out_row();
     pool_rows<Op, In>(
         job, begin, end, Scratch(scratch),
@@ -280,6 +284,59 @@ void max_of_planes(const Job& job, int64_t begin, int64_t end) {
     }
 }
 
+// The maxima of a window in channels-last, and the offsets of their winners; x holds its elements in
+// order.
+template <class In, int kCount>
+void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const* elements,
+                  const int32_t* offsets, int64_t n) {
+    using Order = Ordered<In>;
+    using T = typename Order::T;
+    const In* x[kCount];
+    int32_t offset[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
+    for (int64_t i = 0; i < n; ++i) {
+        T best = Order::load(x[0][i]);
+        int32_t where = offset[0];
+        for (int k = 1; k < kCount; ++k) {
+            const T v = Order::load(x[k][i]);
+            const bool wins = (v > best) | is_nan(v);
+            best = select(wins, v, best);
+            where = select(wins, offset[k], where);
+        }
+        y[i] = Order::store(best);
+        places[i] = uint8_t(where);
+    }
+}
+
+template <class In>
+void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
+    const PoolParams& p = job.p;
+    PixelWalker<In> walk(p);
+    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od,
+                                                 int64_t oh) {
+        const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
+        In* y = static_cast<In*>(job.dst) + index * p.out_row();
+        auto* places = static_cast<uint8_t*>(job.places_out) + index * p.out_row();
+        walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+            constexpr int kCount = rows.value * columns.value;
+            In* const to = y + o * p.channels;
+            uint8_t* const place = places + o * p.channels;
+            if constexpr (kCount == 0) {
+                fill(to, Ordered<In>::store(Ordered<In>::lowest()), p.channels);
+                fill(place, uint8_t(kByteWindow), p.channels);
+            } else {
+                const In* x[kCount];
+                int32_t offsets[kCount];
+                for (int k = 0; k < kCount; ++k) {
+                    x[k] = taps.at(k, columns.value);
+                    offsets[k] = walk.offset(o, k, columns.value);
+                }
+                argmax_pixel<In, kCount>(to, place, x, offsets, p.channels);
+            }
+        });
+    });
+}
+
 template <class In, class Place>
 void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
@@ -287,6 +344,8 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
         return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In),
                            sizeof(Place));
     if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
+    if (std::is_same_v<Place, uint8_t> && PixelWalker<In>::takes(job.p))
+        return argmax_pixels<In>(job, begin, end);
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
     ArgmaxReducer<In> argmax(p, scratch);
@@ -303,122 +362,6 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
                });
 }
 
-// The gradients of a plane are scattered, each to its winner. A thread has the plane to itself
-// (in channels-last: kScatterChannels planes), so the order of the sums does not depend on how many
-// there are.
-template <class G, class Place, bool kChannelsLast>
-void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
-    using T = Accumulator<G>;
-    const PoolParams& p = job.p;
-    // Where each offset in a window leads, from the window's start.
-    constexpr int64_t kTable = std::is_same_v<Place, uint8_t> ? kByteWindow : 0;
-    int64_t lead[kTable + 1];
-    const auto lead_of = [&](int64_t offset) {
-        const int64_t kw = offset % p.w.kernel, row = offset / p.w.kernel;
-        const int64_t kh = row % p.h.kernel, kd = row / p.h.kernel;
-        return (kd * p.d.dilation * p.h.in + kh * p.h.dilation) * p.w.in + kw * p.w.dilation;
-    };
-    for (int64_t offset = 0; offset < kTable && offset < p.window_places(); ++offset)
-        lead[offset] = lead_of(offset);
-    int64_t* starts = scratch.take<int64_t>(p.w.out);
-    for (int64_t ow = 0; ow < p.w.out; ++ow) starts[ow] = p.w.start(ow);
-    const int64_t groups = ceil_div(p.channels, kScatterChannels);
-    // Sums of the stored type in the contiguous format are made in place.
-    constexpr bool in_place = std::is_same_v<T, G> && !kChannelsLast;
-    T* own =
-        scratch.take<T>(in_place ? 0 : p.in_plane() * (groups > 1 ? kScatterChannels : p.channels));
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t channel = unit % groups * kScatterChannels, outer = unit / groups;
-        const int64_t rest = p.channels - channel;
-        const int64_t channels = !kChannelsLast            ? 1
-                                 : rest < kScatterChannels ? rest
-                                                           : kScatterChannels;
-        const int64_t from = outer * p.out_plane() * p.channels + channel;
-        const G* grad = static_cast<const G*>(job.src) + from;
-        const Place* place = static_cast<const Place*>(job.places_in) + from;
-        G* dst = static_cast<G*>(job.dst) + outer * p.in_plane() * p.channels + channel;
-        T* const sums = in_place ? reinterpret_cast<T*>(dst) : own;
-        std::memset(sums, 0, p.in_plane() * channels * sizeof(T));
-        each_index(
-            0, p.d.out * p.h.out, p.d.out, p.h.out, [&](int64_t, int64_t, int64_t od, int64_t oh) {
-                const int64_t row = (p.d.start(od) * p.h.in + p.h.start(oh)) * p.w.in;
-                for (int64_t ow = 0; ow < p.w.out; ++ow, grad += p.channels, place += p.channels)
-                    for (int64_t c = 0; c < channels; ++c) {
-                        const Place at = place[c];
-                        const T g = widen(grad[c]);
-                        if constexpr (std::is_same_v<Place, int64_t>) {
-                            if (at >= 0) sums[at * channels + c] += g;
-                        } else if constexpr (std::is_same_v<Place, uint8_t>) {
-                            if (at != kByteWindow)
-                                sums[(row + starts[ow] + lead[at]) * channels + c] += g;
-                        } else if (at >= 0) {
-                            sums[(row + starts[ow] + lead_of(at)) * channels + c] += g;
-                        }
-                    }
-            });
-        if (in_place) continue;
-        // Pixels that are whole are written in one run.
-        const int64_t runs = channels == p.channels ? 1 : p.in_plane();
-        const int64_t run = p.in_plane() * channels / runs;
-        for (int64_t r = 0; r < runs; ++r) {
-            const T* __restrict sum = sums + r * run;
-            G* __restrict to = dst + r * p.channels;
-            for (int64_t i = 0; i < run; ++i) to[i] = narrow<G>(sum[i]);
-        }
-    }
-}
-
-// The input column that an offset in window o names, if it is in the window's row `place`; else -1.
-POOLING_EXT_INLINE int64_t column_of(const Axis& w, int64_t o, int64_t offset, int64_t place) {
-    const int64_t k = offset - place * w.kernel;
-    return k >= 0 && k < w.kernel ? w.start(o) + k * w.dilation : -1;
-}
-
-// In channels-last a row of inputs gathers, from each window over it, what went to a winner there.
-template <class G, class Place>
-void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
-    using T = Accumulator<G>;
-    const PoolParams& p = job.p;
-    const Axis& w = p.w;
-    RowGradient<T> gradient(p, scratch, false);
-    const auto add_row = [&](const SpreadRow<G>& row) {
-        const Place* places = static_cast<const Place*>(job.places_in) + row.offset;
-        for (int64_t o = 0; o < w.out; ++o) {
-            const G* __restrict grad = row.grad + o * p.channels;
-            const Place* __restrict place = places + o * p.channels;
-            if (std::is_same_v<Place, int64_t> || w.kernel > kWideWindow) {
-                // One pass over the winners costs less than one for each column.
-                for (int64_t c = 0; c < p.channels; ++c) {
-                    const int64_t at = std::is_same_v<Place, int64_t>
-                                           ? place[c] - row.input_row * w.in
-                                           : column_of(w, o, place[c], row.place);
-                    if (at >= 0 && at < w.in) gradient.column(at)[c] += widen(grad[c]);
-                }
-                continue;
-            }
-            const int64_t last = w.end(o);
-            for (int64_t k = w.first(o); k < last; ++k) {
-                T* __restrict sum = gradient.column(w.start(o) + k * w.dilation);
-                const Place wanted = Place(row.place * w.kernel + k);
-                for (int64_t c = 0; c < p.channels; ++c)
-                    sum[c] += place[c] == wanted ? widen(grad[c]) : T(0);
-            }
-        }
-    };
-    gather_rows<G>(
-        job, begin, end, [&] { gradient.clear(); }, add_row, [&](G* dst) { gradient.write(dst); });
-}
-
-template <class G, class Place>
-void max_backward(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.by_plane && job.p.channels == 1)
-        scatter_planes<G, Place, false>(job, begin, end, Scratch(scratch));
-    else if (job.by_plane)
-        scatter_planes<G, Place, true>(job, begin, end, Scratch(scratch));
-    else
-        gather_winners<G, Place>(job, begin, end, Scratch(scratch));
-}
-
 template <class In>
 Kernel forward_of(Places places) {
     switch (places) {
@@ -430,21 +373,6 @@ Kernel forward_of(Places places) {
             return max_with_places<In, int32_t>;
         case Places::Index:
             return max_with_places<In, int64_t>;
-    }
-    return nullptr;
-}
-
-template <class G>
-Kernel backward_of(Places places) {
-    switch (places) {
-        case Places::Byte:
-            return max_backward<G, uint8_t>;
-        case Places::Int32:
-            return max_backward<G, int32_t>;
-        case Places::Index:
-            return max_backward<G, int64_t>;
-        case Places::None:
-            break;
     }
     return nullptr;
 }
@@ -466,10 +394,6 @@ Kernel max_pool(DType dtype, Places places) {
         default:
             return for_float(dtype, [&](auto zero) { return forward_of<decltype(zero)>(places); });
     }
-}
-
-Kernel max_pool_backward(DType dtype, Places places) {
-    return for_float(dtype, [&](auto zero) { return backward_of<decltype(zero)>(places); });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -118,18 +118,21 @@ inline Rows plan_forward(Job& job, bool averages) {
     return {p.out_rows(), p.d.kernel * p.h.kernel * p.in_row()};
 }
 
-// Max pooling's backward scatters whole planes, unless they are so large that their sums would take
-// too much memory; in channels-last, where small windows gather faster, it does so for large ones.
-inline void choose_scatter(Job& job) {
-    constexpr int64_t kLargestPlane = int64_t(1) << 26, kLargestGathered = 16;
+// Max pooling's backward gathers from small windows, comparing a vector of places at a time, and
+// scatters whole planes from larger ones, unless those are so large that their sums would take too
+// much memory.
+inline void plan_max_backward(Job& job, DType dtype, Places places) {
+    constexpr int64_t kLargestPlane = int64_t(1) << 26;
     const PoolParams& p = job.p;
+    // Sums that are not made in place cost more.
+    const bool in_place = dtype == DType::Float32 || dtype == DType::Float64;
+    const int64_t most = in_place || places != Places::Byte ? kGatherWindow / 2 : kGatherWindow;
+    const bool gathers = p.channels > 1 && p.window_places() <= most;
     const int64_t at_once = p.channels < kScatterChannels ? p.channels : kScatterChannels;
-    job.by_plane = p.in_plane() * at_once <= kLargestPlane &&
-                   (p.channels == 1 || p.window_places() > kLargestGathered);
+    job.by_plane = p.in_plane() * at_once <= kLargestPlane && !gathers;
 }
 
-// The rows of a max pooling backward, once that is chosen. Gathering sums a row at a time, so a
-// plane stays in rows.
+// The rows of a max pooling backward that is planned.
 inline Rows max_backward_rows(const Job& job) {
     const PoolParams& p = job.p;
     if (!job.by_plane) return {p.in_rows(), 4 * p.in_row()};
@@ -149,9 +152,14 @@ inline Rows plan_avg_backward(Job& job) {
 inline size_t scratch_bytes(const Job& job) {
     const PoolParams& p = job.p;
     size_t bytes = scratch_bytes(p);
-    if (job.by_plane)
-        bytes += p.in_plane() * (p.channels < kScatterChannels ? p.channels : kScatterChannels) *
-                 sizeof(double);
+    if (job.by_plane) {
+        const int64_t at_once = p.channels < kScatterChannels ? p.channels : kScatterChannels;
+        const int64_t planes = 2 + 4096 / p.in_plane();
+        bytes += p.in_plane() * at_once * sizeof(double) + p.d.out * p.h.out * sizeof(int64_t);
+        bytes += (planes * (p.in_plane() + p.out_plane()) + 4096) * sizeof(int32_t);
+    }
+    // The taps of PixelGatherer.
+    bytes += p.window_places() <= kGatherWindow ? p.w.out * p.w.kernel * 16 + p.w.in * 8 : 0;
     if (job.block) bytes += (p.in_plane() + 2 * p.out_plane()) * job.block * sizeof(double);
     return bytes;
 }

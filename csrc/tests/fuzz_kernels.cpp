@@ -22,6 +22,7 @@
 
 #include "cpu/avg_pool_kernels.cpp"
 #include "cpu/lp_pool_kernels.cpp"
+#include "cpu/max_pool_backward_kernels.cpp"
 #include "cpu/max_pool_kernels.cpp"
 #include "cpu/plan.h"
 
@@ -252,7 +253,7 @@ Case make_case(Random& r) {
     }
     if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
     if (c.op == Op::MaxBackward) {
-        choose_scatter(job);
+        plan_max_backward(job, c.format.dtype, c.places);
         if (r.chance(4)) job.by_plane = !job.by_plane;
     }
     c.rows = c.op == Op::MaxBackward ? max_backward_rows(job)

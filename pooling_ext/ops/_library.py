@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
+from torch.compiler import is_compiling
 from torch.library import Library
 
 library = Library("pooling_ext", "DEF")
@@ -41,6 +42,12 @@ def define(signature: str, returns: str, fake: Callable[..., Any], tensors: int 
 
 def suggests_channels_last(input: torch.Tensor) -> bool:
     """Whether a result for ``input`` is to be in a channels-last format."""
+    if type(input) is torch.Tensor and not is_compiling() and input.dim() > 3:
+        # PyTorch's answer for nearly every tensor, in a tenth of the time.
+        if input.stride(1) * input.shape[1] > input.stride(-1):
+            return False
+        if min(input.shape) > 1 and input.is_contiguous(memory_format=memory_format(input.dim() - 2, True)):
+            return True
     return suggest_memory_format(input) in (torch.channels_last, torch.channels_last_3d)
 
 
