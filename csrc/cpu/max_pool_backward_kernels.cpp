@@ -115,7 +115,7 @@ class Scatter {
   private:
     // Sums of the stored type are made in place.
     static constexpr bool kInPlace = std::is_same_v<T, G>;
-    static constexpr int64_t kLocated = 1024, kVector = 64;
+    static constexpr int64_t kLocated = 1024;
 
     // As many planes at a time as leave the first-level cache room.
     int64_t planes_at_once() const { return 2 * (1 + 2048 / p_.in_plane()); }
@@ -147,14 +147,15 @@ class Scatter {
             return start + lead_of(at);
     }
 
-    // Calls give(input, gradient) for each window of planes [first, last), whose inputs are at `to`.
-    // The two halves of the planes take turns, so that a sum need not wait for the one before.
+    // Calls give(input, gradient) for each window of planes [first, last), whose inputs are at
+    // `to`. The two halves of the planes take turns, so that a sum need not wait for the one
+    // before.
     template <class To, class Give>
     POOLING_EXT_INLINE void scatter(int64_t first, int64_t last, To* to, Give give) const {
         const int64_t out = p_.out_plane(), half = (last - first) / 2 * out;
         const int64_t all = (last - first) * out, from = first * out;
         const G* __restrict grad = grad_ + from;
-        const int32_t *__restrict here = located_, *__restrict there = located_ + kLocated;
+        const int32_t* __restrict here = located_, * __restrict there = located_ + kLocated;
         for (int64_t o = 0; o < half; o += kLocated) {
             const int64_t n = half - o < kLocated ? half - o : kLocated;
             locate(from, o, n, 0);
@@ -178,16 +179,17 @@ class Scatter {
         const Place* const places = places_ + from + first;
         if constexpr (std::is_same_v<Place, uint8_t>) {
             // Whole vectors where there are more places to read; what is found past n is not used.
-            const int64_t rounded = ceil_div(n, kVector) * kVector;
+            const int64_t rounded = whole_vectors(n, kVector);
             const bool readable = from + first + rounded <= p_.outer * p_.out_plane();
             locate(places, starts_ + first, located_ + to, readable ? rounded : n);
         } else {
             const int64_t out = p_.out_plane(), in = p_.in_plane();
             for (int64_t i = 0; i < n; ++i) {
                 const Place at = places[i];
-                const int64_t start = std::is_same_v<Place, int64_t> ? (first + i) / out * in
-                                                                     : starts_[first + i];
-                const int64_t where = std::is_same_v<Place, int64_t> ? start + at : input_of(start, at);
+                const int64_t start =
+                    std::is_same_v<Place, int64_t> ? (first + i) / out * in : starts_[first + i];
+                const int64_t where =
+                    std::is_same_v<Place, int64_t> ? start + at : input_of(start, at);
                 located_[to + i] = is_place(at) ? int32_t(where) : -1;
             }
         }
@@ -200,7 +202,8 @@ class Scatter {
         for (int64_t i = 0; i < n; ++i) {
             const uint32_t at = place[i];
             const uint32_t kh = (at * per_row) >> 16, kd = (kh * per_slice) >> 16;
-            const int32_t where = starts[i] + int32_t(at) * column + int32_t(kh) * row + int32_t(kd) * slice;
+            const int32_t where =
+                starts[i] + int32_t(at) * column + int32_t(kh) * row + int32_t(kd) * slice;
             located[i] = at == kByteWindow ? -1 : where;
         }
     }
@@ -372,7 +375,8 @@ class PixelGatherer {
         for (int64_t i = 0; i < p_.w.in; ++i, dst += channels) {
             const Tap* const columns = columns_ + first_[i];
             for (int64_t c = 0; c < channels; ++c) total[c] = T(0);
-            for (const Tap* row = rows_; row != rows_ + count_; ++row) switch (first_[i + 1] - first_[i]) {
+            for (const Tap* row = rows_; row != rows_ + count_; ++row)
+                switch (first_[i + 1] - first_[i]) {
                     case 0:
                         break;
                     case 1:

@@ -11,6 +11,7 @@ template <class Order, class Stored_>
 struct MaxOp {
     using In = Stored_;
     using T = typename Order::T;
+    static constexpr bool kPlain = std::is_same_v<In, T>;
     static POOLING_EXT_INLINE T identity() { return Order::lowest(); }
     static POOLING_EXT_INLINE T load(In x) { return Order::load(x); }
     static POOLING_EXT_INLINE T combine(T a, T b) { return Order::larger(a, b); }
@@ -45,17 +46,19 @@ class ArgmaxReducer {
     using Order = Ordered<In>;
     using T = typename Order::T;
 
-    ArgmaxReducer(const PoolParams& p, Scratch& scratch)
+    // `end` is where the input ends.
+    ArgmaxReducer(const PoolParams& p, const In* end, Scratch& scratch)
         : p_(p),
+          end_(end),
           phases_(p.w, deals(p), scratch),
           dealing_(deals(p)),
-          value_(scratch.take<T>(p.out_row())),
-          offset_(scratch.take<int32_t>(p.out_row())),
-          row_value_(scratch.take<T>(p.in_row())),
-          row_offset_(scratch.take<int32_t>(p.in_row())) {
+          value_(scratch.take<T>(p.out_row() + kVector)),
+          offset_(scratch.take<int32_t>(p.out_row() + kVector)),
+          row_value_(scratch.take<T>(p.in_row() + kVector)),
+          row_offset_(scratch.take<int32_t>(p.in_row() + kVector)) {
         if (dealing_) {
-            dealt_value_ = scratch.take<T>(phases_.size());
-            dealt_offset_ = scratch.take<int32_t>(phases_.size());
+            dealt_value_ = scratch.take<T>(phases_.size() + kVector);
+            dealt_offset_ = scratch.take<int32_t>(phases_.size() + kVector);
             for (int64_t i = 0; i < phases_.size(); ++i) {
                 dealt_value_[i] = Order::lowest();
                 dealt_offset_[i] = kNowhere;
@@ -70,31 +73,28 @@ class ArgmaxReducer {
         if (p_.channels >= kLeastChannels && p_.window_places() <= kDirectWindow)
             return reduce_pixels(plane, od, oh);
         const Axis& w = p_.w;
-        bool any = false;
+        const In* last = nullptr;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
             const int32_t offset = int32_t(place * w.kernel);
-            if (any)
+            if (last)
                 add_row(row, offset);
             else
                 start_row(row, offset);
-            any = true;
+            last = row;
         });
+        if (last) prefetch_rows(p_, last);
         for (int64_t i = 0; i < p_.out_row(); ++i) {
             value_[i] = Order::lowest();
             offset_[i] = kNowhere;
         }
-        if (!any) return;
+        if (!last) return;
         if (dealing_) {
-            for (const auto& part : phases_) {
-                gather_phase<Same<T>>(dealt_value_ + part.to, row_value_ + part.from, part.count,
-                                      w.stride);
-                gather_phase<Same<int32_t>>(dealt_offset_ + part.to, row_offset_ + part.from,
-                                            part.count, w.stride);
-            }
+            deal<Same<T>>(dealt_value_, phases_, row_value_, w);
+            deal<Same<int32_t>>(dealt_offset_, phases_, row_offset_, w);
             for (int64_t c = 0; c < w.kernel; ++c) {
                 const int64_t at = phases_.at(c);
                 add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c),
-                           w.out);
+                           whole_vectors(w.out));
             }
             return;
         }
@@ -199,8 +199,14 @@ class ArgmaxReducer {
         offset_[o] = where + int32_t(first);
     }
 
+    int64_t readable(const In* row) const {
+        const int64_t n = whole_vectors(p_.in_row());
+        return row + n <= end_ ? n : p_.in_row();
+    }
+
     void start_row(const In* __restrict x, int32_t offset) {
-        for (int64_t i = 0; i < p_.in_row(); ++i) {
+        const int64_t n = readable(x);
+        for (int64_t i = 0; i < n; ++i) {
             row_value_[i] = Order::load(x[i]);
             row_offset_[i] = offset;
         }
@@ -209,7 +215,8 @@ class ArgmaxReducer {
     void add_row(const In* __restrict x, int32_t offset) {
         T* __restrict best = row_value_;
         int32_t* __restrict where = row_offset_;
-        for (int64_t i = 0; i < p_.in_row(); ++i) {
+        const int64_t n = readable(x);
+        for (int64_t i = 0; i < n; ++i) {
             const T v = Order::load(x[i]);
             const bool wins = (v > best[i]) | is_nan(v);
             best[i] = wins ? v : best[i];
@@ -231,6 +238,7 @@ class ArgmaxReducer {
     }
 
     const PoolParams& p_;
+    const In* const end_;
     const Phases phases_;
     const bool dealing_;
     T* const value_;
@@ -241,26 +249,19 @@ class ArgmaxReducer {
     int32_t* dealt_offset_ = nullptr;
 };
 
-// Writes the winners' offsets, or their indices in the plane; -1 (as a byte: 255) where there is
-// none.
-template <class Place>
-void write_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offset,
-                  Place* __restrict places) {
-    if constexpr (!std::is_same_v<Place, int64_t>) {
-        for (int64_t i = 0; i < p.out_row(); ++i)
-            places[i] = Place(offset[i] < kNowhere ? offset[i] : -1);
-    } else {
-        const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
-        for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
-            const int64_t w0 = p.w.start(o);
-            for (int64_t c = 0; c < p.channels; ++c, ++i) {
-                const int32_t row = offset[i] / int32_t(p.w.kernel),
-                              kw = offset[i] % int32_t(p.w.kernel);
-                const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
-                const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
-                places[i] =
-                    offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
-            }
+// Writes the winners' indices in the plane; -1 where there is none.
+inline void write_indices(const PoolParams& p, int64_t od, int64_t oh,
+                          const int32_t* __restrict offset, int64_t* __restrict places) {
+    const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
+    for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
+        const int64_t w0 = p.w.start(o);
+        for (int64_t c = 0; c < p.channels; ++c, ++i) {
+            const int32_t row = offset[i] / int32_t(p.w.kernel),
+                          kw = offset[i] % int32_t(p.w.kernel);
+            const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
+            const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
+            places[i] =
+                offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
         }
     }
 }
@@ -284,8 +285,8 @@ void max_of_planes(const Job& job, int64_t begin, int64_t end) {
     }
 }
 
-// The maxima of a window in channels-last, and the offsets of their winners; x holds its elements in
-// order.
+// The maxima of a window in channels-last, and the offsets of their winners; x holds its elements
+// in order.
 template <class In, int kCount>
 void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const* elements,
                   const int32_t* offsets, int64_t n) {
@@ -312,29 +313,29 @@ template <class In>
 void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
     const PoolParams& p = job.p;
     PixelWalker<In> walk(p);
-    each_index(begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od,
-                                                 int64_t oh) {
-        const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
-        In* y = static_cast<In*>(job.dst) + index * p.out_row();
-        auto* places = static_cast<uint8_t*>(job.places_out) + index * p.out_row();
-        walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
-            constexpr int kCount = rows.value * columns.value;
-            In* const to = y + o * p.channels;
-            uint8_t* const place = places + o * p.channels;
-            if constexpr (kCount == 0) {
-                fill(to, Ordered<In>::store(Ordered<In>::lowest()), p.channels);
-                fill(place, uint8_t(kByteWindow), p.channels);
-            } else {
-                const In* x[kCount];
-                int32_t offsets[kCount];
-                for (int k = 0; k < kCount; ++k) {
-                    x[k] = taps.at(k, columns.value);
-                    offsets[k] = walk.offset(o, k, columns.value);
+    each_index(
+        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+            const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
+            In* y = static_cast<In*>(job.dst) + index * p.out_row();
+            auto* places = static_cast<uint8_t*>(job.places_out) + index * p.out_row();
+            walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+                constexpr int kCount = rows.value * columns.value;
+                In* const to = y + o * p.channels;
+                uint8_t* const place = places + o * p.channels;
+                if constexpr (kCount == 0) {
+                    fill(to, Ordered<In>::store(Ordered<In>::lowest()), p.channels);
+                    fill(place, uint8_t(kByteWindow), p.channels);
+                } else {
+                    const In* x[kCount];
+                    int32_t offsets[kCount];
+                    for (int k = 0; k < kCount; ++k) {
+                        x[k] = taps.at(k, columns.value);
+                        offsets[k] = walk.offset(o, k, columns.value);
+                    }
+                    argmax_pixel<In, kCount>(to, place, x, offsets, p.channels);
                 }
-                argmax_pixel<In, kCount>(to, place, x, offsets, p.channels);
-            }
+            });
         });
-    });
 }
 
 template <class In, class Place>
@@ -348,17 +349,29 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
         return argmax_pixels<In>(job, begin, end);
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
-    ArgmaxReducer<In> argmax(p, scratch);
     const auto* src = static_cast<const In*>(job.src);
-    const int64_t plane = p.d.in * p.h.in * p.in_row();
+    const int64_t plane = p.d.in * p.h.in * p.in_row(), out = p.out_row();
+    ArgmaxReducer<In> argmax(p, src + p.outer * plane, scratch);
+    In* __restrict maxima = scratch.take<In>(out + kVector);
+    Place* __restrict where =
+        scratch.take<Place>(sizeof(Place) > sizeof(int32_t) ? 0 : out + kVector);
     each_index(begin, end, p.d.out, p.h.out,
                [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
                    argmax(src + outer * plane, od, oh);
-                   In* __restrict y = static_cast<In*>(job.dst) + index * p.out_row();
+                   // By way of scratch memory, where whole vectors can be written.
                    const auto* __restrict values = argmax.values();
-                   for (int64_t i = 0; i < p.out_row(); ++i) y[i] = Order::store(values[i]);
-                   write_places(p, od, oh, argmax.offsets(),
-                                static_cast<Place*>(job.places_out) + index * p.out_row());
+                   const int64_t n = whole_vectors(out, kVector);
+                   for (int64_t i = 0; i < n; ++i) maxima[i] = Order::store(values[i]);
+                   std::memcpy(static_cast<In*>(job.dst) + index * out, maxima, out * sizeof(In));
+                   Place* const places = static_cast<Place*>(job.places_out) + index * out;
+                   if constexpr (std::is_same_v<Place, int64_t>) {
+                       write_indices(p, od, oh, argmax.offsets(), places);
+                   } else {
+                       const int32_t* __restrict offsets = argmax.offsets();
+                       for (int64_t i = 0; i < n; ++i)
+                           where[i] = Place(offsets[i] < kNowhere ? offsets[i] : -1);
+                       std::memcpy(places, where, out * sizeof(Place));
+                   }
                });
 }
 

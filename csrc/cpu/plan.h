@@ -86,12 +86,16 @@ inline void flatten_whole_rows(PoolParams& p) {
     p.w = Axis{};
 }
 
-// Takes planes in blocks where their rows are short and there are enough of them.
-inline bool interleave_small_planes(Job& job) {
+// Takes planes in blocks where their rows are short and there are enough of them. `size` is that of
+// an element in bytes: large ones are slow to transpose, and rows of them fill vectors sooner.
+inline bool interleave_small_planes(Job& job, int64_t size) {
     // A block of planes is to fit the second-level cache.
-    constexpr int64_t kShortRow = 48, kLargestPlane = 4096, kBlock = 64, kBlockElements = 1 << 17;
+    constexpr int64_t kLargestPlane = 4096, kBlock = 64, kBlockElements = 1 << 17;
     PoolParams& p = job.p;
-    if (p.channels != 1 || p.w.in > kShortRow || p.in_plane() > kLargestPlane || p.outer < kBlock)
+    const bool fast_rows =
+        size >= 4 && !job.places_out && !p.w.adaptive && p.w.kernel <= 3 && p.w.dilation == 1;
+    const int64_t short_row = fast_rows ? 24 : 48;
+    if (p.channels != 1 || p.w.in > short_row || p.in_plane() > kLargestPlane || p.outer < kBlock)
         return false;
     job.block = p.in_plane() * kBlock > kBlockElements ? kBlock / 2 : kBlock;
     job.planes = p.outer;
@@ -105,11 +109,11 @@ struct Rows {
     int64_t count, work;
 };
 
-// `averages`: of whole small planes, which the kernel takes several at a time by itself.
-inline Rows plan_forward(Job& job, bool averages) {
+// `size` is that of an element; `averages`: of whole planes, which the kernel takes several at a time by itself.
+inline Rows plan_forward(Job& job, int64_t size, bool averages) {
     PoolParams& p = job.p;
-    const bool by_itself = averages && is_whole(p) && p.in_plane() <= kSmallPlane;
-    if (!by_itself && interleave_small_planes(job)) {
+    const bool by_itself = averages && p.channels == 1 && is_whole(p);
+    if (!by_itself && interleave_small_planes(job, size)) {
         flatten_whole_rows(p);
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
     }
@@ -140,9 +144,9 @@ inline Rows max_backward_rows(const Job& job) {
     return {p.outer * groups, 4 * p.in_plane() * p.channels / groups};
 }
 
-inline Rows plan_avg_backward(Job& job) {
+inline Rows plan_avg_backward(Job& job, int64_t size) {
     PoolParams& p = job.p;
-    if (!is_whole(p) && interleave_small_planes(job))
+    if (!is_whole(p) && interleave_small_planes(job, size))
         return {ceil_div(job.planes, job.block), 4 * p.in_plane() * job.block};
     flatten_whole_planes(p);
     return {p.in_rows(), 4 * p.in_row()};

@@ -40,7 +40,8 @@ class PixelWalker {
         });
         switch (count_) {
             case 0:
-                for (int64_t o = 0; o < p_.w.out; ++o) visit(Taps<In>{}, Number<0>{}, Number<0>{}, o);
+                for (int64_t o = 0; o < p_.w.out; ++o)
+                    visit(Taps<In>{}, Number<0>{}, Number<0>{}, o);
                 return;
             case 1:
                 return windows<1>(visit);
@@ -124,17 +125,17 @@ POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, 
     using In = typename Op::In;
     const PoolParams& p = job.p;
     PixelWalker<In> walk(p);
-    each_index(begin, end, p.d.out, p.h.out,
-               [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
-                   const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
-                   Out* row = static_cast<Out*>(job.dst) + index * p.out_row();
-                   walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
-                       finish(od, oh, o, [&](auto to_output) {
-                           reduce_pixel<Op, rows.value, columns.value>(row + o * p.channels, taps,
-                                                                       p.channels, to_output);
-                       });
-                   });
-               });
+    each_index(
+        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+            const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
+            Out* row = static_cast<Out*>(job.dst) + index * p.out_row();
+            walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+                finish(od, oh, o, [&](auto to_output) {
+                    reduce_pixel<Op, rows.value, columns.value>(row + o * p.channels, taps,
+                                                                p.channels, to_output);
+                });
+            });
+        });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA
