@@ -109,8 +109,8 @@ struct Rows {
     int64_t count, work;
 };
 
-// `size` is that of an element; `averages`: of whole planes, which the kernel takes several at a time
-// by itself.
+// `size` is that of an element; `averages`: of whole planes, which the kernel takes several at a
+// time by itself.
 inline Rows plan_forward(Job& job, int64_t size, bool averages) {
     PoolParams& p = job.p;
     const bool by_itself = averages && p.channels == 1 && is_whole(p);
