@@ -25,7 +25,7 @@ template <class In>
 struct LaneSums {
     using T = Accumulator<In>;
     using V = typename Tile<T>::V;
-    static constexpr int64_t kLanes = Tile<T>::kLanes;
+    static constexpr int64_t kLanes = Tile<T>::kLanes, kBlock = 2048;
     using Words = Vector<uint32_t, kLanes>;
     using Halves = Vector<uint16_t, kLanes>;
 
@@ -65,13 +65,18 @@ struct LaneSums {
 
     // Adds x[0..n) up to the lanes of the result and to `rest`.
     static POOLING_EXT_INLINE V sum(const In* x, int64_t n, T& rest) {
-        V a = {}, b = {};
+        V a = {}, b = {}, blocks = {};
         int64_t i = 0;
+        // In blocks, so that errors do not grow with the number of elements.
+        for (; i + kBlock < n; a = b = V{}) {
+            for (const int64_t end = i + kBlock; i < end; i += 2 * kLanes) add(a, b, x + i);
+            blocks += a + b;
+        }
         for (; i + 2 * kLanes <= n; i += 2 * kLanes) add(a, b, x + i);
         if (i + kLanes <= n) a += load(x + i), i += kLanes;
         rest = T(0);
         for (; i < n; ++i) rest += widen(x[i]);
-        return a + b;
+        return blocks + (a + b);
     }
 };
 
