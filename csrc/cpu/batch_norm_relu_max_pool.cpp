@@ -66,7 +66,7 @@ class Tiled {
             pool.src = buffer;
             pool.dst = static_cast<char*>(pool_.dst) + first * element_;
             if (pool_.places_out) pool.places_out = static_cast<uint8_t*>(pool_.places_out) + first;
-            const Rows rows = plan_forward(pool, false);
+            const Rows rows = plan_forward(pool, int64_t(element_), false);
             run_all(maxima, pool, rows.count);
         }
     }
@@ -151,7 +151,7 @@ class Tiled {
                 pool.src = static_cast<const char*>(pool_.src) + first * element_;
                 pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
                 pool.dst = buffer;
-                choose_scatter(pool);
+                plan_max_backward(pool, dtype_, Places::Byte);
                 run_all(scatter, pool, max_backward_rows(pool).count);
             }
             BatchNormJob norm = norm_of(tile);
