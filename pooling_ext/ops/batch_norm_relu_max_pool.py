@@ -168,7 +168,8 @@ def batch_norm_relu_max_pool(
     Returns:
         ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
     """
-    check(input, None, "relu", {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    parameters = {"weight": weight, "bias": bias}
+    check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
     if aten or transformed() or input.dim() != 4 or not _usual(windows):
