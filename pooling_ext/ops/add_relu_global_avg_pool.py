@@ -45,9 +45,8 @@ class _AddReluGlobalAvgPool(Function):
         input, residual = ctx.saved_tensors
         (grad,) = grads
         if torch.is_grad_enabled() and not is_compiling():
-            # Where PyTorch differentiates again, the mask is a constant and the rest is linear in grad.
-            mask = ~(input + residual <= 0)
-            shared = (grad / (input.shape[2] * input.shape[3])).expand_as(input).where(mask, 0)
+            spread = (grad / (input.shape[2] * input.shape[3])).expand_as(input)
+            shared = torch.ops.aten.threshold_backward(spread, input + residual, 0)
         else:
             shared = _backward(grad, input, residual)
         return tuple(shared if needed else None for needed in ctx.needs_input_grad)
