@@ -64,6 +64,7 @@ def test_layouts_and_dtypes(residual_layout, layout, dtype):
         (2, 3, 1, 1),
         (16, 5, 7, 7),
         (1, 257, 7, 7),
+        (1, 2, 3, 5463),  # 256 runs of the kernel and a rest
         (2, 2000, 2, 3),
         (1, 2, 113, 97),
         (2, 0, 3, 3),
