@@ -62,9 +62,11 @@ def add_relu_global_avg_pool(input: Tensor, residual: Tensor, keepdim: bool = Tr
         keepdim: return ``(N, C, 1, 1)`` if true, ``(N, C)`` if false.
 
     Raises:
-        TypeError: the input is not a tensor.
+        TypeError: an argument is not a tensor.
         ArgumentError: the shapes differ, or the input's is out of range.
     """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor, but got {type(residual).__name__}")
     if residual.shape != input.shape:
         raise ArgumentError(
             f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"

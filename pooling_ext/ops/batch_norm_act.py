@@ -110,6 +110,7 @@ class _BatchNormAct(Function):
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
             if count is not None and group is not None:
+                sums = sums.clone()  # of which a float64 bias's gradient is a part
                 torch.distributed.all_reduce(sums, group=group)
             grad_input = _input_grad(
                 masked,
@@ -333,9 +334,10 @@ def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
 def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
     """The statistics of all processes' elements from those of each."""
     own = torch.cat((stats.flatten(), stats.new_tensor([count])))
-    gathered = own.new_empty(torch.distributed.get_world_size(group) * own.numel())  # gloo wants it flat
+    size = torch.distributed.get_world_size(group)
+    gathered = own.new_empty(size * own.numel())  # gloo takes no more dimensions than own's
     torch.distributed.all_gather_into_tensor(gathered, own, group=group)
-    gathered = gathered.view(-1, own.numel())
+    gathered = gathered.unflatten(0, (size, -1))
     counts = gathered[:, -1:]
     means, variances = gathered[:, :-1].unflatten(1, stats.shape).unbind(1)
     shares = counts / counts.sum()

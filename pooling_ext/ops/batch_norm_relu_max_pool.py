@@ -105,6 +105,7 @@ class _BatchNormReluMaxPool(Function):
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
             if count is not None and group is not None:
+                sums = sums.clone()  # of which a float64 bias's gradient is a part
                 torch.distributed.all_reduce(sums, group=group)
             through = sums if count is not None else None
             grad_input = _input_grad(
