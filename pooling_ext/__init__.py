@@ -3,6 +3,7 @@
 from . import functional, nn
 from .backends import explain, use_backend
 from .errors import ArgumentError, NativeUnavailableWarning
+from .freezing import Frozen, freeze
 from .memory import reuse_cpu_memory
 from .nn import *  # noqa: F403
 from .patching import PatchReport, patch, unpatch
@@ -11,9 +12,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Frozen",
     "NativeUnavailableWarning",
     "PatchReport",
     "explain",
+    "freeze",
     "functional",
     "nn",
     "patch",
