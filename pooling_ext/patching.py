@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from .errors import ArgumentError
+from .fusing import Fusion, plan
+from .matching import base_class, worth_fusing
 from .nn import REPLACES
+from .tracing import Untraceable
 
 _ORIGINAL = {ours: theirs for theirs, ours in REPLACES.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_MARK = "_pooling_ext_patched"
+_ALREADY = "is one of ours already"
 
 
 @dataclass(frozen=True)
 class PatchEntry:
-    """One module that :func:`patch` looked at: its dotted path, its class, and what became of it."""
+    """What :func:`patch` found at a module: its dotted path, what it is, and what became of it.
+
+    ``what`` is the class of a pooling module, the steps of a chain in the module's forward, such as
+    "conv1-bn1-relu", or the class of a module whose forward was left alone.
+    """
 
     path: str
     what: str
@@ -30,7 +40,7 @@ class PatchReport:
     skipped: list[PatchEntry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        rows = [("", "module", "class", "")]
+        rows = [("", "module", "what", "")]
         rows += [("replaced", entry.path, entry.what, entry.why) for entry in self.replaced]
         rows += [("skipped", entry.path, entry.what, entry.why) for entry in self.skipped]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -38,46 +48,72 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
         ]
         lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
+        if not any(
+            "-" in entry.what or "batch_norm" in entry.why for entry in (*self.replaced, *self.skipped)
+        ):
+            lines.append("no convolution, BatchNorm and ReLU to fuse")
         return "\n".join(line.rstrip() for line in lines)
 
 
 def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
-    """Make the pooling modules of ``model`` run on our operators, in place.
+    """Make ``model`` run on our operators, in place, in training and in evaluation.
 
-    A module keeps its identity, attributes, hooks and mode; its class becomes our subclass of it,
-    so ``isinstance`` checks, ``state_dict``, ``copy.deepcopy`` and pickling go on working.
+    Pooling modules and functions become ours. Where the forward of a module can be traced, what follows
+    each other in it is taken together: convolution, BatchNorm, the addition of a residual, ReLU, max
+    pooling; and an addition, ReLU and global average pooling.
+
+    A module keeps its identity, attributes, parameters, hooks and mode; its class becomes our subclass
+    of it, so ``isinstance`` checks, ``state_dict``, ``copy.deepcopy`` and pickling go on working.
+    What is changed in the model later (a child replaced, a hook on one, a flag that the forward looks
+    at) is heeded: such a module runs as it would unpatched.
 
     Args:
         model: any module. It may be patched already.
-        strict: raise, and leave the model as it was, if a pooling module has to be skipped.
+        strict: raise, and leave the model as it was, if something has to be skipped.
 
     Returns:
         A :class:`PatchReport`.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
-        ArgumentError: ``strict`` is set and a pooling module cannot be replaced.
+        ArgumentError: ``strict`` is set and something has to be skipped.
     """
     report = PatchReport()
-    found: list[nn.Module] = []
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    known: dict[Any, list[Fusion]] = {}
     for path, module in _modules(model):
         what = type(module).__name__
         ours = REPLACES.get(type(module))
         if ours is not None:
-            found.append(module)
+            classes.append((module, ours))
             report.replaced.append(PatchEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
         elif type(module) in _ORIGINAL:
-            report.skipped.append(PatchEntry(path, what, "is one of ours already"))
+            report.skipped.append(PatchEntry(path, what, _ALREADY))
         elif isinstance(module, _POOLING_BASES):
             why = "has no counterpart here" if type(module) in _POOLING_BASES else "has a class of its own"
             report.skipped.append(PatchEntry(path, what, why))
-    failed = [entry for entry in report.skipped if entry.why != "is one of ours already"]
+        else:
+            try:
+                fusion = plan(module, known)
+            except Untraceable as error:
+                if worth_fusing(module):
+                    report.skipped.append(PatchEntry(path, what, str(error)))
+                continue
+            if fusion is None:
+                continue
+            if type(module) is fusion.cls:
+                report.skipped += [PatchEntry(path, steps, _ALREADY) for steps, _ in fusion.parts]
+                continue
+            classes.append((module, fusion.cls))
+            report.replaced += [
+                PatchEntry(path, steps, f"pooling_ext.functional.{operator}")
+                for steps, operator in fusion.parts
+            ]
+    failed = [entry for entry in report.skipped if entry.why != _ALREADY]
     if strict and failed:
         listed = "; ".join(f"{entry.path} ({entry.what}) {entry.why}" for entry in failed)
-        raise ArgumentError(f"patch(strict=True) cannot replace every pooling module of model: {listed}")
-    for module in found:
-        module.__class__ = REPLACES[type(module)]
-        module.__dict__["_pooling_ext_patched"] = True
+        raise ArgumentError(f"patch(strict=True) cannot replace everything in model: {listed}")
+    _set_classes(classes)
     return report
 
 
@@ -88,10 +124,43 @@ def unpatch(model: nn.Module) -> None:
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
+        ArgumentError: something has made a class of its own out of one that :func:`patch` set
+            (torch.nn.utils.parametrize and fully_shard do so), and has to be undone first.
     """
-    for _, module in _modules(model):
-        if module.__dict__.pop("_pooling_ext_patched", False):
-            module.__class__ = _ORIGINAL[type(module)]
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    for path, module in _modules(model):
+        if module.__dict__.get(_MARK) and type(module) in _ORIGINAL:
+            classes.append((module, _ORIGINAL[type(module)]))
+            continue
+        base = base_class(type(module))
+        if base is not None:
+            classes.append((module, base))
+        elif any(map(base_class, type(module).__mro__)):
+            raise ArgumentError(
+                f"model.{path} has class {type(module).__name__}, made after patch() out of the class it was "
+                "given; undo that first"
+            )
+    _set_classes(classes)
+
+
+def _set_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Set them all or, if one of them cannot be set, none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            _set_class(module, cls)
+    except TypeError:
+        for module, cls in before:
+            _set_class(module, cls)
+        raise
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if cls in _ORIGINAL:  # one of ours from the start has no mark
+        module.__dict__[_MARK] = True
+    else:
+        module.__dict__.pop(_MARK, None)
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,0 +1,200 @@
+"""Makes a class for a module that runs its forward with chains fused.
+
+A fused module's class is a subclass of its own whose forward runs the rewritten graph where its guard
+holds and the class's own forward elsewhere. The module itself does not change at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .chains import BATCH_NORMS
+from .matching import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
+from .tracing import Trace, Untraceable, trace
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One rewritten forward, for arguments of one kind; right where its guard holds, in one mode or both."""
+
+    arguments: tuple[str, ...]
+    kind: type
+    training: bool | None
+    guard: Callable[[Any], bool]
+    run: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A class for one module, and what is fused in it.
+
+    Attributes:
+        cls: the subclass that the module is to become.
+        parts: for each chain, its steps and the operator that takes them.
+        variants: the forwards of ``cls``.
+    """
+
+    cls: type
+    parts: tuple[tuple[str, str], ...]
+    variants: tuple[_Variant, ...]
+
+
+def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fusion | None:
+    """What to fuse in the forward of ``module``, or None if there is nothing.
+
+    Args:
+        module: may be fused already.
+        known: plans of earlier calls, which serve for modules of the same structure.
+
+    Raises:
+        Untraceable: its forward cannot be traced, or be replaced.
+    """
+    base = base_class(type(module)) or type(module)
+    if not _may_have_chains(module, base):
+        return None
+    if "forward" in module.__dict__:
+        raise Untraceable("it has a forward of its own")
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        raise Untraceable(f"it is a {base.__name__}")
+    known = {} if known is None else known
+    structure = (base, *((name, plain_class(child)) for name, child in module.named_modules() if name))
+    for fusion in known.get(structure, ()):
+        if all(variant.guard(module) for variant in fusion.variants):
+            return fusion
+    variants: list[_Variant] = []
+    parts: dict[tuple[str, str], None] = {}
+    traces = trace(module, base)
+    inline = sequentials_to_inline(traces[0].graph, module)
+    if inline:
+        traces = trace(module, base, dict.fromkeys(inline, is_plain_sequential))
+    for traced in traces:
+        found = dict.fromkeys(rewrite(traced.graph, module))
+        if found:
+            parts |= found
+            variants.append(_variant(traced))
+    if not variants:
+        return None
+    fusion = Fusion(_fused_class(base, tuple(variants)), tuple(parts), tuple(variants))
+    known.setdefault(structure, []).append(fusion)
+    return fusion
+
+
+def _may_have_chains(module: nn.Module, base: type) -> bool:
+    forward = base.forward
+    if forward is nn.Sequential.forward:
+        return any(isinstance(child, BATCH_NORMS) for child in module.children())
+    return not forward.__module__.startswith(("torch.", "pooling_ext."))
+
+
+_GUARD = """\
+def guard(self):
+    try:
+        return {}
+    except AttributeError:
+        return False
+"""
+_numbers = itertools.count()
+_process = uuid.uuid4().hex
+_classes: dict[str, Any] = {}  # of this process, by what stands for them in copies and pickles
+_functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _variant(traced: Trace) -> _Variant:
+    for node in traced.graph.nodes:
+        node.type = None  # annotations would have to be importable
+    code = traced.graph.python_code("self")
+    conditions = " and ".join(traced.conditions) or "True"
+    guard = _GUARD.format(conditions)
+    return _Variant(
+        traced.arguments,
+        traced.kind,
+        traced.training,
+        _function("guard", guard, traced.constants),
+        _function("forward", code.src, code.globals),
+    )
+
+
+def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
+    """The function ``name`` of ``source``; the same one for the same source, so that classes are shared."""
+    key = (source, *((name, namespace[name]) for name in sorted(namespace)))
+    if key not in _functions:
+        filename = f"<pooling_ext.fusing {next(_numbers)}>"
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        scope = dict(namespace)
+        exec(compile(source, filename, "exec"), scope)
+        _functions[key] = scope[name]
+    return _functions[key]
+
+
+@functools.cache
+def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
+    traced_forward = base.forward
+
+    @functools.wraps(traced_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if base.forward is traced_forward and not torch.jit.is_tracing():  # type: ignore[attr]
+            for variant in variants:
+                values = args
+                if kwargs and len(args) + len(kwargs) == len(variant.arguments):
+                    rest = variant.arguments[len(args) :]
+                    values = (*args, *(kwargs.get(name) for name in rest))
+                elif kwargs or len(args) != len(variant.arguments):
+                    break
+                if (
+                    variant.training in (None, self.training)
+                    and all(isinstance(value, variant.kind) for value in values)
+                    and variant.guard(self)
+                ):
+                    return variant.run(self, *values)
+        return base.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        reduced = base.__reduce_ex__(self, max(2, protocol))
+        if reduced[0].__name__ == "__newobj__" and reduced[1][0] is type(self):
+            return (_rebuild, (key, base, *reduced[1][1:]), *reduced[2:])
+        return reduced
+
+    key = f"{_process} {next(_numbers)}"
+    _classes[key] = _subclass(base, {"forward": forward, "__reduce_ex__": reduce})
+    return _classes[key]
+
+
+def _subclass(base: Any, members: dict[str, Any]) -> Any:
+    names = {name: base.__dict__[name] for name in ("__doc__", "__module__") if name in base.__dict__}
+    try:
+        return type(base)(
+            base.__name__, (base,), {**names, "__qualname__": base.__qualname__, BASE: base, **members}
+        )
+    except Exception as error:
+        raise Untraceable(f"{base.__name__} cannot be subclassed: {error}") from error
+
+
+@functools.cache
+def _restored_class(base: Any) -> type:
+    """What a module of another process is until it has its state: then it is fused again, if it can be."""
+
+    def setstate(self: Any, state: Any) -> None:
+        self.__class__ = base
+        self.__setstate__(state)
+        try:
+            fusion = plan(self)
+        except Untraceable:
+            return
+        if fusion is not None:
+            self.__class__ = fusion.cls
+
+    return _subclass(base, {"__setstate__": setstate})
+
+
+def _rebuild(key: str, base: Any, *args: Any) -> Any:
+    cls = _classes.get(key) or _restored_class(base)
+    return cls.__new__(cls, *args)

@@ -1,0 +1,352 @@
+"""Finds in a traced forward what our operators take together, and puts them into its graph."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import functional as F
+from .chains import (
+    ADDS,
+    AVG_POOLS,
+    BATCH_NORMS,
+    MAX_POOLS,
+    RELUS,
+    Add,
+    AddPoolChain,
+    BatchNormChain,
+    GlobalAvgPool,
+    MaxPool,
+    calls_only_forward,
+    is_global,
+)
+from .tracing import IN_PLACE_FUNCTIONS
+
+_POOL_NAMES = tuple(
+    f"{kind}_pool{rank}d"
+    for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg")
+    for rank in (1, 2, 3)
+)
+#: Pooling functions of PyTorch, and ours.
+_POOLS: dict[Any, Callable[..., Any]] = {getattr(TF, name): getattr(F, name) for name in _POOL_NAMES}
+_POOLS |= {
+    getattr(torch, name): getattr(F, name)
+    for name in ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "adaptive_avg_pool1d")
+}
+BASE = "_pooling_ext_base"  # the attribute of a fused class that holds what it stands for
+_MAX_POOL_ARGUMENTS = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+
+
+def base_class(cls: type) -> type | None:
+    """The class that a fused class stands for, or None if ``cls`` is no fused class."""
+    return cls.__dict__.get(BASE)
+
+
+def plain_class(module: nn.Module) -> type:
+    return base_class(type(module)) or type(module)
+
+
+def worth_fusing(module: nn.Module) -> bool:
+    """Whether there is probably something to fuse in a module that could not be traced."""
+    if any(isinstance(child, BATCH_NORMS) for child in module.children()):
+        return True
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and not set(_POOL_NAMES).isdisjoint(code.co_names)
+
+
+def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Replace the chains in ``graph``; yields the steps of each and the operator that takes them."""
+    nodes = list(graph.nodes)
+    match = _Match(module, nodes)
+    # From the end, so that of two that are added, the one that is computed last takes the addition.
+    norms = [node for node in reversed(nodes) if match.is_module(node, BATCH_NORMS)]
+    yield from reversed([match.batch_norm(node) for node in norms])
+    for node in nodes:
+        if node not in match.taken:
+            pooled = match.add_pool(node) or _pool_function(node)
+            if pooled is not None:
+                yield pooled
+
+
+def sequentials_to_inline(graph: fx.Graph, module: nn.Module) -> list[str]:
+    """Paths of the Sequentials that end in a batch norm whose output goes into an addition only."""
+    match = _Match(module, list(graph.nodes))
+    paths: list[str] = []
+    for node in match.order:
+        operands = [value for value in node.args if isinstance(value, fx.Node) and match.add(node, value)]
+        if any(match.is_module(value, BATCH_NORMS) for value in operands):
+            continue
+        for value in sorted(operands, key=match.places.__getitem__, reverse=True):
+            found = match.ends_in_batch_norm(value) if _only_user(value) is node else []
+            if found:
+                paths += found
+                break
+    return paths
+
+
+def is_plain_sequential(module: Any) -> bool:
+    """Whether calling ``module`` just calls its children."""
+    return (
+        isinstance(module, nn.Sequential)
+        and plain_class(module).forward is nn.Sequential.forward
+        and calls_only_forward(module)
+        and not _has_any_global_hook()
+    )
+
+
+class _Match:
+    def __init__(self, module: nn.Module, nodes: list[fx.Node]) -> None:
+        self.module = module
+        self.order = nodes
+        self.places = {node: place for place, node in enumerate(nodes)}
+        self.taken: set[fx.Node] = set()
+        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in self.order:
+            self.roots[node] = self._roots(node)
+
+    def is_module(self, node: Any, kinds: tuple[type, ...]) -> bool:
+        """Whether ``node`` calls a module of just these classes with one argument."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
+            return False
+        return isinstance(node.args[0], fx.Node) and type(self._child(node)) in kinds
+
+    def _child(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
+
+    def _roots(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The nodes whose memory the value of ``node`` may share; arguments may share theirs."""
+        if node.op == "placeholder":
+            return frozenset((self.order[0],))
+        if not node.all_input_nodes or self.is_module(node, (nn.Conv2d, *BATCH_NORMS, *MAX_POOLS)):
+            return frozenset((node,))
+        return frozenset().union(*(self.roots[source] for source in node.all_input_nodes))
+
+    def _unchanged(self, value: fx.Node, since: fx.Node, chain: list[fx.Node]) -> bool:
+        """Whether ``chain`` may read ``value`` at its end instead of at ``since``.
+
+        Nothing between them may be given memory that ``value`` shares, because it might write there.
+        """
+        between = self.order[self.places[since] + 1 : self.places[chain[-1]]]
+        return all(
+            self.roots[value].isdisjoint(self.roots[source])
+            for node in between
+            if node not in chain
+            for source in node.all_input_nodes
+        )
+
+    def batch_norm(self, bn: fx.Node) -> tuple[str, str]:
+        """Replace the longest chain around ``bn`` by one call."""
+        source: Any = bn.args[0]
+        conv = source if self.is_module(source, (nn.Conv2d,)) and _only_user(source) is bn else None
+        for tail in self._tails(bn):
+            for chain in ([conv, *tail], tail) if conv else (tail,):
+                added = self.add(chain[-1], bn) or self.add(chain[-2] if len(chain) > 1 else None, bn)
+                at: Any = next((node for node in chain if added and added[1] in node.all_input_nodes), None)
+                read: Any = chain[0].args[0]
+                if self._unchanged(read, chain[0], chain) and (
+                    added is None or self._unchanged(added[1], at, chain)
+                ):
+                    return self._fuse(bn, chain, added)
+        raise AssertionError("nothing happens between a batch norm and itself")
+
+    def _tails(self, bn: fx.Node) -> Iterator[list[fx.Node]]:
+        """The chains that start with ``bn``, longest first."""
+        step = _only_user(bn)
+        if self.add(step, bn) is not None:
+            after = _only_user(step)
+            if self._is_relu(after):
+                yield [bn, step, after]
+            yield [bn, step]
+        elif self._is_relu(step):
+            after = _only_user(step)
+            if self._max_pool(after) is not None:
+                yield [bn, step, after]
+            yield [bn, step]
+        yield [bn]
+
+    def ends_in_batch_norm(self, node: fx.Node) -> list[str]:
+        """The path of the Sequential that ``node`` calls and those at its end, if a batch norm ends them."""
+        if node.op != "call_module":
+            return []
+        path, child, paths = str(node.target), self._child(node), []
+        while is_plain_sequential(child) and len(child):  # type: ignore[arg-type]
+            paths.append(path)
+            name, child = list(child.named_children())[-1]
+            path = f"{path}.{name}"
+        return paths if type(child) in BATCH_NORMS else []
+
+    def _is_relu(self, node: fx.Node | None) -> bool:
+        return _relu(node) is not None or self.is_module(node, (nn.ReLU,))
+
+    def _fuse(self, bn: fx.Node, chain: list[fx.Node], added: Any) -> tuple[str, str]:
+        add, residual = added or (None, None)
+        conv = chain[0] if chain[0] is not bn else None
+        relu = next((node for node in chain if self._is_relu(node)), None)
+        relu_function = _relu(relu)
+        pool = self._max_pool(chain[-1])
+        pool_function = pool if isinstance(pool, MaxPool) else None
+        modules = [conv, bn, None if relu_function else relu, None if pool_function else pool]
+        inputs = [chain[0].args[0], *([] if residual is None else [residual])]
+        fused = "batch_norm_relu_max_pool" if pool else "conv_bn_act" if conv else "batch_norm_act"
+        function = BatchNormChain(add, relu_function, pool_function)
+        return self._replace(chain, function, modules, inputs), fused
+
+    def add(self, node: fx.Node | None, value: fx.Node) -> tuple[Add, fx.Node] | None:
+        """How ``node`` adds ``value`` to another, and that other."""
+        if node is None or len(node.args) != 2 or node.kwargs:
+            return None
+        left, right = node.args
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+            return None
+        if node.op == "call_function":
+            in_place = node.target in (operator.iadd, IN_PLACE_FUNCTIONS["iadd"])
+            known = in_place or node.target in (operator.add, torch.add)
+        else:
+            in_place = node.target == "add_"
+            known = node.op == "call_method" and node.target in ("add", "add_")
+        # An addition in place to the other operand shows outside.
+        if not known or (in_place and left is not value):
+            return None
+        return Add(ADDS[in_place], left is not value), right if left is value else left
+
+    def _max_pool(self, node: fx.Node | None) -> Any:
+        """``node`` if it is a max pooling module, its MaxPool if it is a function, else None."""
+        if node is None:
+            return None
+        if self.is_module(node, MAX_POOLS):
+            child: Any = self._child(node)
+            return None if child.return_indices else node
+        if node.op != "call_function" or node.target not in (TF.max_pool2d, torch.max_pool2d):
+            return None
+        arguments = dict(zip(_MAX_POOL_ARGUMENTS, node.args[1:], strict=False)) | dict(node.kwargs)
+        if arguments.pop("return_indices", False) or len(node.all_input_nodes) != 1:
+            return None
+        arguments = _MAX_POOL_ARGUMENTS | arguments
+        arguments["stride"] = arguments["stride"] or None
+        return MaxPool(tuple(_frozen(value) for value in arguments.values()))
+
+    def add_pool(self, pool: fx.Node) -> tuple[str, str] | None:
+        function = _global_avg_pool(pool)
+        if function is None:
+            child: Any = self._child(pool) if self.is_module(pool, AVG_POOLS) else None
+            if child is None or not is_global(child.output_size):
+                return None
+        relu = pool.args[0]
+        if not isinstance(relu, fx.Node) or _only_user(relu) is not pool:
+            return None
+        relu_function = _relu(relu)
+        if relu_function is None and not self.is_module(relu, (nn.ReLU,)):
+            return None
+        node = relu.args[0]
+        if not isinstance(node, fx.Node) or _only_user(node) is not relu or node in self.taken:
+            return None
+        value: Any = node.args[0] if node.args else None
+        added = self.add(node, value) if isinstance(value, fx.Node) else None
+        if added is None:
+            return None
+        add, residual = added
+        in_place = add.function is operator.iadd
+        chain = [node, relu, pool]
+        if in_place and not (self.roots[value] == {value} and _only_user(value) is node):
+            return None
+        if not all(self._unchanged(operand, node, chain) for operand in (value, residual)):
+            return None
+        call = AddPoolChain(add, function, relu_function)
+        modules = [None if relu_function else relu, None if function else pool]
+        return self._replace(chain, call, modules, [value, residual]), "add_relu_global_avg_pool"
+
+    def _step_name(self, node: fx.Node) -> str:
+        if node.op != "call_module":
+            return _function_name(node)
+        path = str(node.target)
+        if path.rpartition(".")[2].isdecimal():  # in a Sequential
+            return f"{type(self._child(node)).__name__}({path})"
+        return path
+
+    def _replace(
+        self, chain: list[fx.Node], function: Any, modules: list[fx.Node | None], inputs: list[Any]
+    ) -> str:
+        graph = chain[-1].graph
+        names = "-".join(self._step_name(node) for node in chain)
+        with graph.inserting_before(chain[-1]):
+            children = [node and graph.create_node("get_attr", str(node.target)) for node in modules]
+            call = graph.create_node("call_function", function, (*children, *inputs))
+        roots = self.roots[chain[-1]]
+        chain[-1].replace_all_uses_with(call)
+        for node in reversed(chain):
+            graph.erase_node(node)
+        self.taken.update(chain)
+        self.roots[call] = roots
+        return names
+
+
+def _function_name(node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return {"in_place_add": "add", "iadd": "add", "add_": "add", "relu_": "relu"}.get(name, name)
+
+
+def _only_user(node: fx.Node | None) -> Any:
+    if node is None or len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    # The output, or a node that takes it twice, is no step of a chain.
+    return user if user.op != "output" and user.all_input_nodes.count(node) == 1 else None
+
+
+def _relu(node: fx.Node | None) -> Callable[[Any], Any] | None:
+    """torch.relu or torch.relu_ if ``node`` calls one of them or its like."""
+    if node is None or not node.args or len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_method":
+        in_place = node.target == "relu_"
+        known = node.target in ("relu", "relu_") and len(node.args) == 1
+    elif node.op == "call_function":
+        in_place = node.target in (torch.relu_, TF.relu_)
+        if node.target is TF.relu:
+            in_place = bool((*node.args, node.kwargs.get("inplace", False))[1])
+        known = node.target in (torch.relu, torch.relu_, TF.relu, TF.relu_)
+    else:
+        return None
+    return RELUS[in_place] if known else None
+
+
+def _global_avg_pool(node: fx.Node) -> GlobalAvgPool | None:
+    """The global average pooling that ``node`` calls as a function."""
+    if not node.args or len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_function" and node.target is TF.adaptive_avg_pool2d:
+        size = (*node.args, *node.kwargs.values())[1]
+        return GlobalAvgPool(True) if is_global(size) else None
+    if (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean)):
+        names = ("input", "dim", "keepdim", "dtype")
+        arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        dims: Any = arguments.get("dim")
+        if not isinstance(dims, (tuple, list)) or not set(arguments) <= {"input", "dim", "keepdim"}:
+            return None
+        if list(dims) in ([2, 3], [3, 2], [-2, -1], [-1, -2]):
+            return GlobalAvgPool(bool(arguments.get("keepdim", False)), tuple(dims))
+    return None
+
+
+def _pool_function(node: fx.Node) -> tuple[str, str] | None:
+    """Make ``node`` call our pooling function instead of PyTorch's, if it does call one."""
+    if node.op != "call_function" or node.target not in _POOLS:
+        return None
+    ours = _POOLS[node.target]
+    from_torch = getattr(torch, ours.__name__, None) is node.target
+    if from_torch and "max" in ours.__name__ and len(node.args) > 2 and not node.args[2]:
+        node.update_arg(2, None)  # torch.max_pool2d's way to say that the stride is the kernel size
+    name = _function_name(node)
+    node.target = ours
+    return name, ours.__name__
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
