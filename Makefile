@@ -24,7 +24,7 @@ CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format abi sanitize setup clean distclean FORCE
+.PHONY: help demo finetune test bench lint format abi sanitize setup clean distclean FORCE
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
@@ -33,6 +33,9 @@ help: ## list the targets
 
 demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 	$(BIN)/python examples/accelerate_resnet.py $(ARGS)
+
+finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unless ARGS="--data DIR"
+	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: $(STAMPS)/test ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -6,6 +6,8 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from . import nn as ours
 from .errors import ArgumentError
 from .folding import Freezer
 from .patching import PatchEntry, PatchReport, unpatch
-from .prepacked import PackedConv, PackedLinear
+from .prepacked import PackedConv, PackedLinear, Prepacked
 from .recognition import hooked, is_batch_norm
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +138,21 @@ class Region(nn.Module):
         super().__init__()
         self.graph, self.dtype, self.device, self.inputs = graph, dtype, device, inputs
         self.layers, self.spec = layers, spec
+        self._bind()
+
+    def _bind(self) -> None:
+        """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
+        names: dict[str, Any] = dict(self.graph.named_children())
+        names |= dict(self.graph.named_buffers(recurse=False))
+        names |= {name: layer.function for name, layer in names.items() if isinstance(layer, Prepacked)}
+        self._run = partial(type(self.graph).forward, SimpleNamespace(**names))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind()
 
     def forward(self, *args: Any) -> Any:
         if len(args) != len(self.inputs):
@@ -152,7 +169,7 @@ class Region(nn.Module):
         autocast = torch.is_autocast_enabled(self.device.type)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
             try:
-                result = self.graph(*entered)
+                result = self._run(*entered)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise self._blame(entered, error) from error
             if type(result) is Tensor:

@@ -1,4 +1,4 @@
-"""Drop-in modules: subclasses of torch.nn's pooling modules that run our operators.
+"""Drop-in modules: subclasses of torch.nn's pooling modules that run our operators, and fused batch norm.
 
 Constructor, attributes, ``extra_repr`` and ``isinstance`` checks are torch.nn's. Where torch.nn
 takes ``padding``, these also take ``"same"``, ``"valid"`` and per-side padding.
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import functional as F
+from .errors import ArgumentError
+from .ops.batch_norm_act import ACTIVATIONS, batch_norm_arguments
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -22,6 +24,8 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "BatchNormAct2d",
+    "ConvBNAct2d",
     "GlobalAvgPool2d",
     "GlobalLPPool2d",
     "GlobalMaxPool2d",
@@ -279,6 +283,110 @@ class GlobalLPPool2d(_GlobalPool):
 
     def extra_repr(self) -> str:
         return f"norm_type={self.norm_type}, {super().extra_repr()}"
+
+
+def _check_activation(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+    return activation
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d`, an optional residual and an activation in one pass.
+
+    ``forward(input, residual=None)`` is ``activation(batch_norm(input) + residual)``; see
+    :func:`pooling_ext.functional.batch_norm_act`. Parameters, buffers and ``state_dict`` are
+    BatchNorm2d's.
+
+    Args:
+        activation: "relu" or "identity". The others are BatchNorm2d's.
+
+    Raises:
+        ArgumentError: there is no such activation.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = _check_activation(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        return F.batch_norm_act(
+            input, **batch_norm_arguments(self), residual=residual, activation=self.activation
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class ConvBNAct2d(nn.Module):
+    """:class:`torch.nn.Conv2d` (``conv``), :class:`torch.nn.BatchNorm2d` (``bn``) and an activation.
+
+    ``forward(input, residual=None)`` is ``activation(bn(conv(input)) + residual)``; see
+    :func:`pooling_ext.functional.conv_bn_act`.
+
+    Args:
+        bias: whether the convolution has a bias, which the batch norm makes superfluous.
+        eps: BatchNorm2d's, as are momentum, affine and track_running_stats.
+        activation: "relu" or "identity". The others are Conv2d's.
+
+    Raises:
+        ArgumentError: there is no such activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = _check_activation(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return F.conv_bn_act(self.conv, self.bn, input, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 #: The torch.nn module that each of ours replaces.

@@ -8,7 +8,7 @@ weights and packs them again on arrival.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class _Prepacked(nn.Module):
+class Prepacked(nn.Module):
     """What convolution and linear layers share: weights that are packed when made and when unpickled."""
 
     weight: Tensor
@@ -77,6 +77,11 @@ class _Prepacked(nn.Module):
     activation: Activation | None
     packed: bool
     _call: Callable[..., Tensor]
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """What a call comes to, without the cost of calling a module."""
+        return self._call if self.packed else self.forward
 
     def _pack(self) -> None:
         """Replace the plain ``weight`` by a packed one, if there are kernels for it."""
@@ -111,7 +116,7 @@ def _broadcasts_into(residual: Tensor, y: Tensor) -> bool:
     return residual.shape == y.shape or torch.broadcast_shapes(residual.shape, y.shape) == y.shape
 
 
-class PackedConv(_Prepacked):
+class PackedConv(Prepacked):
     """Convolution of any rank, plain or transposed, with a bias, a residual and an activation.
 
     Args:
@@ -144,6 +149,7 @@ class PackedConv(_Prepacked):
         self.activation, self.residual = activation, residual
         self.input_size = list(input_size)
         self.output_padding = None if output_padding is None else list(output_padding)
+        self._fitting: Any = None
         self._pack()
 
     def _pack(self) -> None:
@@ -169,15 +175,23 @@ class PackedConv(_Prepacked):
             return
         if self.residual is None:
             name, scalars, algorithm = self.activation or _NONE
-            epilogue = self.weight, self.bias, *geometry, name, list(scalars), algorithm
-            self._call = partial(_packed, _mkldnn._convolution_pointwise.default, weight.dtype, epilogue)
+            epilogue = self.bias, *geometry, name, list(scalars), algorithm
+            self._call = _bound(_mkldnn._convolution_pointwise.default, weight, epilogue)
             return
         unary = None if self.activation is None else self.activation.name
-        epilogue = self.weight, self.bias, *geometry, "add", 1.0, unary, [], ""
-        if self.residual == "overwrite":
-            self._call = partial(self._overwriting, _mkldnn._convolution_pointwise_.binary, epilogue)
-        else:
-            self._call = partial(self._adding, _mkldnn._convolution_pointwise.binary, epilogue)
+        epilogue = weight, self.bias, *geometry, "add", 1.0, unary, [], ""
+        add, overwrite = _mkldnn._convolution_pointwise.binary, _mkldnn._convolution_pointwise_.binary
+        in_place, dtype = self.residual == "overwrite", weight.dtype
+
+        def call(x: Tensor, residual: Tensor) -> Tensor:
+            x = _as(x, dtype)
+            if not self._fits(x, residual):
+                return self._unfused(x, residual)
+            if in_place and residual.is_contiguous(memory_format=_channels_last(x)):
+                return overwrite(residual, x, *epilogue)
+            return add(x, residual, *epilogue)
+
+        self._call = call
 
     def overwrite_residual(self) -> None:
         """From now on the residual's memory takes the result."""
@@ -194,19 +208,22 @@ class PackedConv(_Prepacked):
         spatial = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in sizes)
         return (x.shape[0], self.weight.shape[0], *spatial)
 
-    def _overwriting(self, operator: Any, epilogue: tuple, x: Tensor, residual: Tensor) -> Tensor:
-        same = residual.dtype == self.weight.dtype and residual.shape == self.output_shape(x)
-        if not same or not residual.is_contiguous(memory_format=_channels_last(x)):
-            return self._adding(_mkldnn._convolution_pointwise.binary, epilogue, x, residual)
-        return operator(residual, _as(x, self.weight.dtype), *epilogue)
+    def _fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether oneDNN can add ``residual`` as it is; the answer for the last shapes is remembered."""
+        if residual.dtype is not self.weight.dtype:
+            return False
+        shapes = x.shape, residual.shape
+        if shapes == self._fitting:
+            return True
+        fits = residual.shape == self.output_shape(x)
+        if fits:
+            self._fitting = shapes
+        return fits
 
-    def _adding(self, operator: Any, epilogue: tuple, x: Tensor, residual: Tensor) -> Tensor:
-        x, residual = _as(x, self.weight.dtype), _as(residual, self.weight.dtype)
-        if residual.shape == self.output_shape(x):
-            return operator(x, residual, *epilogue)
-        weight, bias, *geometry = epilogue[:6]
-        y = _mkldnn._convolution_pointwise.default(x, weight, bias, *geometry, *_NONE[:1], [], "")
-        return self._finish(y, residual)
+    def _unfused(self, x: Tensor, residual: Tensor) -> Tensor:
+        geometry = self.padding, self.stride, self.dilation, self.groups
+        y = _mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *geometry, "none", [], "")
+        return self._finish(y, _as(residual, y.dtype))
 
     def _convolution(self, x: Tensor) -> Tensor:
         return torch.convolution(
@@ -246,8 +263,14 @@ class PackedConv(_Prepacked):
         return f"{super().extra_repr()}, {geometry}{residual}"
 
 
-def _packed(operator: Any, dtype: torch.dtype, epilogue: tuple, x: Tensor) -> Tensor:
-    return operator(x if x.dtype is dtype else x.to(dtype), *epilogue)
+def _bound(operator: Any, weight: Tensor, epilogue: tuple) -> Callable[..., Tensor]:
+    """``operator(x, weight, *epilogue)`` as a function of ``x``."""
+    dtype = weight.dtype
+
+    def call(x: Tensor) -> Tensor:
+        return operator(x if x.dtype is dtype else x.to(dtype), weight, *epilogue)
+
+    return call
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,7 +281,7 @@ def _channels_last(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-class PackedLinear(_Prepacked):
+class PackedLinear(Prepacked):
     """A linear layer with a bias and an activation.
 
     Args:
@@ -282,8 +305,8 @@ class PackedLinear(_Prepacked):
         if self.packed:
             name, scalars, algorithm = self.activation or _NONE
             self.weight = _mkldnn._reorder_linear_weight(weight.contiguous(), self.rows)
-            epilogue = self.weight, self.bias, name, list(scalars), algorithm
-            self._call = partial(_packed, _mkldnn._linear_pointwise.default, weight.dtype, epilogue)
+            epilogue = self.bias, name, list(scalars), algorithm
+            self._call = _bound(_mkldnn._linear_pointwise.default, self.weight, epilogue)
         else:
             self._call = self._aten
 

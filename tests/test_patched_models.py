@@ -46,9 +46,9 @@ def vgg(batch_norm: bool) -> nn.Module:
     return model
 
 
-def resnext() -> nn.Module:
+def resnet(**options: Any) -> nn.Module:
     block = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], groups=32, width_per_group=4)
+    return torchvision.models.ResNet(block, [2, 1, 1, 1], num_classes=4, **options)
 
 
 def convnext() -> nn.Module:
@@ -71,8 +71,8 @@ MODELS: dict[str, tuple[Any, int, int, int]] = {
     "vgg_bn": (lambda: vgg(True), 32, 4, 4),
     "squeezenet1_1": (lambda: classifier("squeezenet1_1"), 64, 0, 4),
     "resnet18": (lambda: classifier("resnet18"), 64, 20, 2),
-    "resnet50": (lambda: classifier("resnet50"), 32, 53, 2),
-    "resnext": (resnext, 32, 17, 2),
+    "bottlenecks": (resnet, 32, 20, 2),
+    "resnext": (lambda: resnet(groups=32, width_per_group=4), 32, 20, 2),
     "densenet121": (lambda: classifier("densenet121"), 32, 121, 5),
     "googlenet": (lambda: classifier("googlenet", init_weights=False), 64, 59, 16),
     "inception_v3": (inception, 107, 96, 16),
@@ -114,11 +114,11 @@ def assert_same(ours: Any, theirs: Any) -> None:
     assert type(ours[0]) is type(theirs[0])
     ours, theirs = (tensors(ours[0]), *ours[1:]), (tensors(theirs[0]), *theirs[1:])
     for one, other in zip(ours, theirs, strict=True):
-        for x, y in zip(one, other, strict=True):
+        sizes = [float(y.detach().abs().max()) if y is not None and y.numel() else 0.0 for y in other]
+        for x, y, size in zip(one, other, sizes, strict=True):
             assert (x is None) == (y is None)
-            if x is not None and x.numel():
-                scale = float(y.detach().abs().max())
-                torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-8 * scale + 1e-12)
+            if x is not None:  # some gradients are 0 but for rounding, beside others that are not
+                torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9 * size + 1e-13 * max(sizes))
 
 
 def counts(report: pooling_ext.PatchReport) -> tuple[int, int]:
@@ -133,7 +133,8 @@ def test_same_as_unpatched(name, monkeypatch):
     build, size, norms, pools = MODELS[name]
     torch.manual_seed(0)
     model = build().double()
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    # Batch norms over few values would magnify rounding.
+    x = torch.randn(8 if size < 64 else 4, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         model.eval()(x)  # lazy layers
     plain = [(type(module), dict(module.__dict__)) for module in model.modules()]
@@ -228,7 +229,7 @@ def test_checkpointing_inside_a_model():
     twin = copy.deepcopy(model)
     report = pooling_ext.patch(model)
     assert [entry.what for entry in report.skipped] == ["_DenseLayer"] * 3
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     assert_same(step(model, x), step(twin, x))
 
 

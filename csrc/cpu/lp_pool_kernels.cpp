@@ -11,6 +11,7 @@ template <class Stored_, int kNorm, bool kMagnitude>
 struct PowerSumOp {
     using In = Stored_;
     using T = Accumulator<In>;
+    static constexpr bool kPlain = false;
     static POOLING_EXT_INLINE T identity() { return T(0); }
     static POOLING_EXT_INLINE T load(In stored) {
         T x = widen(stored);
@@ -70,7 +71,7 @@ Kernel lp_pool(DType dtype) {
     return for_float(dtype, [](auto zero) -> Kernel { return power_average_of<decltype(zero)>; });
 }
 
-const Kernels kernels{max_pool,          max_pool_backward, avg_pool,
-                      avg_pool_backward, lp_pool,           batch_norm};
+const Kernels kernels{max_pool, max_pool_backward, avg_pool,     avg_pool_backward,
+                      lp_pool,  batch_norm,        add_relu_mean};
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

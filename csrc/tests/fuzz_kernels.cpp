@@ -22,6 +22,7 @@
 
 #include "cpu/avg_pool_kernels.cpp"
 #include "cpu/lp_pool_kernels.cpp"
+#include "cpu/max_pool_backward_kernels.cpp"
 #include "cpu/max_pool_kernels.cpp"
 #include "cpu/plan.h"
 
@@ -251,13 +252,16 @@ Case make_case(Random& r) {
         if (r.chance(4)) job.divisor = r.chance(2) ? r.pick(1, 9) : -r.pick(1, 9);
     }
     if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
+    // Planning asks whether there are places; run_case says where.
+    static char somewhere;
+    if (c.op == Op::Max && c.places != Places::None) job.places_out = &somewhere;
     if (c.op == Op::MaxBackward) {
-        choose_scatter(job);
+        plan_max_backward(job, c.format.dtype, c.places);
         if (r.chance(4)) job.by_plane = !job.by_plane;
     }
     c.rows = c.op == Op::MaxBackward ? max_backward_rows(job)
-             : c.forward()           ? plan_forward(job, c.op == Op::Avg)
-                                     : plan_avg_backward(job);
+             : c.forward()           ? plan_forward(job, c.format.bytes, c.op == Op::Avg)
+                                     : plan_avg_backward(job, c.format.bytes);
     return c;
 }
 

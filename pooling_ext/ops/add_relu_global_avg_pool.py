@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
 
+from .. import backends
+from ..errors import ArgumentError
+from . import _library
 from ._dispatch import public
+from .batch_norm_act import FLOATS, alike, like, needs_grad, transformed
 from .global_pool import global_avg_pool2d
+
+backends.register_cpu("add_relu_global_avg_pool", FLOATS)
+
+_forward = _library.define(
+    "add_relu_global_avg_pool(Tensor input, Tensor residual)",
+    "Tensor",
+    lambda input, residual: _library.empty(input, (1, 1)),
+    vmap=False,
+)
+
+_backward = _library.define(
+    "add_relu_global_avg_pool_backward(Tensor grad, Tensor input, Tensor residual)",
+    "Tensor",
+    lambda grad, input, residual: like(input),
+    vmap=False,
+)
+
+
+class _AddReluGlobalAvgPool(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, residual: Tensor) -> Tensor:
+        ctx.save_for_backward(input, residual)
+        return _forward(input, residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, residual = ctx.saved_tensors
+        (grad,) = grads
+        if torch.is_grad_enabled() and not is_compiling():
+            # Where PyTorch differentiates again, the mask is a constant and the rest is linear in grad.
+            mask = ~(input + residual <= 0)
+            shared = (grad / (input.shape[2] * input.shape[3])).expand_as(input).where(mask, 0)
+        else:
+            shared = _backward(grad, input, residual)
+        return tuple(shared if needed else None for needed in ctx.needs_input_grad)
 
 
 @public
@@ -14,8 +58,23 @@ def add_relu_global_avg_pool(input: Tensor, residual: Tensor, keepdim: bool = Tr
     """Mean of each plane of ``relu(input + residual)``, which is never written.
 
     Args:
-        input: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        input: ``(N, C, H, W)``; float32, float64, bfloat16 or float16, contiguous or channels_last.
         residual: the input's shape and dtype.
         keepdim: return ``(N, C, 1, 1)`` if true, ``(N, C)`` if false.
+
+    Raises:
+        TypeError: the input is not a tensor.
+        ArgumentError: the shapes differ, or the input's is out of range.
     """
-    return global_avg_pool2d(F.relu(input + residual), keepdim)
+    if residual.shape != input.shape:
+        raise ArgumentError(
+            f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"
+        )
+    ours = backends.choose("add_relu_global_avg_pool", input) is not backends.ATEN
+    if not ours or transformed() or not alike(input, residual) or input.dim() != 4 or input.numel() == 0:
+        return global_avg_pool2d(F.relu(input + residual), keepdim)
+    if needs_grad(input, residual):
+        output = _AddReluGlobalAvgPool.apply(input, residual)
+    else:
+        output = _forward(input, residual)
+    return output if keepdim else output.flatten(1)

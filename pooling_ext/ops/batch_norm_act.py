@@ -105,7 +105,7 @@ class _BatchNormAct(Function):
                 relu = False  # it is in `masked` already
         grad_weight = grad_bias = grad_input = None
         if sums is not None and (needs_weight or needs_bias):
-            grad_bias = sums[0].to(bias.dtype) if needs_bias else None
+            grad_bias = sums[0].to(bias.dtype, copy=True) if needs_bias else None
             if needs_weight:
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
@@ -200,7 +200,7 @@ def batch_norm_act(
     check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
     relu = activation == "relu"
     ours = backends.choose("batch_norm_act", input) is not backends.ATEN
-    if not ours or transformed() or (residual is not None and not _alike(input, residual)):
+    if not ours or transformed() or (residual is not None and not alike(input, residual)):
         return _aten_batch_norm_act(
             input,
             running_mean,
@@ -253,7 +253,7 @@ def check(
         )
 
 
-def _alike(input: Tensor, residual: Tensor) -> bool:
+def alike(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype == input.dtype and residual.device == input.device
 
 
@@ -301,7 +301,8 @@ def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
         stats, count = _combine(stats, count, group)
     if count <= 1:
         raise ArgumentError(
-            f"Expected more than 1 value per channel when training, but got input of shape {tuple(input.shape)}"
+            "Expected more than 1 value per channel when training, but got input of shape "
+            f"{tuple(input.shape)}"
         )
     return stats, float(count)
 
@@ -309,8 +310,9 @@ def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
 def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
     """The statistics of all processes' elements from those of each."""
     own = torch.cat((stats.flatten(), stats.new_tensor([count])))
-    gathered = own.new_empty((torch.distributed.get_world_size(group), own.numel()))
+    gathered = own.new_empty(torch.distributed.get_world_size(group) * own.numel())  # gloo wants it flat
     torch.distributed.all_gather_into_tensor(gathered, own, group=group)
+    gathered = gathered.view(-1, own.numel())
     counts = gathered[:, -1:]
     means, variances = gathered[:, :-1].unflatten(1, stats.shape).unbind(1)
     shares = counts / counts.sum()

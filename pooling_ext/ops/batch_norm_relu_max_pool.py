@@ -100,7 +100,7 @@ class _BatchNormReluMaxPool(Function):
         if count is not None or needs_weight or needs_bias:
             sums = _sums(grads[0], places, input, stats, weight, bias, eps, *windows)
             if needs_bias:
-                grad_bias = sums[0].to(bias.dtype)
+                grad_bias = sums[0].to(bias.dtype, copy=True)
             if needs_weight:
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:

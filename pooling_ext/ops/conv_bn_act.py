@@ -1,10 +1,28 @@
-"""Convolution, batch normalisation, an optional residual and ReLU, from the modules that hold them."""
+"""Convolution, batch normalisation, an optional residual and ReLU, from the modules that hold them.
+
+In training the convolution is PyTorch's and the rest is :func:`batch_norm_act`. Where the statistics are
+constants and no gradient is wanted, they are folded into the weights (Jacob et al. 2018, section
+3.2), and the bias, the addition and ReLU are done by oneDNN while it writes.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-from .batch_norm_act import batch_norm_act, batch_norm_arguments
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .. import backends
+from ..errors import ArgumentError
+from . import _library
+from .batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_arguments, needs_grad, transformed
+
+# The dtypes in which oneDNN adds and rectifies as it writes.
+backends.register_cpu("conv_bn_act", frozenset((torch.float32, torch.bfloat16)))
+
+#: Folding reads and writes the weights once more, which pays where the output is this much larger.
+FOLD_RATIO = 4
 
 
 def conv_bn_act(
@@ -29,5 +47,65 @@ def conv_bn_act(
 
     Raises:
         ArgumentError: an argument does not go with the others.
+        RuntimeError: the input does not go with ``conv``.
     """
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    if isinstance(input, Tensor) and _folds(conv, bn, input, residual, dtype):
+        return _folded(conv, bn, input, residual, activation, dtype or input.dtype)
     return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
+
+
+def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast: torch.dtype | None) -> bool:
+    """Whether the statistics can go into the weights, and it pays."""
+    if bn.training or bn.running_mean is None or is_compiling() or transformed():
+        return False
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if conv._forward_hooks or conv._forward_pre_hooks or not torch.backends.mkldnn.is_available():
+        return False
+    if needs_grad(input, residual, conv.weight, conv.bias, bn.weight, bn.bias):
+        return False
+    if input.dim() != 4 or input.shape[1] != conv.in_channels or input.numel() == 0:
+        return False
+    dtype = autocast or input.dtype
+    if autocast is None and conv.weight.dtype != dtype:
+        return False
+    if dtype not in (torch.float32, torch.bfloat16) or backends.choose("conv_bn_act", input) is backends.ATEN:
+        return False
+    size = [input.shape[0], conv.out_channels]
+    for extent, kernel, stride, pad, dilation in zip(
+        input.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+    ):
+        size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
+    if residual is not None:
+        if list(residual.shape) != size or residual.dtype != dtype:
+            return False
+        # Elsewhere PyTorch adds and rectifies apart, which it cannot in bfloat16.
+        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
+        if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
+            return False
+    return FOLD_RATIO * conv.weight.numel() <= size[0] * size[1] * size[2] * size[3]
+
+
+def _folded(
+    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
+) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        scale = torch.rsqrt(bn.running_var.float() + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        bias = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
+        bias = bias * scale if bn.bias is None else torch.addcmul(bn.bias.float(), bias.float(), scale)
+        weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype)
+        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+        run = torch.ops.mkldnn._convolution_pointwise
+        relu = activation == "relu"
+        if residual is None:
+            unary = "relu" if relu else "none"
+            return run(input.to(dtype), weight, bias.to(dtype), *geometry, unary, [], "")
+        unary = "relu" if relu else None
+        return run.binary(
+            input.to(dtype), residual, weight, bias.to(dtype), *geometry, "add", 1.0, unary, [], ""
+        )
