@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,14 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-def peak_rss() -> int | None:
-    """The most bytes that this process has held in memory so far; None where the system does not tell."""
+def resident(peak: bool = False) -> int | None:
+    """Bytes that this process holds in memory, or the most it ever did; None where the system does not tell."""
+    field = "VmHWM:" if peak else "VmRSS:"
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        import resource
-    except (OSError, ImportError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def saved_bytes(call: Callable[[], Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, tuple[int, int]]:

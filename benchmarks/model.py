@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from . import model_families, model_inference, model_report, model_training, picture, suite
+from . import model_families, model_inference, model_report, model_training, model_zoo, picture, suite
 from .model_results import FAMILIES, FROZEN, INFERENCE, PATCHED, TRAINING, Models
 from .suite import DTYPES
 
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     console = suite.make_console()
     if any(batch < 1 for batch in args.batch or ()):
         args.error(f"--batch must be at least 1, but got {args.batch}")
+    suite.choose(model_zoo.known(), ["*"], args)  # for what it refuses, before anything takes time
     parts = args.parts or (tuple(PARTS) if args.all else DEFAULT)
     if args.list:
         for part, names in model_report.PLANS.items():

@@ -23,7 +23,7 @@ from .timing import measure
 
 #: Seconds to spend on one measurement of both.
 BUDGET, QUICK_BUDGET = 2.0, 0.2
-#: The largest error of an output, relative to all of them, that passes in any case; else twice eager's.
+#: The largest error of an output, relative to all of them, that passes in any case; else some times eager's.
 ALLOWED = 1e-5
 
 

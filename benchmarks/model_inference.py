@@ -20,6 +20,8 @@ from .suite import DTYPES
 from .timing import measure
 
 MODELS, QUICK_MODELS = ("resnet50", "resnet18"), ("resnet18",)
+#: Other engines take minutes to compile, so without --all they are timed on these only.
+COMPARED_MODELS = ("resnet50",)
 #: With ``--all`` these too.
 MORE_MODELS = ("mobilenet_v3_large", "efficientnet_b0", "densenet121")
 BATCHES, QUICK_BATCHES = (1, 16), (1,)
@@ -56,7 +58,8 @@ def _measure(models: Models, setup: Setup, args: argparse.Namespace) -> None:
         ),
         (FROZEN, ""): partial(pooling_ext.freeze(model, x, case.dtype), x),
     }
-    for peer in () if args.no_peers or args.quick else PEERS:
+    compared = (args.all or setup.model in COMPARED_MODELS) and not (args.no_peers or args.quick)
+    for peer in PEERS if compared else ():
         if peer.missing:
             models.absent[peer.name] = f"not installed: {', '.join(peer.missing)}"
             continue

@@ -29,13 +29,14 @@ PLANS = {
 }
 
 _METHOD = (
-    "All rivals run in one process, in turn, after the gradients or outputs were compared with float64's;"
-    " times are medians. A training step is forward, cross entropy, backward and SGD with momentum; "
-    "bfloat16 is under autocast; models and images are channels_last in training and inference, and "
-    "memory is reused (`pooling_ext.reuse_cpu_memory()`). torch.compile is inductor's default in "
-    "training, and freezes in inference; its compile time, that of the first step, is in no other time. "
-    "Memory is measured in a process for each rival: live bytes are those of torch's allocator beyond "
-    "model, optimiser and batch; the process's peak counts everything."
+    "All rivals run in one process, in turn, after the gradients or outputs were compared with float64's; "
+    "times are medians. A training step is forward, cross entropy, backward and SGD with momentum; bfloat16 "
+    "is under autocast; models and images are channels_last in training and inference, and memory is reused "
+    "(`pooling_ext.reuse_cpu_memory()`). torch.compile is inductor's default in training, and freezes in "
+    "inference; its compile time, that of the first step, is in no other time. Memory is measured in a "
+    "process for each rival: live bytes are the most that torch's allocator has given out beyond model, "
+    "optimiser and batch, as its profiler sees it; the process's are the most it held beyond what it held "
+    "before its first step."
 )
 
 
@@ -103,7 +104,7 @@ def training(models: Models) -> Grid:
 
 def memory(models: Models) -> Grid:
     header = ("model", "batch", "dtype", "live bytes, eager", "patched", "share")
-    header += ("process's peak, eager", "patched", "share")
+    header += ("process, eager", "patched", "share")
     rows = []
     for eager, patched in models.memory_pairs():
         cells = [eager.model, str(eager.batch), eager.dtype]

@@ -58,7 +58,8 @@ class Memory:
 
     Attributes:
         live: bytes of torch's allocator live at most beyond model, optimiser and batch.
-        rss: bytes that the process held at most; None where the system does not tell.
+        rss: bytes that the process held at most, beyond what it held before its first step; None where
+            the system does not tell.
     """
 
     model: str

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import pooling_ext
 
 from . import model_zoo, suite
-from .memory import peak_bytes, peak_rss
+from .memory import peak_bytes, resident
 from .model_results import COMPILED, EAGER, PATCHED, STEP, TRAINING, Entry, Memory, Models, Setup
 from .suite import DTYPES
 from .timing import measure
@@ -30,8 +30,13 @@ BATCH = 16
 BUDGET, QUICK_BUDGET = 5.0, 1.0
 #: Images that the results are compared on with float64.
 CHECKED = 4
-#: Errors, relative to the gradient, that pass in any case; else twice eager's in the same dtype.
-ALLOWED = {"float32": 1e-5, "bfloat16": 1e-2}
+#: Largest error of the gradients, relative to all of them, in float64 and in the dtype that is timed,
+#: where SLACK times eager's passes too. The second is loose: a ReLU whose input is all but 0 may pass its
+#: gradient on after one rounding and not after another, by which eager's own layouts differ by percents.
+ALLOWED_EXACT, ALLOWED = 1e-7, 0.1
+SLACK = 5
+#: torch.compile takes minutes, so without --all it is timed on these only.
+COMPILED_MODELS = ("resnet50",)
 
 
 class Trainer:
@@ -75,22 +80,28 @@ def exact_gradients(model: nn.Module, images: Tensor) -> Tensor:
 def check(
     eager: nn.Module, patched: nn.Module, images: Tensor, dtype: str, exact: Tensor
 ) -> dict[str, float]:
-    """The relative errors of both models' gradients.
+    """The relative errors of both models' gradients in ``dtype``; ``exact`` are eager's in float64.
 
     Raises:
-        AssertionError: the patched model's is larger than rounding explains.
+        AssertionError: the patched model's are wrong in float64, or off by more than rounding explains.
     """
+
+    def error(found: Tensor) -> float:
+        return float((found - exact).norm() / exact.norm())
+
+    if not (off := error(exact_gradients(patched, images))) <= ALLOWED_EXACT:
+        raise AssertionError(f"gradients in float64 are off by {off:.2g} of their size")
+    few = images[:CHECKED]
     errors = {
-        rival: float((gradients(model, images[:CHECKED], dtype) - exact).norm() / exact.norm())
-        for rival, model in ((EAGER, eager), (PATCHED, patched))
+        rival: error(gradients(model, few, dtype)) for rival, model in ((EAGER, eager), (PATCHED, patched))
     }
-    require(errors, PATCHED, ALLOWED[dtype], "gradients")
+    require(errors, PATCHED, ALLOWED, "gradients")
     return errors
 
 
 def require(errors: dict[str, float], rival: str, allowed: float, what: str) -> None:
-    """Require of ``rival`` an error of at most twice eager's, or ``allowed``."""
-    if not errors[rival] <= max(2 * errors[EAGER], allowed):
+    """Require of ``rival`` an error of at most SLACK times eager's, or ``allowed``."""
+    if not errors[rival] <= max(SLACK * errors[EAGER], allowed):
         raise AssertionError(
             f"{what} off by {errors[rival]:.2g} of their size, eager's by {errors[EAGER]:.2g}"
         )
@@ -125,7 +136,8 @@ def _measure(models: Models, setup: Setup, args: argparse.Namespace, begin: Any)
         PATCHED: Trainer(patched, images, setup.dtype),
     }
     compiling: tuple[float | None, bool | None] = None, None
-    if not args.quick and not args.no_peers:
+    compared = args.all or setup.model in COMPILED_MODELS
+    if compared and not args.quick and not args.no_peers:
         try:
             rivals[COMPILED], compiling = _compiled(copy.deepcopy(eager), images, setup.dtype)
         except Exception as error:  # whatever the compiler cannot do is not ours to end the run for
@@ -174,9 +186,10 @@ def _main(name: str, batch: str, dtype: str, layout: str, rival: str, threads: s
     if rival == PATCHED:
         pooling_ext.patch(model)
     step = Trainer(model, images, dtype)
+    before = resident()
     step()
     step()
-    rss = peak_rss()
+    rss = None if before is None else resident(peak=True) - before  # type: ignore[operator]
     print(json.dumps({"rss": rss, "live": peak_bytes(step)}))
 
 

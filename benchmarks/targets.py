@@ -145,7 +145,7 @@ MODEL: tuple[Target, ...] = (
     Target("ResNet-18 training step, patched, float32", 1.15, _training(EAGER, "resnet18", dtype="float32")),
     Target("ResNet-50 training step, patched, over torch.compile", 1, _training(COMPILED, "resnet50")),
     Target("training step, live bytes over eager's", 1, _live, at_least=False),
-    Target("training step, process's peak memory over eager's", 1, _rss, at_least=False),
+    Target("training step, process's memory over eager's", 1, _rss, at_least=False),
     Target("ResNet-50 inference, frozen, bfloat16", 1.8, _inference(EAGER, dtype="bfloat16")),
     Target("ResNet-50 inference, frozen, float32", 1.25, _inference(EAGER, dtype="float32")),
     Target(
