@@ -29,7 +29,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def resident(peak: bool = False) -> int | None:
-    """Bytes that this process holds in memory, or the most it ever did; None where the system does not tell."""
+    """Bytes that this process holds in memory, or at most held; None where the system does not tell."""
     field = "VmHWM:" if peak else "VmRSS:"
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
