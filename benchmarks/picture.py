@@ -116,8 +116,9 @@ def bars(panels: Sequence[Panel], colours: dict[str, str], title: str, note: str
     }
     shared = all(list(panel.rows) == list(panels[0].rows) for panel in panels)
     with rc_context(style):
-        height = 1.7 + 0.34 * max(len(panel.rows) for panel in panels)
-        figure = Figure(figsize=(5.4 * len(panels), height), layout="constrained")
+        height = 1.9 + 0.34 * max(len(panel.rows) for panel in panels)
+        # Wide enough for the title, whatever there is to draw.
+        figure = Figure(figsize=(max(10.8, 5.4 * len(panels)), height), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=shared, squeeze=False)[0]
         low, high = min(0.8, *values) * 0.9, max(2.0, *values) * 1.7
         labelled: dict[str, Any] = {}
@@ -128,10 +129,9 @@ def bars(panels: Sequence[Panel], colours: dict[str, str], title: str, note: str
             handles, labels = axis.get_legend_handles_labels()
             labelled |= dict(zip(labels, handles, strict=True))
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=13)
-        figure.supxlabel(note, size=8.5, color="#52606d")
-        figure.legend(
-            list(labelled.values()), list(labelled), loc="upper right", ncols=len(labelled), frameon=False
-        )
+        figure.supxlabel(note, x=0.01, ha="left", size=8.5, color="#52606d")
+        where: dict[str, Any] = {"loc": "outside lower right", "frameon": False, "ncols": len(labelled)}
+        figure.legend(list(labelled.values()), list(labelled), **where)
         figure.savefig(path, dpi=130, facecolor="white")
 
 
@@ -139,9 +139,13 @@ def _panel(axis: Axes, panel: Panel, colours: dict[str, str]) -> None:
     series = [name for name in colours if any(name in row for row in panel.rows.values())]
     thickness = _GROUP / max(len(series), 1)
     axis.set_xscale("log", base=2)
-    for place, name in enumerate(series):
-        offset = (place - (len(series) - 1) / 2) * thickness
-        found = [(y + offset, row[name]) for y, row in enumerate(panel.rows.values()) if name in row]
+    for name in series:
+        found = []
+        for y, row in enumerate(panel.rows.values()):
+            present = [other for other in series if other in row]
+            if name in row:
+                offset = (present.index(name) - (len(present) - 1) / 2) * thickness
+                found.append((y + offset, row[name]))
         # On a logarithmic axis a bar from 1 starts at no speed-up, and goes left for a slow-down.
         heights, values = [y for y, _ in found], [value for _, value in found]
         lengths = [value - 1 for value in values]
