@@ -27,6 +27,8 @@ HELP = "fused batch norm, ReLU, add, pooling and convolution at ResNet-50's shap
 QUICK = ("resnet-*", "bn-relu-64-56", "bn-add-relu-512-28", "conv3x3-128-56-s2")
 #: Seconds to spend on one measurement of both rivals.
 BUDGET, QUICK_BUDGET = 1.0, 0.1
+#: What a few elements that rounding lets pass or not may change in the norm of a gradient.
+FLIPS = 1e-2
 
 _METHOD = (
     "Both run in one process, in turn, on the same tensors, after our output and gradients were compared "
@@ -172,12 +174,14 @@ def measure_case(
 def _check(what: str, actual: Tensor, theirs: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Require that ``actual`` is ``expected`` up to rounding, or no further from it than twice PyTorch's.
 
-    A gradient is compared as a whole: where ReLU's input is all but 0, rounding decides whether it passes.
+    Gradients are held to less: where ReLU's input is all but 0, rounding decides whether one passes.
     """
-    for norm in (2, torch.inf) if what == "output" else (2,):
+    is_output = what == "output"
+    allowed = tolerance(dtype).rtol if is_output else FLIPS
+    for norm in (2, torch.inf) if is_output else (2,):
         size = expected.norm(norm)
         off, torch_off = (float((value.double() - expected).norm(norm) / size) for value in (actual, theirs))
-        if not off <= max(2 * torch_off, tolerance(dtype).rtol):
+        if not off <= max(2 * torch_off, allowed):
             raise AssertionError(
                 f"{what}: off by {off:.2g} of its size (norm {norm}), PyTorch's by {torch_off:.2g}"
             )
