@@ -295,13 +295,13 @@ def to_train(model: nn.Module, args: argparse.Namespace, processes: Processes, c
         trial = torch.zeros(2, 3, args.image_size, args.image_size)
         trial = place(trial, processes.device, args.channels_last)
         model, why = synchronised(model, trial, patched=not args.no_patch)
+        layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if why is not None:
-            console.print(
-                f"BatchNorm is not synchronised, so each process normalises by its own batch: {why}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            text = f"BatchNorm is not synchronised, so each process normalises by its own batch: {why}"
+        else:
+            text = f"SyncBatchNorm in {layers} layers: all processes' batches are normalised as one"
+        if why is not None or layers:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     if not args.no_patch:
         patched = pooling_ext.patch(model)
         console.print(

@@ -154,8 +154,9 @@ def loss_of(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
 def synchronised(model: nn.Module, images: Tensor, patched: bool) -> tuple[nn.Module, str | None]:
     """``model`` with SyncBatchNorm in place of BatchNorm; or as it was, and why, where that cannot run.
 
-    PyTorch's SyncBatchNorm refuses tensors on the CPU, so there it takes a patched model, and trying is the
-    way to know whether the patch reaches every one of them. All processes come to the same answer.
+    PyTorch's SyncBatchNorm refuses tensors on the CPU, where it takes a patched model, and trying is the way
+    to know whether the patch reaches every one of them. All processes have to call this, and come to the
+    same answer.
 
     Args:
         images: a batch to try it on, ``(N, 3, H, W)`` with N at least 2.
@@ -172,6 +173,7 @@ def synchronised(model: nn.Module, images: Tensor, patched: bool) -> tuple[nn.Mo
     try:
         with torch.no_grad():
             trial.train()(images)
-    except ValueError as error:
-        return model, str(error)
+            trial.eval()(images)
+    except (ValueError, NotImplementedError) as error:
+        return model, str(error).partition(". ")[0]
     return nn.SyncBatchNorm.convert_sync_batchnorm(model), None

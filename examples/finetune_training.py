@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -230,7 +230,8 @@ class Trainer:
         model = self.model
         if self.processes.count > 1:
             # Made anew for each stage, since it looks at requires_grad once.
-            model = DistributedDataParallel(model)
+            with as_batch_norm(model):
+                model = DistributedDataParallel(model)
         for number in range(done, count):
             start = time.perf_counter()
             self._seed()
@@ -309,6 +310,23 @@ class Trainer:
         state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         state["finished"] = not any(map(self.left, STAGES))
         save(self.folder / LAST, state)
+
+
+@contextmanager
+def as_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Let the SyncBatchNorm in ``model`` pass for BatchNorm.
+
+    PyTorch's own runs on a GPU only, so DistributedDataParallel refuses to wrap a model on the CPU that has
+    one, though a patched model runs it there.
+    """
+    modules = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
+    try:
+        for module in modules:
+            module.__class__ = nn.BatchNorm2d
+        yield
+    finally:
+        for module in modules:
+            module.__class__ = nn.SyncBatchNorm
 
 
 def place(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:

@@ -11,18 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from helpers import NATIVE, run_python
 from matplotlib import colors
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-
-import pooling_ext
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -253,27 +253,28 @@ def group():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("capable", [False, True])
-def test_batch_norm_is_synchronised_where_it_can_be(
-    group: None, monkeypatch: pytest.MonkeyPatch, capable: bool
-) -> None:
-    class OnAnyDevice(nn.SyncBatchNorm):
-        forward = nn.BatchNorm2d.forward
-        _check_input_dim = nn.BatchNorm2d._check_input_dim
+class Untraceable(Tiny):
+    """Looks at its data, so that the patch cannot reach its BatchNorm."""
 
-    def patch(model: nn.Module) -> None:
-        for module in model.modules():
-            if capable and type(module) is nn.SyncBatchNorm:
-                module.__class__ = OnAnyDevice
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
 
-    monkeypatch.setattr(pooling_ext, "patch", patch)
-    images = torch.randn(2, 3, 32, 32)
-    for patched in (False, True):
-        model, why = finetune_model.synchronised(Tiny(), images, patched)
-        converted = type(model.get_submodule("features.1")) is nn.SyncBatchNorm
-        assert converted == (capable and patched)
-        assert (why is None) == converted
-    assert finetune_model.synchronised(nn.Linear(2, 2), images, True)[1] is None
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.bn(x) if x.sum() < torch.inf else x)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("build", "patched"), [(Tiny, True), (Tiny, False), (Untraceable, True)])
+def test_batch_norm_is_synchronised_where_it_can_be(group: None, build: Any, patched: bool) -> None:
+    model, why = finetune_model.synchronised(build(), torch.randn(2, 3, 32, 32), patched)
+    converted = type(model.get_submodule("features.1")) is nn.SyncBatchNorm
+    assert converted == (build is Tiny and patched)
+    assert (why is None) == converted
+
+
+def test_nothing_to_synchronise() -> None:
+    assert finetune_model.synchronised(nn.Linear(2, 2), torch.randn(2, 2), True)[1] is None
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -375,6 +376,7 @@ def test_two_processes(digits: Path, output: Path) -> None:
     printed, error = process.communicate(timeout=200)
     assert process.returncode == 0, error
     assert "2 processes on cpu" in printed
+    assert "SyncBatchNorm in 20 layers" in printed or not NATIVE
     assert printed.count("best validation accuracy") == 1
     last = finetune_training.load(output / "last.pt")
     assert [epoch["stage"] for epoch in last["history"]] == ["head", "all"]
@@ -388,6 +390,56 @@ def test_two_processes(digits: Path, output: Path) -> None:
     assert last["history"][-1]["valid_loss"] == pytest.approx(loss.item(), rel=1e-3)
     right = (logits.argmax(1) == torch.tensor(targets)).double().mean().item()
     assert last["history"][-1]["valid_accuracy"] == pytest.approx(right)
+
+
+SYNCHRONISED = """
+import copy, os, sys
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, {examples!r})
+import pooling_ext
+from finetune_model import synchronised
+from finetune_training import as_batch_norm
+
+rank = int(os.environ["RANK"])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method={store!r}, rank=rank, world_size=2)
+torch.manual_seed(0)
+layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(64, 2)
+single = nn.Sequential(*layers).double()
+# Each process's images have a mean of their own, so statistics of one of them alone would be wrong.
+images = torch.randn(8, 3, 14, 14, dtype=torch.float64)
+images[1::2] += 3
+
+model, why = synchronised(copy.deepcopy(single), images[:2], patched=True)
+assert why is None, why
+pooling_ext.patch(model)
+with as_batch_norm(model):
+    parallel = DistributedDataParallel(model)
+assert type(model[1]) is nn.SyncBatchNorm
+
+def step(net, x):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).square().mean().backward()
+    optimizer.step()
+
+step(parallel, images[rank::2])
+step(single, images)
+for name, value in single.state_dict().items():
+    torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-11, msg=name)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.native
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """SyncBatchNorm and DistributedDataParallel: a step is that of one process with all images."""
+    code = SYNCHRONISED.format(examples=str(EXAMPLES), store=f"file://{tmp_path / 'store'}")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda rank: run_python(code, RANK=str(rank)), range(2)))
+    for result in results:
+        assert result.returncode == 0, result.stderr
 
 
 # --- bad data ------------------------------------------------------------------------------------
