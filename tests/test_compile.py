@@ -215,7 +215,43 @@ def _samples():
     )
 
 
-SAMPLES = list(_samples())
+def _fused_samples():
+    """The same for the fused operators."""
+    ops = torch.ops.pooling_ext
+    x, residual, grad = torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8)
+    weight, bias, eps = torch.rand(3), torch.rand(3), 1e-5
+    stats = torch.rand(2, 3, dtype=torch.float64)
+    windows = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
+    plane = (2, 3, *windows.output_size)
+    places = torch.full(plane, 4, dtype=torch.uint8)
+    yield "batch_norm_stats", ops.batch_norm_stats, (x,)
+    yield "batch_norm_act", ops.batch_norm_act, (x, stats, weight, bias, residual, eps, True)
+    yield "batch_norm_act-plain", ops.batch_norm_act, (x, stats, None, None, None, eps, False)
+    for label, output in (("plain", None), ("residual", residual)):
+        back = (grad, x, stats, weight, bias, output, eps, True)
+        yield f"batch_norm_act_sums-{label}", ops.batch_norm_act_sums, back
+    for label, sums in (("eval", None), ("training", stats)):
+        back = (grad, x, stats, weight, bias, sums, 112.0, eps, True)
+        yield f"batch_norm_act_backward-{label}", ops.batch_norm_act_backward, back
+    norm = (x, stats, weight, bias)
+    yield "batch_norm_relu_max_pool", ops.batch_norm_relu_max_pool, (*norm, eps, *windows)
+    yield "batch_norm_relu_max_pool_places", ops.batch_norm_relu_max_pool_places, (*norm, eps, *windows)
+    back = (torch.rand(plane), places, *norm)
+    yield "batch_norm_relu_max_pool_sums", ops.batch_norm_relu_max_pool_sums, (*back, eps, *windows)
+    yield (
+        "batch_norm_relu_max_pool_backward",
+        ops.batch_norm_relu_max_pool_backward,
+        (*back, stats, 112.0, eps, *windows),
+    )
+    yield "add_relu_global_avg_pool", ops.add_relu_global_avg_pool, (x, residual)
+    yield (
+        "add_relu_global_avg_pool_backward",
+        ops.add_relu_global_avg_pool_backward,
+        (torch.rand(2, 3, 1, 1), x, residual),
+    )
+
+
+SAMPLES = [*_samples(), *_fused_samples()]
 
 
 @pytest.mark.native
@@ -223,7 +259,7 @@ SAMPLES = list(_samples())
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(op, args, layout):
     """Schema, fake tensors and tracing of each operator. Derivatives live above them, in Functions."""
-    args = tuple(with_layout(a, layout) if isinstance(a, torch.Tensor) else a for a in args)
+    args = tuple(with_layout(a, layout) if isinstance(a, torch.Tensor) and a.dim() > 2 else a for a in args)
     opcheck(op.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
