@@ -1,30 +1,25 @@
-"""Run a torchvision ResNet on photographs with PyTorch's pooling and with pooling_ext's.
+"""Run a torchvision ResNet on photographs: as it is, patched for training, and frozen for inference.
 
     python examples/accelerate_resnet.py [--images DIR] [--model resnet50] [--out demo.png]
 
-Prints what each pooling layer takes before and after, how far the results are apart, what is kept for
-backward, and what the whole model gains. Draws the photographs, the stem's feature map and what
-the kinds of pooling make of it.
+Prints what patch and freeze did, what the model takes the photographs for, the time of a training step and of
+inference before and after, how far the outputs are apart, and what the stem and the pooling layers gain
+by themselves. Draws the photographs, the stem's feature map, what the kinds of pooling make of it, and
+the times.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import socket
-import statistics
 import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as torch_F
 from torch import Tensor, nn
 
 import pooling_ext
@@ -32,26 +27,39 @@ import pooling_ext.functional as F
 
 try:
     import torchvision
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
     from PIL import Image, ImageOps
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from sklearn.datasets import load_sample_images
     from torchvision.transforms import v2
+
+    from accelerate_measure import (
+        EAGER,
+        FROZEN,
+        PATCHED,
+        LayerResult,
+        ModelResult,
+        capture,
+        layer_results,
+        logits_of,
+        model_results,
+        native_dtypes,
+        pooling_kinds,
+    )
+    from accelerate_picture import Chart, draw
+    from pretrained import categories, load_pretrained
+    from style import speedup
+    from timing import in_turn
 except ImportError as error:
     sys.exit(f"This example needs more packages ({error}): pip install 'pooling_ext[demo]'")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-#: Seconds to wait for the server that has the pretrained weights.
-PATIENCE = 5
-#: Seconds for each pair of timings: of one layer, and of the whole model.
-LAYER_SECONDS, MODEL_SECONDS = 0.8, 9.0
-INK, FAINT, TORCH, OURS = "#1f2933", "#d9dee4", "#9aa5b1", "#0b7285"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Pool = Callable[[Tensor], Tensor]
+Photo = tuple[str, Image.Image]
 
 console = Console()
 
@@ -60,23 +68,15 @@ class DemoError(Exception):
     """Something the user can put right; printed without a traceback."""
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """What one pooling operation takes: milliseconds and bytes with PyTorch's operator and with ours."""
-
-    name: str
-    what: str
-    shape: tuple[int, ...]
-    inference: tuple[float, float]
-    training: tuple[float, float]
-    difference: float
-    saved: tuple[int, int]
+# --- photographs and model -----------------------------------------------------------------------
 
 
-def load_photos(folder: Path | None, most: int) -> list[Image.Image]:
-    """RGB photographs from ``folder``, or scikit-learn's two."""
+def load_photos(folder: Path | None, most: int) -> list[Photo]:
+    """Names and RGB photographs from ``folder``, or scikit-learn's two."""
     if folder is None:
-        return [Image.fromarray(array) for array in load_sample_images().images]
+        samples = load_sample_images()
+        names = [Path(name).name for name in samples.filenames]
+        return list(zip(names, map(Image.fromarray, samples.images), strict=True))[:most]
     if not folder.is_dir():
         raise DemoError(f"--images: {folder} is not a directory")
     known = Image.registered_extensions()
@@ -87,131 +87,137 @@ def load_photos(folder: Path | None, most: int) -> list[Image.Image]:
     for path in paths[:most]:
         try:
             with Image.open(path) as image:
-                photos.append(ImageOps.exif_transpose(image).convert("RGB"))
+                photos.append((path.name, ImageOps.exif_transpose(image).convert("RGB")))
         except (OSError, ValueError, SyntaxError) as error:
             raise DemoError(f"--images: {path} cannot be read: {error}") from error
     return photos
 
 
-def make_batch(photos: list[Image.Image], count: int, size: int) -> Tensor:
+def centre(size: int) -> v2.Compose:
+    return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+
+
+def make_batch(photos: list[Photo], count: int, size: int) -> Tensor:
     """``(count, 3, size, size)`` float32: each photograph's centre, then random crops of them."""
     normalise = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    centre = v2.Compose([v2.Resize(size), v2.CenterCrop(size), normalise])
-    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.3, 1.0)), v2.RandomHorizontalFlip(), normalise])
-    first = [centre(photo) for photo in photos[:count]]
-    rest = [crop(photos[i % len(photos)]) for i in range(count - len(first))]
-    return torch.stack(first + rest)
+    crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.3, 1.0)), v2.RandomHorizontalFlip()])
+    first = [centre(size)(photo) for _, photo in photos[:count]]
+    rest = [crop(photos[i % len(photos)][1]) for i in range(count - len(first))]
+    return torch.stack([normalise(photo) for photo in first + rest])
 
 
-def reachable(url: str) -> bool:
-    """Whether a server answers for ``url`` in time; looking up its name counts, though sockets do not."""
-    answered = threading.Event()
+def load_model(name: str, x: Tensor) -> tuple[nn.Module, str | None]:
+    """A ResNet in eval mode, and why it is initialised at random if it is.
 
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
-                answered.set()
-        except (OSError, ValueError):
-            pass
-
-    asker = threading.Thread(target=ask, daemon=True)
-    asker.start()
-    asker.join(PATIENCE)
-    return answered.is_set()
-
-
-def load_model(name: str) -> tuple[nn.Module, str]:
-    """A ResNet in eval mode with pretrained weights if they can be had, and which weights it has."""
-    weights: Any = getattr(torchvision.models.get_model_weights(name), "DEFAULT")  # noqa: B009 (untyped)
-    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
-    before = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(PATIENCE)
-        if cached.is_file() or reachable(weights.url):
-            return torchvision.models.get_model(name, weights=weights).eval(), f"pretrained ({weights})"
-        why = f"no answer from their server in {PATIENCE} s"
-    except (OSError, RuntimeError) as error:
-        why = str(error)
-    finally:
-        socket.setdefaulttimeout(before)
-    return torchvision.models.get_model(name, weights=None).eval(), f"initialised at random ({why})"
+    Then BatchNorm's running statistics are those of ``x``: with those of no image at all, activations would
+    grow from block to block.
+    """
+    model = torchvision.models.get_model(name, weights=None)
+    why = load_pretrained(model, name)
+    if why is not None:
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = None  # the average of all batches seen
+        with torch.no_grad():
+            model.train()(x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model.eval(), why
 
 
-def in_turn(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median milliseconds of each call; they take turns for about ``seconds`` in all."""
-    for call in calls:
-        call()
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(taken[0]) < 3 or time.perf_counter() < end:
-        for call, times in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(times) for times in taken]
+# --- tables --------------------------------------------------------------------------------------
 
 
-def saved_bytes(pool: Pool, x: Tensor) -> int:
-    """Bytes that ``pool`` keeps for backward, without input and output, which the neighbours keep anyway."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = pool(x)
-    for tensor in (x, output):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+def table_of(title: str, *columns: str) -> Table:
+    """An empty table whose columns are right-justified but for the first two."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(
+            column, justify="left" if place < 2 else "right", no_wrap=place != 1, overflow="fold"
+        )
+    return table
 
 
-def compare(name: str, what: str, theirs: Pool, ours: Pool, x: Tensor) -> LayerResult:
-    """Time ``theirs`` and ``ours`` on ``x`` and compare their outputs."""
-    leaf = x.detach().requires_grad_()
+def print_report(name: str, report: pooling_ext.PatchReport) -> None:
+    """The report, with what occurs many times in one row."""
+    counts = f"{len(report.replaced)} replaced, {len(report.skipped)} skipped"
+    table = table_of(f"pooling_ext.patch({name}): {counts}", "steps", "become", "in")
+    table.columns[2].justify = "left"
+    for entries, why in ((report.replaced, ""), (report.skipped, "[yellow]skipped: ")):
+        groups: dict[tuple[str, str], list[str]] = {}
+        for entry in entries:
+            groups.setdefault((entry.what, entry.why), []).append(entry.path)
+        for (what, becomes), paths in groups.items():
+            becomes = becomes.removeprefix("pooling_ext.").removeprefix("functional.")
+            more = f" +{len(paths) - 1}" if len(paths) > 1 else ""
+            table.add_row(escape(what), why + escape(becomes), escape(paths[0]) + more)
+    console.print(table)
 
-    def step(pool: Pool, grad: Tensor) -> None:
-        torch.autograd.grad(pool(leaf), leaf, grad)
 
-    with torch.no_grad():
-        expected, actual = theirs(x), ours(x)
-        difference = (actual - expected).abs().max().item()
-        inference = in_turn([partial(theirs, x), partial(ours, x)], LAYER_SECONDS)
-    grad = torch.randn_like(expected)
-    training = in_turn([partial(step, theirs, grad), partial(step, ours, grad)], LAYER_SECONDS)
-    saved = saved_bytes(theirs, leaf), saved_bytes(ours, leaf)
-    shape = tuple(x.shape)
-    return LayerResult(
-        name, what, shape, (inference[0], inference[1]), (training[0], training[1]), difference, saved
+def print_frozen(name: str, dtype: torch.dtype, frozen: pooling_ext.Frozen, seconds: float) -> None:
+    report = frozen.report
+    folded = sum("BatchNorm" in entry.why for entry in report.replaced)
+    console.print(
+        f"pooling_ext.freeze({name}, {short(dtype)}): {len(report.replaced)} layers frozen, {folded} "
+        f"BatchNorms folded, {len(report.skipped)} layers kept; {seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
-def capture(model: nn.Module, paths: Sequence[str], x: Tensor) -> dict[str, Tensor]:
-    """Run ``model`` on ``x`` and return the inputs of the modules at ``paths``."""
-    inputs: dict[str, Tensor] = {}
+def print_labels(photos: list[Photo], logits: Tensor, names: list[str], why: str | None) -> list[str]:
+    """Print the five likeliest classes of each photograph, and return the first ones."""
+    likeliest = logits.softmax(1).topk(min(5, len(names)))
+    meaning = "" if why is None else " (the weights are random, so these mean nothing)"
+    table = table_of(f"Top 5{meaning}", "photograph", "eager model, float32")
+    for (photo, _), chances, classes in zip(photos, *likeliest, strict=False):
+        rows = zip(chances.tolist(), classes.tolist(), strict=True)
+        table.add_row(
+            escape(photo), escape(", ".join(f"{names[place]} {chance:.1%}" for chance, place in rows))
+        )
+    console.print(table)
+    chances, classes = likeliest.values[:, 0].tolist(), likeliest.indices[:, 0].tolist()
+    return [f"{names[place]} {chance:.0%}" for chance, place in zip(chances, classes, strict=True)]
 
-    def keep(path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.setdefault(path, args[0])
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in paths]
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return inputs
+def print_layers(results: list[LayerResult]) -> None:
+    title = "The stem and the pooling layers by themselves, float32 (ms)"
+    table = table_of(title, "layer", "", "PyTorch", "ours", "speed-up", "error", "saved MB")
+    for result in results:
+        times = [f"{ms:.2f}" for ms in result.inference]
+        error = number(result.difference)
+        table.add_row(f"[bold]{result.name}[/]", "infer", *times, speedup(*result.inference), error)
+        times = [f"{ms:.2f}" for ms in result.training]
+        saved = " → ".join(number(nbytes / 1e6) for nbytes in result.saved)
+        table.add_row(f"[dim]{result.what}[/]", "train", *times, speedup(*result.training), "", saved)
+        table.add_row(f"[dim]{'x'.join(map(str, result.shape))}[/]", end_section=True)
+    console.print(table)
 
 
-def pooling_kinds() -> list[tuple[str, Pool, Pool]]:
-    """Label, PyTorch's function and ours of each kind of pooling, as the stem would use it."""
-    window = {"kernel_size": 3, "stride": 2}
-    padded = {**window, "padding": 1}
-    lp = {"norm_type": 2, **window}
-    return [
-        ("max", partial(torch_F.max_pool2d, **padded), partial(F.max_pool2d, **padded)),
-        ("average", partial(torch_F.avg_pool2d, **padded), partial(F.avg_pool2d, **padded)),
-        ("L2", partial(torch_F.lp_pool2d, **lp), partial(F.lp_pool2d, **lp)),
-        ("global average", partial(torch_F.adaptive_avg_pool2d, output_size=1), F.global_avg_pool2d),
-    ]
+def print_models(name: str, results: list[ModelResult], images: int) -> None:
+    title = f"The whole {name}, {images} images (ms); error and label against eager float32"
+    headers = ("", "", "train step", "", "inference", "", "error", "same label")
+    table = table_of(title, *headers)
+    eager: dict[torch.dtype, ModelResult] = {}
+    for result in results:
+        before = eager.setdefault(result.dtype, result)
+        first = before is result
+        train = ["", ""]
+        if result.training is not None and before.training is not None:
+            train = [f"{result.training:.0f}", "" if first else speedup(before.training, result.training)]
+        infer = [f"{result.inference:.0f}", "" if first else speedup(before.inference, result.inference)]
+        label = f"[bold]{short(result.dtype)}[/]" if first else ""
+        if result.kind == PATCHED and result.dtype != torch.float32:
+            label = "[dim]autocast[/]"
+        same = f"{result.agreement:.0%}"
+        last = result.kind == FROZEN
+        table.add_row(label, result.kind, *train, *infer, number(result.difference), same, end_section=last)
+    console.print(table)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def number(value: float) -> str:
@@ -219,127 +225,32 @@ def number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def speedup(pair: tuple[float, float]) -> str:
-    ratio = pair[0] / pair[1]
-    colour = "green" if ratio >= 1.1 else "red" if ratio < 0.95 else "default"
-    return f"[{colour}]{ratio:.{0 if ratio >= 20 else 1 if ratio >= 2 else 2}f}x[/]"
+def charts_of(models: list[ModelResult], kinds: dict[str, list[float]], shape: torch.Size) -> list[Chart]:
+    """A training step and inference of the whole model, and the kinds of pooling."""
+    dtypes = list(dict.fromkeys(result.dtype for result in models))
+    groups = [short(dtype) for dtype in dtypes]
+    times = {(result.kind, result.dtype): result for result in models}
+    training, inference = (
+        {kind: [getattr(times[kind, dtype], what) for dtype in dtypes] for kind in which}
+        for what, which in (("training", (EAGER, PATCHED)), ("inference", (EAGER, PATCHED, FROZEN)))
+    )
+    pools = {label: [pair[side] for pair in kinds.values()] for side, label in enumerate(("PyTorch", "ours"))}
+    return [
+        Chart("training step, whole model (ms)", groups, training),
+        Chart("inference, whole model (ms)", groups, inference),
+        Chart(f"pooling {'x'.join(map(str, shape))}, inference (ms)", list(kinds), pools),
+    ]
 
 
-def print_layers(title: str, results: list[LayerResult]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for header in ("PyTorch", "ours", "speed-up", "error", "saved MB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for result in results:
-        times = [f"{ms:.2f}" for ms in result.inference]
-        error = number(result.difference)
-        table.add_row(f"[bold]{result.name}[/]", "infer", *times, speedup(result.inference), error)
-        times = [f"{ms:.2f}" for ms in result.training]
-        saved = " → ".join(number(nbytes / 1e6) for nbytes in result.saved)
-        table.add_row(f"[dim]{result.what}[/]", "train", *times, speedup(result.training), "", saved)
-        table.add_row(f"[dim]{'x'.join(map(str, result.shape))}[/]", end_section=True)
-    console.print(table)
-
-
-def print_model(name: str, pair: tuple[float, float], layers: list[LayerResult], difference: float) -> None:
-    """The whole model's times, with the pooling layers' part in them."""
-    table = Table(title=f"The whole {name}, inference", title_justify="left", box=box.SIMPLE_HEAD)
-    for header in ("", "time", "pooling's share"):
-        table.add_column(header, justify="left" if not header else "right")
-    for which, label in enumerate(("PyTorch's pooling", "pooling_ext's pooling")):
-        share = sum(layer.inference[which] for layer in layers) / pair[which]
-        table.add_row(label, f"{pair[which]:.0f} ms", f"{share:.1%}")
-    table.add_row("speed-up", speedup(pair), "")
-    table.add_row("largest difference of the logits", number(difference), "")
-    console.print(table)
-
-
-def draw(
-    path: Path, photos: list[Image.Image], stem: Tensor, kinds: dict[str, list[float]], title: str
-) -> None:
-    """Write the picture: a row a photograph, and the times below.
-
-    Args:
-        photos: what the model saw of those to draw.
-        stem: the stem's feature maps of the whole batch, ``(N, C, H, W)``, the photographs' first.
-        kinds: milliseconds of PyTorch's and our pooling of ``stem``, by kind.
-    """
-    rows = len(photos)
-    # The channel with most contrast shows most.
-    channel = int(stem[:rows].std(dim=(2, 3)).mean(0).argmax())
-    style: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": FAINT}
-    style |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), INK)
-    with rc_context(style), torch.no_grad():
-        figure = Figure(figsize=(14, 2.3 * rows + 3.4), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * rows + 0.7, 2.7], squeeze=False)[:, 0]
-        axes = top.subplots(rows, 6, squeeze=False)
-        for row, photo in enumerate(photos):
-            draw_maps(axes[row], photo, stem[row : row + 1], channel, heads=row == 0)
-        top.suptitle(title, x=0.01, ha="left", weight="bold", size=13)
-        draw_times(bottom.subplots(), kinds, tuple(stem.shape))
-        figure.savefig(path, dpi=120, facecolor="white")
-
-
-def draw_maps(axes: Sequence[Any], photo: Image.Image, maps: Tensor, channel: int, heads: bool) -> None:
-    """Draw a photograph, a channel of its ``(1, C, H, W)`` feature maps, and that channel pooled.
-
-    A colour means the same value throughout, but for the L2 norm, whose scale is three times as long: that
-    is the norm of nine ones.
-    """
-    brightest = float(maps[0, channel].max())
-    axes[0].imshow(photo)
-    axes[1].imshow(maps[0, channel], cmap="magma", vmin=0, vmax=brightest)
-    titles = ["photograph", f"stem, channel {channel}\n{maps.shape[2]}x{maps.shape[3]}"]
-    for axis, (label, _, ours) in zip(axes[2:], pooling_kinds(), strict=True):
-        pooled = ours(maps)[0]
-        height, width = pooled.shape[1:]
-        shown, longest = pooled[channel], brightest * (3 if label == "L2" else 1)
-        title = f"{label}\n{height}x{width}"
-        if height * width == 1:
-            # One number a channel: all channels, as a square, with this one framed.
-            side = int(len(pooled) ** 0.5)
-            shown, longest = pooled[: side * side, 0, 0].reshape(side, side), None
-            y, x = divmod(channel, side)
-            axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#22d3ee", linewidth=2))
-            title = f"{label}\n1x1, {side * side} channels"
-        axis.imshow(shown, cmap="magma", vmin=0, vmax=longest)
-        titles.append(title)
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_axis_off()
-        if heads:
-            axis.set_title(title, size=10)
-
-
-def draw_times(axis: Any, kinds: dict[str, list[float]], shape: tuple[int, ...]) -> None:
-    """Horizontal bars of the time that each kind of pooling takes."""
-    bar = 0.38
-    for which, (label, colour) in enumerate((("PyTorch", TORCH), ("pooling_ext", OURS))):
-        places = [place + (which - 0.5) * bar for place in range(len(kinds))]
-        axis.barh(places, [pair[which] for pair in kinds.values()], bar, color=colour, label=label)
-        for place, pair in zip(places, kinds.values(), strict=True):
-            text = f"{pair[which]:.3g} ms"
-            if which:
-                ratio = pair[0] / pair[1]
-                text += f"   {ratio:.0f}x" if ratio >= 9.95 else f"   {ratio:.1f}x"
-            style: dict[str, Any] = {"va": "center", "size": 9, "weight": "bold" if which else "normal"}
-            axis.annotate(text, (pair[which], place), xytext=(5, 0), textcoords="offset points", **style)
-    axis.set_yticks(range(len(kinds)), list(kinds))
-    axis.set_ylim(len(kinds) - 0.4, -0.6)
-    axis.set_xlim(0, 1.12 * max(max(pair) for pair in kinds.values()))
-    axis.set_title(f"pooling the batch's stem, {list(shape)} float32, in inference", loc="left", size=11)
-    axis.set_xlabel("milliseconds")
-    axis.grid(axis="x", color=FAINT, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(loc="lower right", framealpha=1, edgecolor="white")
+# --- the run -------------------------------------------------------------------------------------
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     resnets = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+    switch: Any = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
-        description="A ResNet on photographs, with PyTorch's pooling and with ours."
+        description="A ResNet on photographs: eager, patched for training, and frozen for inference.",
+        formatter_class=partial(argparse.HelpFormatter, width=100),
     )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="your photographs; default: scikit-learn's two"
@@ -347,79 +258,113 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", choices=resnets, default="resnet50", metavar="NAME", help=", ".join(resnets)
     )
-    parser.add_argument("--batch", type=int, default=16, help="images in a batch (default 16)")
+    parser.add_argument("--batch", type=int, default=8, help="images in a batch (default 8)")
     parser.add_argument("--size", type=int, default=224, help="the images' side in pixels (default 224)")
-    parser.add_argument("--channels-last", action="store_true", help="run the model in NHWC")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        help="of the whole model; default: float32, and bfloat16 if the CPU has instructions for it",
+    )
+    parser.add_argument("--channels-last", action=switch, default=True, help="run in NHWC (default)")
+    parser.add_argument(
+        "--seconds", type=float, default=3, help="for each timing of the whole model (default 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for crops and weights (default 0)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default demo.png)")
     args = parser.parse_args(argv)
-    if args.batch < 1 or args.size < 32:
-        parser.error("--batch must be at least 1 and --size at least 32")
+    if args.batch < 1 or args.size < 64:
+        parser.error("--batch must be at least 1 and --size at least 64")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    # First of all, so that neither contestant pays for mapping its tensors afresh.
-    memory = pooling_ext.reuse_cpu_memory()
-    torch.manual_seed(args.seed)
-    photos = load_photos(args.images, args.batch)
-    model, weights = load_model(args.model)
-    x = make_batch(photos, args.batch, args.size)
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    ours = copy.deepcopy(model)
-    report = pooling_ext.patch(ours)
-
-    console.print(f"[bold]{args.model}[/], {weights}", highlight=False)
+def describe(args: argparse.Namespace, photos: list[Photo], why: str | None, memory: str) -> None:
+    weights = "pretrained on ImageNet" if why is None else f"initialised at random ({why})"
+    console.print(f"[bold]{args.model}[/], {escape(weights)}", highlight=False)
     source = args.images or "scikit-learn's sample images"
-    layout = "NHWC" if args.channels_last else "NCHW"
     console.print(
         f"{len(photos)} photograph{'s' * (len(photos) > 1)} ({source}), {args.batch} crops in a batch, "
-        f"{args.size}x{args.size} {layout} float32; {torch.get_num_threads()} threads; {memory.reason}",
+        f"{args.size}x{args.size} {'NHWC' if args.channels_last else 'NCHW'}; {torch.get_num_threads()} "
+        f"thread{'s' * (torch.get_num_threads() > 1)}; {memory}",
         highlight=False,
+        markup=False,
     )
-    inputs = capture(model, [entry.path for entry in report.replaced], x)
-    explanation = pooling_ext.explain(F.max_pool2d, x, 3)
+    explanation = pooling_ext.explain(F.max_pool2d, torch.zeros(1, 1, 4, 4), 3)
     if explanation.backend == "aten":
         reasons = "; ".join(dict.fromkeys(explanation.decisions[0].declined.values()))
         console.print(
-            f"[yellow]Our kernels are not in use: {reasons}. Both sides run PyTorch's operators, so expect "
-            "speed-ups of 1. `pooling-ext info` says more.[/]",
+            f"[yellow]Our kernels are not in use: {escape(reasons)}. Both sides run PyTorch's operators, so "
+            "expect speed-ups of 1. `pooling-ext info` says more.[/]",
             highlight=False,
         )
+
+
+def run(args: argparse.Namespace, progress: Progress) -> None:
+    # First of all, so that neither contestant pays for mapping its tensors afresh.
+    memory = pooling_ext.reuse_cpu_memory()
+    torch.manual_seed(args.seed)
+    dtypes = [DTYPES[name] for name in dict.fromkeys(args.dtype)] if args.dtype else native_dtypes()
+    steps = progress.add_task("the model", total=7 + 2 * len(dtypes))
+
+    def begin(what: str) -> None:
+        progress.update(steps, advance=1, description=what)
+
+    photos = load_photos(args.images, args.batch)
+    x = make_batch(photos, args.batch, args.size)
+    model, why = load_model(args.model, x)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    describe(args, photos, why, memory.reason)
+    reference = logits_of(model, x, torch.float32)
+    labels = print_labels(photos[:8], reference, categories(args.model), why)
+
+    patched = copy.deepcopy(model)
+    print_report(args.model, pooling_ext.patch(patched))
+
+    results: list[ModelResult] = []
+    for dtype in dtypes:
+        begin(f"freezing, {short(dtype)}")
+        start = time.perf_counter()
+        frozen = pooling_ext.freeze(model, x, dtype)
+        print_frozen(args.model, dtype, frozen, time.perf_counter() - start)
+        begin(f"timing the whole model, {short(dtype)}")
+        models = {EAGER: model, PATCHED: patched, FROZEN: frozen}
+        results += model_results(models, x, dtype, reference, args.seconds)
+    console.print()
+    print_models(args.model, results, args.batch)
+
     layers = []
-    with console.status("timing the pooling layers"):
-        for path, given in inputs.items():
-            theirs = model.get_submodule(path)
-            layers.append(compare(path, type(theirs).__name__, theirs, ours.get_submodule(path), given))
-    print_layers(f"Pooling layers of {args.model}: ms, largest error, MB kept for backward", layers)
+    for layer in layer_results(model, x, args.seconds / 6):
+        begin("timing layers")
+        layers.append(layer)
+    print_layers(layers)
 
-    with torch.no_grad(), console.status("timing the whole model, in turn"):
-        difference = (ours(x) - model(x)).abs().max().item()
-        before, after = in_turn([partial(model, x), partial(ours, x)], MODEL_SECONDS)
-    print_model(args.model, (before, after), layers, difference)
-
-    stem = inputs["maxpool"]
-    with torch.no_grad(), console.status("timing other pooling of the stem's feature map"):
-        kinds = {
-            label: in_turn([partial(theirs, stem), partial(mine, stem)], LAYER_SECONDS)
-            for label, theirs, mine in pooling_kinds()
-        }
-    console.print(f"\n[bold]pooling_ext.patch({args.model})[/]")
-    console.print(str(report), highlight=False)
-    title = f"{args.model}'s stem and its pooling: PyTorch's operators and pooling_ext's"
-    square = v2.Compose([v2.Resize(args.size), v2.CenterCrop(args.size)])
-    draw(args.out, [square(photo) for photo in photos[:2]], stem, kinds, title)
-    console.print(f"\nwrote [bold]{args.out}[/]", highlight=False)
+    stem = capture(model, ["maxpool"], x)["maxpool"]
+    kinds = {}
+    for kind, theirs, ours in pooling_kinds():
+        begin("timing kinds of pooling")
+        with torch.no_grad():
+            kinds[kind] = in_turn([partial(theirs, stem), partial(ours, stem)], args.seconds / 6)
+    shown = [(centre(args.size)(photo), label) for (_, photo), label in zip(photos[:2], labels, strict=False)]
+    title = f"{args.model}: PyTorch's operators, pooling_ext.patch and pooling_ext.freeze"
+    if why is not None:
+        shown = [(photo, "") for photo, _ in shown]
+        title += " (weights initialised at random)"
+    draw(args.out, title, shown, stem, charts_of(results, kinds, stem.shape))
+    console.print(f"wrote [bold]{escape(str(args.out))}[/]", highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
+    args = arguments(argv)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        run(arguments(argv))
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            run(args, progress)
     except DemoError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        errors = Console(stderr=True, style="red", soft_wrap=True, markup=False, highlight=False)
+        errors.print(str(error))
         return 2
     return 0
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import socket
-import threading
-import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 import pooling_ext
+from pretrained import load_pretrained
 
-#: Seconds to wait for the server that has the pretrained weights.
-PATIENCE = 5
 #: Stage one trains the new head on a frozen backbone, stage two all layers.
 STAGES = ("head", "all")
 
@@ -52,7 +47,7 @@ def make_model(name: str, classes: int) -> nn.Module:
 def make_pretrained(name: str, classes: int) -> tuple[nn.Module, str | None]:
     """``name`` with ImageNet's weights if they can be had, and a new head; and if not, why not."""
     model = _build(name)
-    why = _load_pretrained(model, ARCHITECTURES[name].name)
+    why = load_pretrained(model, ARCHITECTURES[name].name)
     _replace_heads(model, name, classes)
     return model, why
 
@@ -77,39 +72,6 @@ def _replace_heads(model: nn.Module, name: str, classes: int) -> None:
         nn.init.zeros_(head.bias)
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, head)
-
-
-def _load_pretrained(model: nn.Module, name: str) -> str | None:
-    weights: Any = getattr(torchvision.models.get_model_weights(name), "DEFAULT")  # noqa: B009 (untyped)
-    cached = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
-    before = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(PATIENCE)
-        if not cached.is_file() and not _answers(weights.url):
-            return f"no answer from their server in {PATIENCE} s"
-        model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    finally:
-        socket.setdefaulttimeout(before)
-    return None
-
-
-def _answers(url: str) -> bool:
-    # In a thread, because the timeout of a socket does not cover the look-up of its name.
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
-            answered.set()
-        except (OSError, ValueError):
-            pass
-
-    asker = threading.Thread(target=ask, daemon=True)
-    asker.start()
-    asker.join(PATIENCE)
-    return answered.is_set()
 
 
 def set_stage(model: nn.Module, name: str, stage: str) -> list[nn.Parameter]:

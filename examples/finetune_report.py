@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,10 @@ import pooling_ext
 from finetune_data import Splits, displayed
 from finetune_model import STAGES, loss_of
 from finetune_training import Epoch, Options, autocast, place
+from style import AFTER, BEFORE, FAINT, STYLE, speedup
+from timing import in_turn
 
-INK, FAINT, TRAIN, VALID = "#1f2933", "#d9dee4", "#9aa5b1", "#0b7285"
 RIGHT, WRONG = "#2b8a3e", "#c92a2a"
-STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": FAINT}
-STYLE |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), INK)
 
 
 def draw_curves(path: Path, history: Sequence[Epoch], title: str) -> None:
@@ -37,7 +34,7 @@ def draw_curves(path: Path, history: Sequence[Epoch], title: str) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4), layout="constrained")
         for axis, (kind, corner) in zip(figure.subplots(1, 2), kinds, strict=True):
-            for split, colour in (("train", TRAIN), ("valid", VALID)):
+            for split, colour in (("train", BEFORE), ("valid", AFTER)):
                 values = [getattr(epoch, f"{split}_{kind}") for epoch in history]
                 axis.plot(numbers, values, color=colour, label=split, marker="o", markersize=4)
             frozen = sum(epoch.stage == STAGES[0] for epoch in history)
@@ -128,21 +125,7 @@ def _infer(model: nn.Module, images: Tensor, bf16: bool) -> None:
 
 
 def _rates(calls: Sequence[Callable[[], Any]], images: Tensor, seconds: float) -> tuple[float, float]:
-    def timed(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for call in calls:
-        timed(call)
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(taken[0]) < 3 or time.perf_counter() < end:
-        for call, times in zip(calls, taken, strict=True):
-            times.append(timed(call))
-    before, after = (len(images) / statistics.median(times) for times in taken)
+    before, after = (1e3 * len(images) / ms for ms in in_turn(calls, seconds))
     return before, after
 
 
@@ -151,7 +134,5 @@ def print_throughput(console: Console, rates: dict[str, tuple[float, float]], ti
     for header in ("images a second", "unpatched", "patched", "speed-up"):
         table.add_column(header, justify="left" if header == "images a second" else "right")
     for what, (before, after) in rates.items():
-        ratio = after / before
-        colour = "green" if ratio >= 1.1 else "red" if ratio < 0.95 else "default"
-        table.add_row(what, f"{before:.1f}", f"{after:.1f}", f"[{colour}]{ratio:.2f}x[/]")
+        table.add_row(what, f"{before:.1f}", f"{after:.1f}", speedup(1 / before, 1 / after))
     console.print(table)

@@ -319,7 +319,7 @@ def as_batch_norm(model: nn.Module) -> Iterator[None]:
     PyTorch's own runs on a GPU only, so DistributedDataParallel refuses to wrap a model on the CPU that has
     one, though a patched model runs it there.
     """
-    modules = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
+    modules: list[nn.Module] = [module for module in model.modules() if type(module) is nn.SyncBatchNorm]
     try:
         for module in modules:
             module.__class__ = nn.BatchNorm2d
