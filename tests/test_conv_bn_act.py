@@ -283,5 +283,5 @@ def test_bad_arguments(training, grad):
             F.conv_bn_act(convolution, norm, x, 1.0)
         with pytest.raises(RuntimeError, match="channels"):
             F.conv_bn_act(convolution, norm, torch.randn(4, 7, 12, 14))
-        with pytest.raises(ValueError, match="running_mean|weight"):
+        with pytest.raises(ValueError, match=r"running_mean|weight"):
             F.conv_bn_act(convolution, nn.BatchNorm2d(7).train(training), x)
