@@ -107,12 +107,15 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-build/fuzz_kernels: csrc/tests/fuzz_kernels.cpp $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
-	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< -o $@
+FUZZERS := build/fuzz_kernels build/fuzz_batch_norm
+KERNELS := $(wildcard csrc/cpu/*_kernels.cpp)
 
-sanitize: build/fuzz_kernels ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	build/fuzz_kernels $(ARGS)
+$(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< $(KERNELS) -o $@
+
+sanitize: $(FUZZERS) ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	for fuzzer in $(FUZZERS); do $$fuzzer $(ARGS) || exit; done
 
 # --- cleaning ------------------------------------------------------------------------------------
 
