@@ -11,6 +11,7 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import gc
 import inspect
 import itertools
 import operator
@@ -201,7 +202,8 @@ class _Session:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        before = sys.getprofile()
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # what others do when garbage is collected would look like calls of the model
         self.active = True
         try:
             with _NoOperators():
@@ -212,6 +214,8 @@ class _Session:
                     sys.setprofile(before)
         finally:
             self.active = False
+            if collects:
+                gc.enable()
 
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
         """Looks at each call that the model's code makes; see :func:`sys.setprofile`."""

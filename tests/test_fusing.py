@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import re
+import time
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -591,6 +593,25 @@ def test_tracing_leaves_the_module_alone():
     pooling_ext.unpatch(net)
     for path, module in net.named_modules():
         assert module.__dict__ == fields[path]
+
+
+def test_garbage_collected_while_tracing_is_not_the_models_doing():
+    def collected(phase, info):
+        time.perf_counter()
+
+    def forward(self, x):
+        return TF.relu(self.bn1(self.conv1(x)))
+
+    gc.callbacks.append(collected)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        report = pooling_ext.patch(block(forward))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(collected)
+    assert not report.skipped and report.replaced
+    assert gc.isenabled()
 
 
 def test_torch_fx_and_jit_trace_see_the_modules():
