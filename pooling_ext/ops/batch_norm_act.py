@@ -109,7 +109,7 @@ class _BatchNormAct(Function):
             if needs_weight:
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
-            if count is not None and group is not None:
+            if count is not None and group is not None and sums is not None:
                 sums = sums.clone()  # of which a float64 bias's gradient is a part
                 torch.distributed.all_reduce(sums, group=group)
             grad_input = _input_grad(
