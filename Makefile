@@ -6,6 +6,7 @@
 PYTHON    ?= python3
 TORCH     ?= torch
 ABI_TORCH ?= 2.13.0
+SUITE     ?= pool
 ARGS      ?=
 
 VENV   := .venv
@@ -29,7 +30,7 @@ CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
 	    while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
-	@echo 'Variables: TORCH="torch==X", PYTHON, CXX, ABI_TORCH, ARGS (passed to the program that is run).'
+	@echo 'Variables: TORCH="torch==X", PYTHON, CXX, ABI_TORCH, SUITE, ARGS (passed to the program that is run).'
 
 demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 	$(BIN)/python examples/accelerate_resnet.py $(ARGS)
@@ -40,8 +41,8 @@ finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unle
 test: $(STAMPS)/test ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMPS)/bench ## measure against PyTorch's operators; writes benchmarks/results
-	$(BIN)/python -m benchmarks pool $(ARGS)
+bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
+	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/test ## check style and types at the pinned versions
 	$(BIN)/ruff check
@@ -106,12 +107,15 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-build/fuzz_kernels: csrc/tests/fuzz_kernels.cpp $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
-	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< -o $@
+FUZZERS := build/fuzz_kernels build/fuzz_batch_norm
+KERNELS := $(wildcard csrc/cpu/*_kernels.cpp)
 
-sanitize: build/fuzz_kernels ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	build/fuzz_kernels $(ARGS)
+$(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< $(KERNELS) -o $@
+
+sanitize: $(FUZZERS) ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	for fuzzer in $(FUZZERS); do $$fuzzer $(ARGS) || exit; done
 
 # --- cleaning ------------------------------------------------------------------------------------
 

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from pathlib import Path
+from functools import partial
 
-import torch
-from rich.console import Console
+from . import model_families, model_inference, model_report, model_training, model_zoo, picture, suite
+from .model_results import FAMILIES, FROZEN, INFERENCE, PATCHED, TRAINING, Models
+from .suite import DTYPES
 
-HELP = "whole torchvision models: inference"
+HELP = "whole torchvision models: training step, inference, and with --all every family"
 
-#: Part of the suite -> module with ``run(args, console) -> int``.
-PARTS: dict[str, str] = {
-    "inference": "benchmarks.model_inference",
+#: Part of the suite -> what adds its measurements.
+PARTS = {
+    TRAINING: model_training.measure_part,
+    INFERENCE: model_inference.measure_part,
+    FAMILIES: model_families.measure_part,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT = (TRAINING, INFERENCE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    suite.add_arguments(parser, "model")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default: all"
+        "--parts", nargs="+", choices=PARTS, help=f"what to measure; default: {' and '.join(DEFAULT)}"
     )
     parser.add_argument(
-        "--models", nargs="+", metavar="NAME", help="torchvision's names; default: each part's own"
+        "--all", action="store_true", help="all parts, and inference of more models; takes much longer"
     )
     parser.add_argument(
         "--batch", nargs="+", type=int, metavar="N", help="batch sizes; default: each part's own"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--quick", action="store_true", help="fewer models, one batch size, short runs")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads for all; default: torch's own choice"
-    )
-    parser.add_argument("--no-peers", action="store_true", help="leave other engines out")
+    parser.add_argument("--no-peers", action="store_true", help="leave torch.compile and other engines out")
     parser.add_argument(
         "--autotune", action="store_true", help="torch.compile's max-autotune too, which takes minutes"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write each part's JSON and markdown here. Without it a run of the default models and batch "
-        "sizes goes to benchmarks/results/, another one nowhere",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; the highest of the parts' exit statuses."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    for name in ("threads", "batch"):
-        values = getattr(args, name)
-        if any(value < 1 for value in (values if isinstance(values, list) else [values or 1])):
-            console.print(f"[red]--{name} must be at least 1, but got {values}[/]")
-            return 2
-    return max(importlib.import_module(PARTS[part]).run(args, console) for part in args.parts)
+    """Measure, print, write; 1 if one of our models gave a wrong result."""
+    console = suite.make_console()
+    if any(batch < 1 for batch in args.batch or ()):
+        args.error(f"--batch must be at least 1, but got {args.batch}")
+    suite.choose(model_zoo.known(), ["*"], args)  # for what it refuses, before anything takes time
+    parts = args.parts or (tuple(PARTS) if args.all else DEFAULT)
+    if args.list:
+        for part, names in model_report.PLANS.items():
+            console.print(f"{part:10} {', '.join(names)}", highlight=False)
+        return 0
+    with suite.settings(args, console) as facts:
+        models = Models(facts)
+        for part in parts:
+            PARTS[part](models, args, console)
+    document = model_report.document(models)
+    document.show(console)
+    whole = not (args.quick or args.cases or args.batch or args.no_peers) and set(parts) >= set(DEFAULT)
+    if args.out is not None or (whole and len(args.dtypes) == len(DTYPES)):
+        draw = partial(picture.draw_models, models)
+        written = suite.write("model", facts, args.out, models.as_json(), document.markdown(), draw)
+        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    return 1 if any(label.endswith((PATCHED, FROZEN)) for label in models.wrong) else 0

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-import pooling_ext
-from pooling_ext import _native
-from pooling_ext.testing.shapes import CASES, PoolCase, find
+from pooling_ext.testing.shapes import CASES, PoolCase
 from pooling_ext.testing.tolerances import EXACT, tolerance
 
-from . import machine, picture, report
+from . import operator_report as tables
+from . import picture, report, suite
+from .memory import saved_bytes
 from .results import BACKWARD, FORWARD, TRAINING, Overhead, Results, Row
+from .suite import DTYPES, LAYOUTS
+from .targets import POOL
 from .timing import copy_rate, measure, once_ms
 
 HELP = "pooling operators: forward, training forward and backward of every named case"
 
-DTYPES = (torch.float32, torch.bfloat16)
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 QUICK = (
     "resnet-stem*",
     "squeezenet-ceil",
@@ -40,107 +35,78 @@ QUICK = (
 )
 #: Seconds to spend on one measurement of both rivals.
 BUDGET, QUICK_BUDGET = 0.2, 0.03
-#: The copy that gives the machine's bandwidth reads and writes this many bytes each.
-LARGE_COPY = 256 * 2**20
 
-ROOT = Path(__file__).resolve().parent.parent
+_METHOD = (
+    "Both operators run in one process, in turn, on the same tensors, after our result was checked against "
+    "PyTorch's; times are medians of a call. Memory is reused (`pooling_ext.reuse_cpu_memory()`), so neither "
+    "pays for fresh pages. A rate counts what has to move: input and output once, and what is saved for "
+    'backward; "of a copy" compares it with a copy of as many bytes, which reading more than writing can '
+    "beat. Saved bytes leave out the input and the output, which the neighbouring layers keep anyway."
+)
 
 Operator = Callable[[Tensor], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer cases and repetitions, well under a minute"
-    )
-    parser.add_argument(
-        "--cases", metavar="GLOB", action="append", help="only cases of these names; may be repeated"
-    )
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads for both; default: torch's own choice"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write pool.json, pool.md and pool.png here. Without it a whole sweep goes to "
-        "benchmarks/results/ and docs/, a partial one nowhere",
-    )
+    suite.add_arguments(parser, "pool")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 1 if an operator gave a wrong result, 2 for bad arguments."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    cases = find(args.cases or (QUICK if args.quick else ["*"]))
-    if not cases:
-        names = ", ".join(case.name for case in CASES)
-        console.print(
-            f"[red]no case matches {' or '.join(args.cases)}[/]; there are: {names}", highlight=False
-        )
-        return 2
+    """Measure, print, write; 1 if an operator gave a wrong result."""
+    console = suite.make_console()
+    cases = suite.choose(CASES, QUICK if args.quick else ["*"], args)
     if args.list:
         for case in cases:
             console.print(f"{case.name:26} {case.op:20} {list(case.shape)} {case.kwargs}", highlight=False)
         return 0
-    if args.threads is not None and args.threads < 1:
-        console.print(f"[red]--threads must be at least 1, but got {args.threads}[/]")
-        return 2
-    results = sweep(cases, QUICK_BUDGET if args.quick else BUDGET, args.threads, console)
-    report.show(results, console)
-    whole = not args.quick and len(cases) == len(CASES)
-    if args.out is not None or whole:
-        written = write(results, args.out)
-        console.print(f"wrote {', '.join(str(path) for path in written)}", highlight=False)
+    budget = QUICK_BUDGET if args.quick else BUDGET
+    with suite.settings(args, console, seconds_per_measurement=budget) as facts:
+        results = sweep(cases, budget, facts, console)
+    document = report.Document(
+        "Pooling on the CPU",
+        facts,
+        _METHOD,
+        tables.headline(results),
+        [
+            report.targets(POOL, results),
+            tables.summary(results),
+            tables.overheads(results),
+            tables.slow(results),
+            tables.by_phases(results),
+        ],
+        [tables.by_phases_short(results)],
+        tables.alone(results),
+        results.wrong,
+    )
+    document.show(console)
+    if args.out is not None or (not args.quick and len(cases) == len(CASES)):
+        draw = partial(picture.draw_phases, results)
+        written = suite.write("pool", facts, args.out, results.as_json(), document.markdown(), draw)
+        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
     return 1 if results.wrong else 0
 
 
-def write(results: Results, out: Path | None) -> list[Path]:
-    """Write the sweep's files into ``out``, or where the repository keeps them; returns their paths."""
-    folder = out or ROOT / "benchmarks" / "results" / str(results.facts["machine"])
-    folder.mkdir(parents=True, exist_ok=True)
-    image = (out or ROOT / "docs") / "pool.png"
-    image.parent.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "pool.json", folder / "pool.md", image]
-    paths[0].write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    paths[1].write_text(report.markdown(results))
-    picture.draw(results, image)
-    return paths
-
-
-def sweep(cases: tuple[PoolCase, ...], budget: float, threads: int | None, console: Console) -> Results:
+def sweep(cases: tuple[PoolCase, ...], budget: float, facts: dict[str, Any], console: Console) -> Results:
     """Check and time ``cases`` in every dtype and layout."""
-    memory = pooling_ext.reuse_cpu_memory()
-    # Pinned, so that nothing in the process changes its mind half-way.
-    torch.set_num_threads(threads or torch.get_num_threads())
-    if _native.module is None:
-        console.print(f"[yellow]No native kernels ({_native.why_not}): this compares PyTorch with itself.[/]")
-    start, others = time.perf_counter(), machine.OtherLoad()
-    results = Results(machine.facts() | {"memory_reused": memory.reason, "seconds_per_measurement": budget})
-    results.facts["copy_gb_s"] = copy_rate(2 * LARGE_COPY)
-    columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("a tiny tensor", total=sum(len(_variants(case)) for case in cases))
+    results = Results(facts)
+    with suite.steps(console, 1 + sum(len(_variants(case)) for case in cases)) as begin:
+        begin("a tiny tensor")
         results.overheads += overheads(5 * budget)
         for case in cases:
             reference = Reference(case)
             for dtype, layout in _variants(case):
-                name = str(dtype).removeprefix("torch.")
-                progress.update(task, description=f"{case.name} {name} {layout}")
+                label = f"{case.name} {dtype} {layout}"
+                begin(label)
                 try:
                     results.rows += measure_case(case, reference, dtype, layout, budget)
                 except NotImplementedError:
-                    results.alone.append(f"{case.name} {name} {layout}")
+                    results.alone.append(label)
                 except AssertionError as error:
-                    results.wrong[f"{case.name} {name} {layout}"] = str(error).strip()
-                progress.advance(task)
-    results.facts["seconds"] = round(time.perf_counter() - start, 1)
-    results.facts["cores_busy_with_others"] = others.cores()
+                    results.wrong[label] = str(error).strip()
     return results
 
 
-def _variants(case: PoolCase) -> list[tuple[torch.dtype, str]]:
+def _variants(case: PoolCase) -> list[tuple[str, str]]:
     """dtypes and layouts of ``case``; one spatial axis has no channels-last layout in torch."""
     layouts = list(LAYOUTS) if case.rank > 1 else ["NCHW"]
     return [(dtype, layout) for dtype in DTYPES for layout in layouts]
@@ -167,7 +133,7 @@ class Reference:
 
 
 def measure_case(
-    case: PoolCase, reference: Reference, dtype: torch.dtype, layout: str, budget: float
+    case: PoolCase, reference: Reference, dtype_name: str, layout: str, budget: float
 ) -> Iterator[Row]:
     """Check ``case`` against ``reference``, then time its phases.
 
@@ -175,7 +141,7 @@ def measure_case(
         AssertionError: our output or gradient is not PyTorch's.
         NotImplementedError: PyTorch has no such operator.
     """
-    format = LAYOUTS[layout]
+    dtype, format = DTYPES[dtype_name], LAYOUTS[layout]
     if layout == "NHWC" and case.rank == 3:
         format = torch.channels_last_3d
     rivals: dict[str, Operator] = {"torch": case.torch(), "ours": case.ours()}
@@ -183,7 +149,7 @@ def measure_case(
     leaf = x.detach().requires_grad_()
     outputs, saved = {}, {}
     for name, operator in rivals.items():
-        outputs[name], saved[name] = _saved_bytes(operator, leaf)
+        outputs[name], saved[name] = saved_bytes(partial(operator, leaf), [leaf])
     grads = {}
     for name, output in outputs.items():
         grads[name] = torch.empty_like(output.detach()).copy_(reference.grad)
@@ -200,7 +166,7 @@ def measure_case(
 
     out_bytes = outputs["ours"].numel() * dtype.itemsize
     extra, total = saved["ours"]
-    labels = (case.name, case.op, str(dtype).removeprefix("torch."), layout)
+    labels = (case.name, case.op, dtype_name, layout)
 
     def row(phase: str, calls: dict[str, Callable[[], Any]], nbytes: int, **more: Any) -> Row:
         timings = measure(calls, budget)
@@ -250,27 +216,6 @@ def _check(what: str, case: PoolCase, actual: Tensor, theirs: Callable[[], Tenso
     raise AssertionError(
         f"{what}: off by up to {largest:.3g} from float32, where PyTorch's is by {torch_largest:.3g}"
     )
-
-
-def _saved_bytes(operator: Operator, leaf: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Run ``operator`` and count what it keeps for backward.
-
-    Returns:
-        the output, and two counts of bytes: without the input and the output, and in all. The first
-        is what the layer adds to a network's memory, whose other layers keep input and output anyway.
-    """
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = operator(leaf)
-    total = sum(kept.values())
-    for tensor in (leaf, output):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return output, (sum(kept.values()), total)
 
 
 _TINY = {

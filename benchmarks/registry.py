@@ -9,6 +9,7 @@ from typing import Protocol, cast
 #: Command-line name -> module. A new suite is one file and one line here.
 SUITES: dict[str, str] = {
     "pool": "benchmarks.pool",
+    "block": "benchmarks.block",
     "model": "benchmarks.model",
 }
 

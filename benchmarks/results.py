@@ -1,4 +1,4 @@
-"""What a sweep over pooling cases found."""
+"""What a sweep over operators found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"
-PHASES = (FORWARD, TRAINING, BACKWARD)
+STEP = "forward + backward"
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,13 @@ class Row:
     Attributes:
         torch_ms, ours_ms: medians of a call.
         torch_spread, ours_spread: interquartile range over the median.
-        nbytes: what the call has to move: input and output (gradient of the output and of the input
+        nbytes: what the call has to move: inputs and output (gradients of the output and of the inputs
             in backward), each once, and what we save for backward.
         copy_gb_s: rate at which this machine copies as many bytes.
         once_ms: time to read the input and write the output once; in the forward phase only.
-        torch_saved, ours_saved: bytes kept for backward beside the input and the output; in the
-            training phase only.
+        torch_saved, ours_saved: bytes kept for backward, in the phases that train; the suite says
+            whether input and output are among them.
+        torch_peak, ours_peak: bytes live at most, beyond the inputs, where the suite measures it.
     """
 
     case: str
@@ -40,6 +41,8 @@ class Row:
     once_ms: float | None = None
     torch_saved: int | None = None
     ours_saved: int | None = None
+    torch_peak: int | None = None
+    ours_peak: int | None = None
 
     @property
     def speedup(self) -> float:
@@ -100,8 +103,12 @@ class Results:
         speedups = [row.speedup for row in self.select(**wanted)]
         return statistics.geometric_mean(speedups) if speedups else None
 
-    def slowest(self) -> Row | None:
-        return min(self.rows, key=lambda row: row.speedup, default=None)
+    def slowest(self, **wanted: str) -> Row | None:
+        """The row of the smallest speed-up among those selected."""
+        return min(self.select(**wanted), key=lambda row: row.speedup, default=None)
+
+    def phases(self) -> list[str]:
+        return list(dict.fromkeys(row.phase for row in self.rows))
 
     def as_json(self) -> dict[str, Any]:
         slowest = self.slowest()

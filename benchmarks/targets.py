@@ -1,11 +1,14 @@
-"""What pooling sets out to reach on two AVX-512 cores, as data, and whether it does."""
+"""What the suites set out to reach on two AVX-512 cores, as data, and whether they do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .results import BACKWARD, FORWARD, TRAINING, Results
+from . import model_results as parts
+from .model_results import COMPILED, EAGER, FROZEN, PATCHED, Models
+from .results import BACKWARD, FORWARD, STEP, TRAINING, Results
 
 STEM, STEM_AVG = "resnet-stem", "resnet-stem-avg"
 
@@ -17,13 +20,13 @@ class Target:
     Attributes:
         what: the measured quantity, in words.
         goal: its bound.
-        value: reads it from a sweep; None when its cases were not part of the sweep.
+        value: reads it from a suite's results; None when its cases were not part of the run.
         at_least: whether ``goal`` is a lower bound or an upper one.
     """
 
     what: str
     goal: float
-    value: Callable[[Results], float | None]
+    value: Callable[[Any], float | None]
     at_least: bool = True
 
     def met(self, value: float) -> bool:
@@ -56,16 +59,11 @@ def _overhead(results: Results) -> float | None:
     return max((overhead.ratio for overhead in results.overheads if not overhead.grad), default=None)
 
 
-def _slowest(results: Results) -> float | None:
-    row = results.slowest()
-    return row.speedup if row else None
-
-
 _NCHW32 = {"layout": "NCHW", "dtype": "float32"}
 _NCHW16 = {"layout": "NCHW", "dtype": "bfloat16"}
 _GAPS = ("resnet-gap", "large-gap")
 
-TARGETS: tuple[Target, ...] = (
+POOL: tuple[Target, ...] = (
     Target("ResNet stem max forward, NCHW float32", 30, _speedup(STEM, phase=FORWARD, **_NCHW32)),
     Target("ResNet stem max forward, NCHW bfloat16", 30, _speedup(STEM, phase=FORWARD, **_NCHW16)),
     Target("ResNet stem average forward, NCHW float32", 8, _speedup(STEM_AVG, phase=FORWARD, **_NCHW32)),
@@ -77,13 +75,98 @@ TARGETS: tuple[Target, ...] = (
     Target("global average forward, NCHW bfloat16", 3, _speedup(*_GAPS, phase=FORWARD, **_NCHW16)),
     Target("global average forward, NCHW float32", 1, _speedup(*_GAPS, phase=FORWARD, **_NCHW32)),
     Target("geometric mean of the sweep", 4, lambda results: results.geometric_mean()),
-    Target("slowest of the sweep", 0.95, _slowest),
+    Target("slowest of the sweep", 0.95, _speedup()),
     Target("ResNet stem max, PyTorch's saved bytes over ours", 8, _saved),
     Target("no-grad call on a tiny tensor, time over PyTorch's", 3, _overhead, at_least=False),
 )
 
 
-def verdicts(results: Results) -> list[tuple[Target, float, bool]]:
-    """Each target that the sweep measured, with its value and whether it is met."""
-    found = [(target, target.value(results)) for target in TARGETS]
+def _peak(op: str) -> Callable[[Results], float | None]:
+    """The largest share of PyTorch's peak memory that ours takes."""
+
+    def value(results: Results) -> float | None:
+        rows = results.select(op=op)
+        return max(
+            (row.ours_peak / row.torch_peak for row in rows if row.ours_peak and row.torch_peak), default=None
+        )
+
+    return value
+
+
+_NORM, _STEM = "batch_norm_act", "batch_norm_relu_max_pool"
+_PAIRS = [(dtype, layout) for layout in ("NHWC", "NCHW") for dtype in ("float32", "bfloat16")]
+
+BLOCK: tuple[Target, ...] = (
+    *(
+        Target(
+            f"batch norm (+ add) + ReLU, {STEP}, slowest of ResNet-50's shapes, {layout} {dtype}",
+            {"NHWC": 2.0, "NCHW": 1.5}[layout],
+            _speedup(op=_NORM, phase=STEP, dtype=dtype, layout=layout),
+        )
+        for dtype, layout in _PAIRS
+    ),
+    *(
+        Target(
+            f"stem's batch norm + ReLU + max pool, {STEP}, {layout} {dtype}",
+            3,
+            _speedup(op=_STEM, phase=STEP, dtype=dtype, layout=layout),
+        )
+        for dtype, layout in _PAIRS
+    ),
+    Target("stem's peak memory over PyTorch's", 0.5, _peak(_STEM), at_least=False),
+)
+
+
+def _training(theirs: str, model: str, **wanted: Any) -> Callable[[Models], float | None]:
+    """The patched model's least speed-up over ``theirs``."""
+    return lambda models: models.least(PATCHED, theirs, part=parts.TRAINING, model=model, batch=16, **wanted)
+
+
+def _inference(theirs: str | None, **wanted: Any) -> Callable[[Models], float | None]:
+    """The frozen ResNet-50's least speed-up over ``theirs``, or over the best of the other engines."""
+    return lambda models: models.least(FROZEN, theirs, part=parts.INFERENCE, model="resnet50", **wanted)
+
+
+def _live(models: Models) -> float | None:
+    return max((ours.live / theirs.live for theirs, ours in models.memory_pairs()), default=None)
+
+
+def _rss(models: Models) -> float | None:
+    pairs = models.memory_pairs()
+    return max((ours.rss / theirs.rss for theirs, ours in pairs if ours.rss and theirs.rss), default=None)
+
+
+MODEL: tuple[Target, ...] = (
+    Target("ResNet-50 training step, patched, bfloat16", 1.4, _training(EAGER, "resnet50", dtype="bfloat16")),
+    Target("ResNet-50 training step, patched, float32", 1.2, _training(EAGER, "resnet50", dtype="float32")),
+    Target(
+        "ResNet-18 training step, patched, bfloat16", 1.25, _training(EAGER, "resnet18", dtype="bfloat16")
+    ),
+    Target("ResNet-18 training step, patched, float32", 1.15, _training(EAGER, "resnet18", dtype="float32")),
+    Target("ResNet-50 training step, patched, over torch.compile", 1, _training(COMPILED, "resnet50")),
+    Target("training step, live bytes over eager's", 1, _live, at_least=False),
+    Target("training step, process's memory over eager's", 1, _rss, at_least=False),
+    Target("ResNet-50 inference, frozen, bfloat16", 1.8, _inference(EAGER, dtype="bfloat16")),
+    Target("ResNet-50 inference, frozen, float32", 1.25, _inference(EAGER, dtype="float32")),
+    Target(
+        "ResNet-50 inference, frozen, over the best other engine, bfloat16",
+        1,
+        _inference(None, dtype="bfloat16"),
+    ),
+    Target(
+        "ResNet-50 inference, frozen, over the best other engine, float32",
+        1,
+        _inference(None, dtype="float32"),
+    ),
+    Target(
+        "slowest patched model of torchvision's families",
+        0.97,
+        lambda models: models.least(PATCHED, EAGER, part=parts.FAMILIES),
+    ),
+)
+
+
+def verdicts(targets: Sequence[Target], results: Any) -> list[tuple[Target, float, bool]]:
+    """Each target that the run measured, with its value and whether it is met."""
+    found = [(target, target.value(results)) for target in targets]
     return [(target, value, target.met(value)) for target, value in found if value is not None]

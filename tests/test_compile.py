@@ -213,6 +213,32 @@ def _samples():
         ops.avg_pool,
         (cube, *fixed_windows(3, cube.shape, 2, 1, 0, 1, False), True, None),
     )
+    if not NATIVE:
+        return
+    stats, weight, bias = ops.batch_norm_stats(x), torch.rand(3), torch.rand(3)
+    affine = (x, stats, weight, bias)
+    yield "batch_norm_stats", ops.batch_norm_stats, (x,)
+    for residual in (None, torch.rand_like(x)):
+        label = "plain" if residual is None else "residual"
+        output = ops.batch_norm_act(*affine, residual, 1e-5, True)
+        kept = None if residual is None else output
+        _, sums = ops.batch_norm_act_sums(x, *affine, kept, 1e-5, True)
+        yield f"batch_norm_act-{label}", ops.batch_norm_act, (*affine, residual, 1e-5, True)
+        yield f"batch_norm_act_sums-{label}", ops.batch_norm_act_sums, (x, *affine, kept, 1e-5, True)
+        passed = None if residual is None else sums
+        back = (x, *affine, passed, 112.0, 1e-5, True)
+        yield f"batch_norm_act_backward-{label}", ops.batch_norm_act_backward, back
+    stem = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
+    pooled, places = ops.batch_norm_relu_max_pool_places(*affine, 1e-5, *stem)
+    back = (pooled, places, *affine)
+    sums = ops.batch_norm_relu_max_pool_sums(*back, 1e-5, *stem)
+    yield "stem", ops.batch_norm_relu_max_pool, (*affine, 1e-5, *stem)
+    yield "stem-places", ops.batch_norm_relu_max_pool_places, (*affine, 1e-5, *stem)
+    yield "stem-sums", ops.batch_norm_relu_max_pool_sums, (*back, 1e-5, *stem)
+    yield "stem-backward", ops.batch_norm_relu_max_pool_backward, (*back, sums, 112.0, 1e-5, *stem)
+    yield "tail", ops.add_relu_global_avg_pool, (x, torch.rand_like(x))
+    tail = (torch.rand(2, 3, 1, 1), x, torch.rand_like(x))
+    yield "tail-backward", ops.add_relu_global_avg_pool_backward, tail
 
 
 SAMPLES = list(_samples())
@@ -223,7 +249,8 @@ SAMPLES = list(_samples())
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(op, args, layout):
     """Schema, fake tensors and tracing of each operator. Derivatives live above them, in Functions."""
-    args = tuple(with_layout(a, layout) if isinstance(a, torch.Tensor) else a for a in args)
+    planes = [isinstance(a, torch.Tensor) and a.dim() > 2 for a in args]
+    args = tuple(with_layout(a, layout) if p else a for a, p in zip(args, planes, strict=True))
     opcheck(op.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 

@@ -86,6 +86,11 @@ struct Axis {
         return high - low;
     }
 
+    // Whether no two windows overlap.
+    POOLING_EXT_INLINE bool apart() const {
+        return out == 1 || (!adaptive && stride > dilation * (kernel - 1));
+    }
+
     // Whether the only window is the whole axis.
     POOLING_EXT_INLINE bool whole() const {
         return out == 1 && start(0) == 0 && dilation == 1 && places(0) == in && pad_after == 0;

@@ -37,7 +37,7 @@ void mean(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
         const In* x = static_cast<const In*>(job.x) + unit * size;
         const In* residual = static_cast<const In*>(job.residual) + unit * size;
         for (int64_t i = 0; i < width; ++i) totals[i] = 0;
-        for (int64_t row = 0; row * width < size; row += kRows) {
+        for (int64_t row = 0; row == 0 || row < rows; row += kRows) {
             const int64_t some = rows - row < kRows ? rows - row : kRows;
             for (int64_t i = 0; i < width; ++i) sums[i] = T(0);
             add_rows(x + row * width, residual + row * width, some, width, sums);

@@ -28,7 +28,7 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
     job.count_include_pad = count_include_pad;
     job.divisor = divisor_override.value_or(0);
     if (result.numel() > 0) {
-        const Rows rows = plan_avg_backward(job);
+        const Rows rows = plan_avg_backward(job, grad.element_size());
         launch(kernels().avg_pool_backward(dtype_of(grad)), job, rows);
     }
     return result;

@@ -3,6 +3,7 @@
 #include "cpu/interleave.h"
 #include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
+#include "cpu/pool_pixels.h"
 #include "cpu/tables.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -12,39 +13,99 @@ template <class Stored_>
 struct SumOp {
     using In = Stored_;
     using T = Accumulator<In>;
+    static constexpr bool kPlain = std::is_same_v<In, T>;
     static POOLING_EXT_INLINE T identity() { return T(0); }
     static POOLING_EXT_INLINE T load(In x) { return widen(x); }
     static POOLING_EXT_INLINE T combine(T a, T b) { return a + b; }
 };
 
-// Averages of whole small planes, as many at a time as a register has lanes: the lanes of each are
-// summed apart, then transposed so that one addition serves all.
+// Sums of runs of elements, by lanes. With vector types, because compilers take arrays of lanes
+// apart.
+template <class In>
+struct LaneSums {
+    using T = Accumulator<In>;
+    using V = typename Tile<T>::V;
+    static constexpr int64_t kLanes = Tile<T>::kLanes, kBlock = 2048;
+    using Words = Vector<uint32_t, kLanes>;
+    using Halves = Vector<uint16_t, kLanes>;
+
+    static POOLING_EXT_INLINE V load(const In* x) {
+        V v;
+        if constexpr (std::is_same_v<In, T>) {
+            std::memcpy(&v, x, sizeof(v));
+        } else {
+            Halves halves;
+            std::memcpy(&halves, x, sizeof(halves));
+            const Words words = __builtin_convertvector(halves, Words);
+            if constexpr (std::is_same_v<In, BFloat16>) {
+                v = bit_cast<V>(words << 16);
+            } else {  // as widen(Float16)
+                const Words sign = (words & 0x8000u) << 16, magnitude = (words & 0x7fffu) << 13;
+                const Words finite = bit_cast<Words>(bit_cast<V>(magnitude) * 0x1p112f);
+                v = bit_cast<V>(sign |
+                                (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+            }
+        }
+        return v;
+    }
+
+    // Adds 2 * kLanes elements, each to either sum.
+    static POOLING_EXT_INLINE void add(V& a, V& b, const In* x) {
+        if constexpr (std::is_same_v<In, BFloat16>) {
+            // As words of two, whose halves are floats but for a shift and a mask.
+            Words words;
+            std::memcpy(&words, x, sizeof(words));
+            a += bit_cast<V>(words << 16);
+            b += bit_cast<V>(words & 0xffff0000u);
+        } else {
+            a += load(x);
+            b += load(x + kLanes);
+        }
+    }
+
+    // Adds x[0..n) up to the lanes of the result and to `rest`.
+    static POOLING_EXT_INLINE V sum(const In* x, int64_t n, T& rest) {
+        V a = {}, b = {}, blocks = {};
+        int64_t i = 0;
+        // In blocks, so that errors do not grow with the number of elements.
+        for (; i + kBlock < n; a = b = V{}) {
+            for (const int64_t end = i + kBlock; i < end; i += 2 * kLanes) add(a, b, x + i);
+            blocks += a + b;
+        }
+        for (; i + 2 * kLanes <= n; i += 2 * kLanes) add(a, b, x + i);
+        if (i + kLanes <= n) a += load(x + i), i += kLanes;
+        rest = T(0);
+        for (; i < n; ++i) rest += widen(x[i]);
+        return blocks + (a + b);
+    }
+};
+
+// Averages of whole planes, as many at a time as a register has lanes: the lanes of each are summed
+// apart, then those of all together.
 template <class In>
 void average_planes(const Job& job, int64_t begin, int64_t end) {
     using T = Accumulator<In>;
-    constexpr int64_t kLanes = Tile<T>::kLanes;
-    const int64_t n = job.p.in_plane(), whole = n / kLanes * kLanes;
+    using Sums = LaneSums<In>;
+    constexpr int64_t kLanes = Sums::kLanes;
+    const int64_t n = job.p.in_plane();
     const T divisor = T(job.divisor ? job.divisor : n);
+    const In* x = static_cast<const In*>(job.src) + begin * n;
     In* y = static_cast<In*>(job.dst);
-    T apart[kLanes * kLanes] = {}, turned[kLanes * kLanes], rest[kLanes];
+    typename Sums::V lanes[kLanes] = {};
+    T rest[kLanes] = {}, totals[kLanes];
+    BitsOf<In> averages[kLanes];
     for (int64_t first = begin; first < end; first += kLanes) {
         const int64_t count = end - first < kLanes ? end - first : kLanes;
-        for (int64_t plane = 0; plane < count; ++plane) {
-            const In* __restrict x = static_cast<const In*>(job.src) + (first + plane) * n;
-            T* __restrict lanes = apart + plane * kLanes;
-            for (int64_t l = 0; l < kLanes; ++l) lanes[l] = T(0);
-            for (int64_t i = 0; i < whole; i += kLanes)
-                for (int64_t l = 0; l < kLanes; ++l) lanes[l] += widen(x[i + l]);
-            T tail = T(0);
-            for (int64_t i = whole; i < n; ++i) tail += widen(x[i]);
-            rest[plane] = tail;
-        }
-        Tile<T>::transpose(turned, kLanes, apart, kLanes);
-        for (int64_t lane = 1; lane < kLanes; ++lane)
-            for (int64_t plane = 0; plane < kLanes; ++plane)
-                turned[plane] += turned[lane * kLanes + plane];
-        for (int64_t plane = 0; plane < count; ++plane)
-            y[first + plane] = narrow<In>((turned[plane] + rest[plane]) / divisor);
+        for (int64_t plane = 0; plane < count; ++plane, x += n)
+            lanes[plane] = Sums::sum(x, n, rest[plane]);
+        Tile<T>::sum(lanes);
+        typename Sums::V rests;
+        std::memcpy(&rests, rest, sizeof(rest));
+        const typename Sums::V means = (lanes[0] + rests) / divisor;
+        std::memcpy(totals, &means, sizeof(totals));
+        for (int64_t plane = 0; plane < kLanes; ++plane)
+            averages[plane] = bit_cast<BitsOf<In>>(narrow<In>(totals[plane]));
+        std::memcpy(y + first, averages, count * sizeof(In));
     }
 }
 
@@ -53,9 +114,15 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
     Scratch scratch(memory);
     if (job.block) return pool_blocks(job, begin, end, scratch, average<In>, true, sizeof(In), 0);
-    if (job.p.channels == 1 && is_whole(job.p) && job.p.in_plane() <= kSmallPlane)
-        return average_planes<In>(job, begin, end);
+    if (job.p.channels == 1 && is_whole(job.p)) return average_planes<In>(job, begin, end);
     const Divisors<T> divisors(job, scratch);
+    if (PixelWalker<In>::takes(job.p))
+        return pool_pixels<SumOp<In>, In>(
+            job, begin, end, [&](int64_t od, int64_t oh, int64_t o, auto use) {
+                divisors.divide_pixel(od, oh, o, [&](auto divide) {
+                    use([=](T sum) { return narrow<In>(divide(sum)); });
+                });
+            });
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {

@@ -3,6 +3,8 @@
 //
 // What is pooled is made a tile at a time, in memory that stays in the cache, by the kernels of
 // batch_norm_act and max_pool; so is its gradient.
+#include <algorithm>
+
 #include "cpu/batch_norm_launch.h"
 
 namespace pooling_ext {
@@ -66,7 +68,7 @@ class Tiled {
             pool.src = buffer;
             pool.dst = static_cast<char*>(pool_.dst) + first * element_;
             if (pool_.places_out) pool.places_out = static_cast<uint8_t*>(pool_.places_out) + first;
-            const Rows rows = plan_forward(pool, false);
+            const Rows rows = plan_forward(pool, int64_t(element_), false);
             run_all(maxima, pool, rows.count);
         }
     }
@@ -151,7 +153,7 @@ class Tiled {
                 pool.src = static_cast<const char*>(pool_.src) + first * element_;
                 pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
                 pool.dst = buffer;
-                choose_scatter(pool);
+                plan_max_backward(pool, dtype_, Places::Byte);
                 run_all(scatter, pool, max_backward_rows(pool).count);
             }
             BatchNormJob norm = norm_of(tile);
@@ -179,12 +181,14 @@ class Tiled {
                 __builtin_prefetch(reinterpret_cast<const char*>(uintptr_t(from) + r * row + i));
     }
 
+    // Bytes of a tile's input, or of what its windows pick, which with padding may be more.
     size_t largest_tile() const {
         const PoolParams& p = pool_.p;
         const int64_t extra = (p.h.kernel - 1) * p.h.dilation + p.h.stride;
-        const int64_t size =
-            norm_.channels_last ? (rows_ + extra) * p.in_row() : planes_ * p.in_plane();
-        return (size * element_ + 127) / 64 * 64;
+        const bool last = norm_.channels_last;
+        const int64_t in = last ? (rows_ + extra) * p.in_row() : planes_ * p.in_plane();
+        const int64_t out = last ? out_rows_ * p.out_row() : planes_ * p.out_plane();
+        return (std::max(in, out) * element_ + 127) / 64 * 64;
     }
 
     Tile forward_tile(int64_t i) const {

@@ -24,10 +24,7 @@ class Divisors {
     // Calls write(i, read(i) / divisor) for each element i of the row of outputs (od, oh).
     template <class Read, class Write>
     POOLING_EXT_INLINE void divide(int64_t od, int64_t oh, Read read, Write write) const {
-        const PoolParams& p = job_.p;
-        const bool include = job_.count_include_pad;
-        const int64_t rows =
-            job_.divisor ? job_.divisor : p.d.count(od, include) * p.h.count(oh, include);
+        const int64_t rows = rows_of(od, oh);
         // Division is slow; by a power of two it gives what multiplication gives.
         if (powers_of_two_ && is_power_of_two(rows)) {
             const T inverse = T(1) / T(rows);
@@ -38,8 +35,27 @@ class Divisors {
         }
     }
 
+    // Calls use(a function that divides) for window o of that row.
+    template <class Use>
+    POOLING_EXT_INLINE void divide_pixel(int64_t od, int64_t oh, int64_t o, Use use) const {
+        const int64_t rows = rows_of(od, oh);
+        if (powers_of_two_ && is_power_of_two(rows)) {
+            const T factor = T(1) / T(rows) * inverses_[o];
+            use([=](T x) { return x * factor; });
+        } else {
+            const T divisor = T(rows) * columns_[o];
+            use([=](T x) { return x / divisor; });
+        }
+    }
+
   private:
     static bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+    int64_t rows_of(int64_t od, int64_t oh) const {
+        const bool include = job_.count_include_pad;
+        return job_.divisor ? job_.divisor
+                            : job_.p.d.count(od, include) * job_.p.h.count(oh, include);
+    }
 
     template <class Visit>
     POOLING_EXT_INLINE void each(const T* __restrict factors, Visit visit) const {

@@ -18,12 +18,20 @@ constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kVectorBytes = 16;
 #endif
 
+template <class E, int64_t kCount>
+struct VectorOf {
+    typedef E Type __attribute__((vector_size(kCount * sizeof(E))));
+};
+template <class E, int64_t kCount>
+using Vector = typename VectorOf<E, kCount>::Type;
+
 // Square tiles of kLanes x kLanes elements, transposed in registers: log2(kLanes) rounds of
 // interleaving row i with row i + kLanes / 2.
 template <class E>
 class Tile {
   public:
     static constexpr int64_t kLanes = kVectorBytes / sizeof(E) < 16 ? kVectorBytes / sizeof(E) : 16;
+    using V = Vector<E, kLanes>;
 
     // to[j * to_pitch + i] = from[i * from_pitch + j]
     static POOLING_EXT_INLINE void transpose(E* to, int64_t to_pitch, const E* from,
@@ -46,8 +54,18 @@ class Tile {
         for (int64_t i = 0; i < kLanes; ++i) std::memcpy(to + i * to_pitch, &rows[i], sizeof(V));
     }
 
+    // rows[0][i] = the sum of row i.
+    static POOLING_EXT_INLINE void sum(V* rows) {
+#pragma GCC unroll 4
+        for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < half; ++i)
+                rows[i] = zip<0>(rows[i], rows[i + half], kSequence) +
+                          zip<kLanes / 2>(rows[i], rows[i + half], kSequence);
+        }
+    }
+
   private:
-    typedef E V __attribute__((vector_size(kLanes * sizeof(E))));
     static constexpr auto kSequence = std::make_integer_sequence<int, int(kLanes)>{};
 
     // a[kFirst], b[kFirst], a[kFirst + 1], b[kFirst + 1], ...

@@ -13,8 +13,8 @@ enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int6
 // Windows too wide for a pass over the row for each column are reduced one by one.
 constexpr int64_t kWideWindow = 16;
 
-// The largest plane, in elements, that is averaged together with others.
-constexpr int64_t kSmallPlane = 1024;
+// The largest window, in places, that max pooling's backward gathers from by comparing each place.
+constexpr int64_t kGatherWindow = 27;
 
 // How many planes max pooling's backward scatters to at a time in channels-last.
 constexpr int64_t kScatterChannels = 32;
@@ -75,7 +75,7 @@ extern const Kernels kernels;
 
 // Bytes of scratch that one call of a kernel needs, for elements of at most 8 bytes.
 inline size_t scratch_bytes(const PoolParams& p) {
-    constexpr size_t element = 8 + 4, pointer = 8, slack = 4096;
+    constexpr size_t element = 8 + 4, pointer = 8, slack = 12288;
     const size_t rows = p.d.kernel * p.h.kernel;
     if (p.channels == 1 && is_whole(p) && rows == 1) return slack;  // walked in place
     const size_t columns = p.channels == 1 && p.w.kernel > kWideWindow ? 0 : p.w.kernel;

@@ -117,7 +117,7 @@ struct Forward {
 
     Tensor launch(Kernel kernel, bool averages = false) {
         if (output.numel() == 0) return output;
-        const Rows rows = plan_forward(job, averages);
+        const Rows rows = plan_forward(job, input.element_size(), averages);
         pooling_ext::launch(kernel, job, rows);
         return output;
     }

@@ -11,6 +11,7 @@ template <class Stored_, int kNorm, bool kMagnitude>
 struct PowerSumOp {
     using In = Stored_;
     using T = Accumulator<In>;
+    static constexpr bool kPlain = false;
     static POOLING_EXT_INLINE T identity() { return T(0); }
     static POOLING_EXT_INLINE T load(In stored) {
         T x = widen(stored);

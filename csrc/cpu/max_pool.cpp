@@ -60,9 +60,10 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
     if (result.numel() > 0) {
-        choose_scatter(job);
-        launch(kernels().max_pool_backward(dtype_of(grad), kind_of(places)), job,
-               max_backward_rows(job));
+        const DType dtype = dtype_of(grad);
+        const Places kind = kind_of(places);
+        plan_max_backward(job, dtype, kind);
+        launch(kernels().max_pool_backward(dtype, kind), job, max_backward_rows(job));
     }
     return result;
 }

@@ -1,7 +1,7 @@
 // Max pooling, compiled once for each instruction set.
 #include "cpu/interleave.h"
-#include "cpu/pool_backward.h"
 #include "cpu/pool_forward.h"
+#include "cpu/pool_pixels.h"
 #include "cpu/tables.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -11,6 +11,7 @@ template <class Order, class Stored_>
 struct MaxOp {
     using In = Stored_;
     using T = typename Order::T;
+    static constexpr bool kPlain = std::is_same_v<In, T>;
     static POOLING_EXT_INLINE T identity() { return Order::lowest(); }
     static POOLING_EXT_INLINE T load(In x) { return Order::load(x); }
     static POOLING_EXT_INLINE T combine(T a, T b) { return Order::larger(a, b); }
@@ -22,6 +23,10 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
         return pool_blocks(job, begin, end, Scratch(scratch), max_values<In>, true, sizeof(In), 0);
     using Order = typename Fastest<In>::Order;
     using Op = MaxOp<Order, In>;
+    if (PixelWalker<In>::takes(job.p))
+        return pool_pixels<Op, In>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
+            use([](typename Op::T x) { return Order::store(x); });
+        });
     const int64_t n = job.p.out_row();
     pool_rows<Op, In>(
         job, begin, end, Scratch(scratch),
@@ -41,17 +46,19 @@ class ArgmaxReducer {
     using Order = Ordered<In>;
     using T = typename Order::T;
 
-    ArgmaxReducer(const PoolParams& p, Scratch& scratch)
+    // `end` is where the input ends.
+    ArgmaxReducer(const PoolParams& p, const In* end, Scratch& scratch)
         : p_(p),
+          end_(end),
           phases_(p.w, deals(p), scratch),
           dealing_(deals(p)),
-          value_(scratch.take<T>(p.out_row())),
-          offset_(scratch.take<int32_t>(p.out_row())),
-          row_value_(scratch.take<T>(p.in_row())),
-          row_offset_(scratch.take<int32_t>(p.in_row())) {
+          value_(scratch.take<T>(p.out_row() + kVector)),
+          offset_(scratch.take<int32_t>(p.out_row() + kVector)),
+          row_value_(scratch.take<T>(p.in_row() + kVector)),
+          row_offset_(scratch.take<int32_t>(p.in_row() + kVector)) {
         if (dealing_) {
-            dealt_value_ = scratch.take<T>(phases_.size());
-            dealt_offset_ = scratch.take<int32_t>(phases_.size());
+            dealt_value_ = scratch.take<T>(phases_.size() + kVector);
+            dealt_offset_ = scratch.take<int32_t>(phases_.size() + kVector);
             for (int64_t i = 0; i < phases_.size(); ++i) {
                 dealt_value_[i] = Order::lowest();
                 dealt_offset_[i] = kNowhere;
@@ -66,31 +73,28 @@ class ArgmaxReducer {
         if (p_.channels >= kLeastChannels && p_.window_places() <= kDirectWindow)
             return reduce_pixels(plane, od, oh);
         const Axis& w = p_.w;
-        bool any = false;
+        const In* last = nullptr;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
             const int32_t offset = int32_t(place * w.kernel);
-            if (any)
+            if (last)
                 add_row(row, offset);
             else
                 start_row(row, offset);
-            any = true;
+            last = row;
         });
+        if (last) prefetch_rows(p_, last);
         for (int64_t i = 0; i < p_.out_row(); ++i) {
             value_[i] = Order::lowest();
             offset_[i] = kNowhere;
         }
-        if (!any) return;
+        if (!last) return;
         if (dealing_) {
-            for (const auto& part : phases_) {
-                gather_phase<Same<T>>(dealt_value_ + part.to, row_value_ + part.from, part.count,
-                                      w.stride);
-                gather_phase<Same<int32_t>>(dealt_offset_ + part.to, row_offset_ + part.from,
-                                            part.count, w.stride);
-            }
+            deal<Same<T>>(dealt_value_, phases_, row_value_, w);
+            deal<Same<int32_t>>(dealt_offset_, phases_, row_offset_, w);
             for (int64_t c = 0; c < w.kernel; ++c) {
                 const int64_t at = phases_.at(c);
                 add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c),
-                           w.out);
+                           whole_vectors(w.out));
             }
             return;
         }
@@ -195,8 +199,14 @@ class ArgmaxReducer {
         offset_[o] = where + int32_t(first);
     }
 
+    int64_t readable(const In* row) const {
+        const int64_t n = whole_vectors(p_.in_row());
+        return row + n <= end_ ? n : p_.in_row();
+    }
+
     void start_row(const In* __restrict x, int32_t offset) {
-        for (int64_t i = 0; i < p_.in_row(); ++i) {
+        const int64_t n = readable(x);
+        for (int64_t i = 0; i < n; ++i) {
             row_value_[i] = Order::load(x[i]);
             row_offset_[i] = offset;
         }
@@ -205,7 +215,8 @@ class ArgmaxReducer {
     void add_row(const In* __restrict x, int32_t offset) {
         T* __restrict best = row_value_;
         int32_t* __restrict where = row_offset_;
-        for (int64_t i = 0; i < p_.in_row(); ++i) {
+        const int64_t n = readable(x);
+        for (int64_t i = 0; i < n; ++i) {
             const T v = Order::load(x[i]);
             const bool wins = (v > best[i]) | is_nan(v);
             best[i] = wins ? v : best[i];
@@ -227,6 +238,7 @@ class ArgmaxReducer {
     }
 
     const PoolParams& p_;
+    const In* const end_;
     const Phases phases_;
     const bool dealing_;
     T* const value_;
@@ -237,26 +249,19 @@ class ArgmaxReducer {
     int32_t* dealt_offset_ = nullptr;
 };
 
-// Writes the winners' offsets, or their indices in the plane; -1 (as a byte: 255) where there is
-// none.
-template <class Place>
-void write_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offset,
-                  Place* __restrict places) {
-    if constexpr (!std::is_same_v<Place, int64_t>) {
-        for (int64_t i = 0; i < p.out_row(); ++i)
-            places[i] = Place(offset[i] < kNowhere ? offset[i] : -1);
-    } else {
-        const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
-        for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
-            const int64_t w0 = p.w.start(o);
-            for (int64_t c = 0; c < p.channels; ++c, ++i) {
-                const int32_t row = offset[i] / int32_t(p.w.kernel),
-                              kw = offset[i] % int32_t(p.w.kernel);
-                const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
-                const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
-                places[i] =
-                    offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
-            }
+// Writes the winners' indices in the plane; -1 where there is none.
+inline void write_indices(const PoolParams& p, int64_t od, int64_t oh,
+                          const int32_t* __restrict offset, int64_t* __restrict places) {
+    const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
+    for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
+        const int64_t w0 = p.w.start(o);
+        for (int64_t c = 0; c < p.channels; ++c, ++i) {
+            const int32_t row = offset[i] / int32_t(p.w.kernel),
+                          kw = offset[i] % int32_t(p.w.kernel);
+            const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
+            const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
+            places[i] =
+                offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
         }
     }
 }
@@ -280,6 +285,59 @@ void max_of_planes(const Job& job, int64_t begin, int64_t end) {
     }
 }
 
+// The maxima of a window in channels-last, and the offsets of their winners; x holds its elements
+// in order.
+template <class In, int kCount>
+void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const* elements,
+                  const int32_t* offsets, int64_t n) {
+    using Order = Ordered<In>;
+    using T = typename Order::T;
+    const In* x[kCount];
+    int32_t offset[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
+    for (int64_t i = 0; i < n; ++i) {
+        T best = Order::load(x[0][i]);
+        int32_t where = offset[0];
+        for (int k = 1; k < kCount; ++k) {
+            const T v = Order::load(x[k][i]);
+            const bool wins = (v > best) | is_nan(v);
+            best = select(wins, v, best);
+            where = select(wins, offset[k], where);
+        }
+        y[i] = Order::store(best);
+        places[i] = uint8_t(where);
+    }
+}
+
+template <class In>
+void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
+    const PoolParams& p = job.p;
+    PixelWalker<In> walk(p);
+    each_index(
+        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+            const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
+            In* y = static_cast<In*>(job.dst) + index * p.out_row();
+            auto* places = static_cast<uint8_t*>(job.places_out) + index * p.out_row();
+            walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+                constexpr int kCount = rows.value * columns.value;
+                In* const to = y + o * p.channels;
+                uint8_t* const place = places + o * p.channels;
+                if constexpr (kCount == 0) {
+                    fill(to, Ordered<In>::store(Ordered<In>::lowest()), p.channels);
+                    fill(place, uint8_t(kByteWindow), p.channels);
+                } else {
+                    const In* x[kCount];
+                    int32_t offsets[kCount];
+                    for (int k = 0; k < kCount; ++k) {
+                        x[k] = taps.at(k, columns.value);
+                        offsets[k] = walk.offset(o, k, columns.value);
+                    }
+                    argmax_pixel<In, kCount>(to, place, x, offsets, p.channels);
+                }
+            });
+        });
+}
+
 template <class In, class Place>
 void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
@@ -287,136 +345,34 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
         return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In),
                            sizeof(Place));
     if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
+    if (std::is_same_v<Place, uint8_t> && PixelWalker<In>::takes(job.p))
+        return argmax_pixels<In>(job, begin, end);
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
-    ArgmaxReducer<In> argmax(p, scratch);
     const auto* src = static_cast<const In*>(job.src);
-    const int64_t plane = p.d.in * p.h.in * p.in_row();
+    const int64_t plane = p.d.in * p.h.in * p.in_row(), out = p.out_row();
+    ArgmaxReducer<In> argmax(p, src + p.outer * plane, scratch);
+    In* __restrict maxima = scratch.take<In>(out + kVector);
+    Place* __restrict where =
+        scratch.take<Place>(sizeof(Place) > sizeof(int32_t) ? 0 : out + kVector);
     each_index(begin, end, p.d.out, p.h.out,
                [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
                    argmax(src + outer * plane, od, oh);
-                   In* __restrict y = static_cast<In*>(job.dst) + index * p.out_row();
+                   // By way of scratch memory, where whole vectors can be written.
                    const auto* __restrict values = argmax.values();
-                   for (int64_t i = 0; i < p.out_row(); ++i) y[i] = Order::store(values[i]);
-                   write_places(p, od, oh, argmax.offsets(),
-                                static_cast<Place*>(job.places_out) + index * p.out_row());
+                   const int64_t n = whole_vectors(out, kVector);
+                   for (int64_t i = 0; i < n; ++i) maxima[i] = Order::store(values[i]);
+                   std::memcpy(static_cast<In*>(job.dst) + index * out, maxima, out * sizeof(In));
+                   Place* const places = static_cast<Place*>(job.places_out) + index * out;
+                   if constexpr (std::is_same_v<Place, int64_t>) {
+                       write_indices(p, od, oh, argmax.offsets(), places);
+                   } else {
+                       const int32_t* __restrict offsets = argmax.offsets();
+                       for (int64_t i = 0; i < n; ++i)
+                           where[i] = Place(offsets[i] < kNowhere ? offsets[i] : -1);
+                       std::memcpy(places, where, out * sizeof(Place));
+                   }
                });
-}
-
-// The gradients of a plane are scattered, each to its winner. A thread has the plane to itself
-// (in channels-last: kScatterChannels planes), so the order of the sums does not depend on how many
-// there are.
-template <class G, class Place, bool kChannelsLast>
-void scatter_planes(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
-    using T = Accumulator<G>;
-    const PoolParams& p = job.p;
-    // Where each offset in a window leads, from the window's start.
-    constexpr int64_t kTable = std::is_same_v<Place, uint8_t> ? kByteWindow : 0;
-    int64_t lead[kTable + 1];
-    const auto lead_of = [&](int64_t offset) {
-        const int64_t kw = offset % p.w.kernel, row = offset / p.w.kernel;
-        const int64_t kh = row % p.h.kernel, kd = row / p.h.kernel;
-        return (kd * p.d.dilation * p.h.in + kh * p.h.dilation) * p.w.in + kw * p.w.dilation;
-    };
-    for (int64_t offset = 0; offset < kTable && offset < p.window_places(); ++offset)
-        lead[offset] = lead_of(offset);
-    int64_t* starts = scratch.take<int64_t>(p.w.out);
-    for (int64_t ow = 0; ow < p.w.out; ++ow) starts[ow] = p.w.start(ow);
-    const int64_t groups = ceil_div(p.channels, kScatterChannels);
-    // Sums of the stored type in the contiguous format are made in place.
-    constexpr bool in_place = std::is_same_v<T, G> && !kChannelsLast;
-    T* own =
-        scratch.take<T>(in_place ? 0 : p.in_plane() * (groups > 1 ? kScatterChannels : p.channels));
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t channel = unit % groups * kScatterChannels, outer = unit / groups;
-        const int64_t rest = p.channels - channel;
-        const int64_t channels = !kChannelsLast            ? 1
-                                 : rest < kScatterChannels ? rest
-                                                           : kScatterChannels;
-        const int64_t from = outer * p.out_plane() * p.channels + channel;
-        const G* grad = static_cast<const G*>(job.src) + from;
-        const Place* place = static_cast<const Place*>(job.places_in) + from;
-        G* dst = static_cast<G*>(job.dst) + outer * p.in_plane() * p.channels + channel;
-        T* const sums = in_place ? reinterpret_cast<T*>(dst) : own;
-        std::memset(sums, 0, p.in_plane() * channels * sizeof(T));
-        each_index(
-            0, p.d.out * p.h.out, p.d.out, p.h.out, [&](int64_t, int64_t, int64_t od, int64_t oh) {
-                const int64_t row = (p.d.start(od) * p.h.in + p.h.start(oh)) * p.w.in;
-                for (int64_t ow = 0; ow < p.w.out; ++ow, grad += p.channels, place += p.channels)
-                    for (int64_t c = 0; c < channels; ++c) {
-                        const Place at = place[c];
-                        const T g = widen(grad[c]);
-                        if constexpr (std::is_same_v<Place, int64_t>) {
-                            if (at >= 0) sums[at * channels + c] += g;
-                        } else if constexpr (std::is_same_v<Place, uint8_t>) {
-                            if (at != kByteWindow)
-                                sums[(row + starts[ow] + lead[at]) * channels + c] += g;
-                        } else if (at >= 0) {
-                            sums[(row + starts[ow] + lead_of(at)) * channels + c] += g;
-                        }
-                    }
-            });
-        if (in_place) continue;
-        // Pixels that are whole are written in one run.
-        const int64_t runs = channels == p.channels ? 1 : p.in_plane();
-        const int64_t run = p.in_plane() * channels / runs;
-        for (int64_t r = 0; r < runs; ++r) {
-            const T* __restrict sum = sums + r * run;
-            G* __restrict to = dst + r * p.channels;
-            for (int64_t i = 0; i < run; ++i) to[i] = narrow<G>(sum[i]);
-        }
-    }
-}
-
-// The input column that an offset in window o names, if it is in the window's row `place`; else -1.
-POOLING_EXT_INLINE int64_t column_of(const Axis& w, int64_t o, int64_t offset, int64_t place) {
-    const int64_t k = offset - place * w.kernel;
-    return k >= 0 && k < w.kernel ? w.start(o) + k * w.dilation : -1;
-}
-
-// In channels-last a row of inputs gathers, from each window over it, what went to a winner there.
-template <class G, class Place>
-void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
-    using T = Accumulator<G>;
-    const PoolParams& p = job.p;
-    const Axis& w = p.w;
-    RowGradient<T> gradient(p, scratch, false);
-    const auto add_row = [&](const SpreadRow<G>& row) {
-        const Place* places = static_cast<const Place*>(job.places_in) + row.offset;
-        for (int64_t o = 0; o < w.out; ++o) {
-            const G* __restrict grad = row.grad + o * p.channels;
-            const Place* __restrict place = places + o * p.channels;
-            if (std::is_same_v<Place, int64_t> || w.kernel > kWideWindow) {
-                // One pass over the winners costs less than one for each column.
-                for (int64_t c = 0; c < p.channels; ++c) {
-                    const int64_t at = std::is_same_v<Place, int64_t>
-                                           ? place[c] - row.input_row * w.in
-                                           : column_of(w, o, place[c], row.place);
-                    if (at >= 0 && at < w.in) gradient.column(at)[c] += widen(grad[c]);
-                }
-                continue;
-            }
-            const int64_t last = w.end(o);
-            for (int64_t k = w.first(o); k < last; ++k) {
-                T* __restrict sum = gradient.column(w.start(o) + k * w.dilation);
-                const Place wanted = Place(row.place * w.kernel + k);
-                for (int64_t c = 0; c < p.channels; ++c)
-                    sum[c] += place[c] == wanted ? widen(grad[c]) : T(0);
-            }
-        }
-    };
-    gather_rows<G>(
-        job, begin, end, [&] { gradient.clear(); }, add_row, [&](G* dst) { gradient.write(dst); });
-}
-
-template <class G, class Place>
-void max_backward(const Job& job, int64_t begin, int64_t end, void* scratch) {
-    if (job.by_plane && job.p.channels == 1)
-        scatter_planes<G, Place, false>(job, begin, end, Scratch(scratch));
-    else if (job.by_plane)
-        scatter_planes<G, Place, true>(job, begin, end, Scratch(scratch));
-    else
-        gather_winners<G, Place>(job, begin, end, Scratch(scratch));
 }
 
 template <class In>
@@ -430,21 +386,6 @@ Kernel forward_of(Places places) {
             return max_with_places<In, int32_t>;
         case Places::Index:
             return max_with_places<In, int64_t>;
-    }
-    return nullptr;
-}
-
-template <class G>
-Kernel backward_of(Places places) {
-    switch (places) {
-        case Places::Byte:
-            return max_backward<G, uint8_t>;
-        case Places::Int32:
-            return max_backward<G, int32_t>;
-        case Places::Index:
-            return max_backward<G, int64_t>;
-        case Places::None:
-            break;
     }
     return nullptr;
 }
@@ -466,10 +407,6 @@ Kernel max_pool(DType dtype, Places places) {
         default:
             return for_float(dtype, [&](auto zero) { return forward_of<decltype(zero)>(places); });
     }
-}
-
-Kernel max_pool_backward(DType dtype, Places places) {
-    return for_float(dtype, [&](auto zero) { return backward_of<decltype(zero)>(places); });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

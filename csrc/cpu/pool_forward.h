@@ -6,7 +6,8 @@
 // out into `stride` phases, so that the c-th columns of neighbouring windows lie side by side; in
 // channels-last the columns are vectors of channels anyway.
 //
-// An operator is a type with `In` and `T` (stored and computed type), load, combine and identity.
+// An operator is a type with `In` and `T` (stored and computed type), load, combine and identity,
+// and `kPlain`: whether load changes nothing.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -30,6 +31,13 @@ class Scratch {
   private:
     char* next_;
 };
+
+// Scratch rows have room for a vector more, so that loops over them need no remainder.
+constexpr int64_t kVector = 64;
+
+inline int64_t whole_vectors(int64_t n, int64_t vector = kVector / 2) {
+    return (n + vector - 1) / vector * vector;
+}
 
 // Reads elements as they lie in the input.
 template <class Op>
@@ -158,6 +166,37 @@ class Phases {
     Part* parts_ = nullptr;
 };
 
+// Deals a row out into the phases that lie at `dealt`.
+template <class Load, class T>
+void deal(T* __restrict dealt, const Phases& phases, const typename Load::Element* __restrict row,
+          const Axis& w) {
+    const auto* part = phases.begin();
+    if (w.stride == 2 && phases.end() - part == 2) {
+        // Both together: the last vector of a loop over one of them would be dealt one by one.
+        const bool swapped = part->from == 1;
+        T* __restrict even = dealt + part[swapped].to;
+        T* __restrict odd = dealt + part[!swapped].to;
+        for (int64_t i = 0; i < w.in / 2; ++i) {
+            even[i] = Load::get(row[2 * i]);
+            odd[i] = Load::get(row[2 * i + 1]);
+        }
+        if (w.in % 2) even[w.in / 2] = Load::get(row[w.in - 1]);
+        return;
+    }
+    for (; part != phases.end(); ++part)
+        gather_phase<Load>(dealt + part->to, row + part->from, part->count, w.stride);
+}
+
+// Prefetches what the next row of outputs reads besides, where `last` is the last row of inputs of
+// this one. The hardware foresees a long run, but here each is short and begins anew.
+template <class In>
+POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
+    if (p.channels != 1) return;
+    constexpr int64_t kLine = 64 / sizeof(In);
+    const int64_t row = p.w.in, n = row * p.h.stride;
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + i);
+}
+
 // Whether rows are dealt out, which takes windows of one size in the contiguous format.
 POOLING_EXT_INLINE bool deals(const PoolParams& p) {
     return p.channels == 1 && !p.w.adaptive && p.w.kernel <= kWideWindow;
@@ -178,8 +217,22 @@ POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t o
 }
 
 // dst[o] = row[kStride * o] + ... + row[kStride * o + kKernel - 1], where + is the operator's.
+// `evens` is scratch memory for n + 1 elements.
 template <class Op, int kStride, int kKernel>
-void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row, int64_t n) {
+void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row,
+           typename Op::T* __restrict evens, int64_t n) {
+    if constexpr (kStride == 2 && kKernel == 3) {
+        // Reading every other element apart from its neighbour would leave the last vector of the
+        // loop to be done one by one.
+        for (int64_t o = 0; o < n; ++o) {
+            const typename Op::T even = row[2 * o];
+            evens[o] = even;
+            dst[o] = Op::combine(even, row[2 * o + 1]);
+        }
+        evens[n] = row[2 * n];
+        for (int64_t o = 0; o < n; ++o) dst[o] = Op::combine(dst[o], evens[o + 1]);
+        return;
+    }
     for (int64_t o = 0; o < n; ++o) {
         typename Op::T total = row[kStride * o];
         for (int c = 1; c < kKernel; ++c) total = Op::combine(total, row[kStride * o + c]);
@@ -189,14 +242,14 @@ void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row,
 
 // The `slide` for the windows that most networks have, or nullptr.
 template <class Op>
-auto slide_for(const PoolParams& p)
-    -> void (*)(typename Op::T* __restrict, const typename Op::T* __restrict, int64_t) {
+auto slide_for(const PoolParams& p) -> decltype(&slide<Op, 1, 2>) {
     if (p.channels != 1 || p.w.adaptive || p.w.dilation != 1) return nullptr;
     const int64_t stride = p.w.stride, kernel = p.w.kernel;
     if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
     if (stride == 1 && kernel == 3) return slide<Op, 1, 3>;
     if (stride == 2 && kernel == 2) return slide<Op, 2, 2>;
     if (stride == 2 && kernel == 3) return slide<Op, 2, 3>;
+    if (stride == 4 && kernel == 4) return slide<Op, 4, 4>;
     return nullptr;
 }
 
@@ -219,7 +272,7 @@ class RowReducer {
           row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector
                                                                      : 0) +
                kVector),
-          dealt_(scratch.take<T>(phases_.size())),
+          dealt_(scratch.take<T>(slide_ ? p.w.out + kVector : phases_.size())),
           out_(scratch.take<T>(p.out_row() + kVector)) {
         for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
         if (slide_)
@@ -230,13 +283,16 @@ class RowReducer {
     T* operator()(const In* plane, int64_t od, int64_t oh) {
         int64_t count = 0;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t) { rows_[count++] = row; });
+        if (count > 0) prefetch_rows(p_, rows_[count - 1]);
         if (count == 0) {
             for (int64_t i = 0; i < p_.out_row(); ++i) out_[i] = Op::identity();
+        } else if (slide_ && slides_in_place(count)) {
+            slide_(out_, reinterpret_cast<const T*>(rows_[0]), dealt_, whole_vectors(p_.w.out));
         } else if (slide_) {
             fold_rows(count);
             const int64_t past = (p_.w.out - 1) * p_.w.stride + p_.w.kernel - p_.w.pad_before;
             for (int64_t i = p_.w.in; i < past; ++i) row_[i] = Op::identity();
-            slide_(out_, row_ - p_.w.pad_before, whole_vectors(p_.w.out));
+            slide_(out_, row_ - p_.w.pad_before, dealt_, whole_vectors(p_.w.out));
         } else if (count == 1) {
             reduce_columns<Stored<Op>>(rows_[0]);
         } else {
@@ -247,11 +303,12 @@ class RowReducer {
     }
 
   private:
-    // Scratch rows have room for a vector more, so that loops over them need no remainder.
-    static constexpr int64_t kVector = 64;
-
-    static int64_t whole_vectors(int64_t n) {
-        return (n + kVector / 2 - 1) / (kVector / 2) * (kVector / 2);
+    // Whether windows of one row can be read where it lies.
+    bool slides_in_place(int64_t count) const {
+        const Axis& w = p_.w;
+        return Op::kPlain && count == 1 && w.pad_before == 0 &&
+               (w.out - 1) * w.stride + w.kernel <= w.in &&
+               rows_[0] + whole_vectors(w.out) * w.stride + w.kernel <= end_;
     }
 
     void fold_rows(int64_t count) {
@@ -284,8 +341,7 @@ class RowReducer {
                                            w.dilation);
             }
         } else {
-            for (const auto& part : phases_)
-                gather_phase<Load>(dealt_ + part.to, row + part.from, part.count, w.stride);
+            deal<Load>(dealt_, phases_, row, w);
             const auto** columns = reinterpret_cast<const T**>(columns_);
             for (int64_t c = 0; c < w.kernel; ++c) columns[c] = dealt_ + phases_.at(c);
             fold<Op, Computed<Op>>(out_, columns, w.kernel, w.out);
@@ -293,7 +349,7 @@ class RowReducer {
     }
 
     const PoolParams& p_;
-    void (*const slide_)(T* __restrict, const T* __restrict, int64_t);
+    const decltype(&slide<Op, 1, 2>) slide_;
     const bool dealing_;
     const In* const end_;
     const Phases phases_;

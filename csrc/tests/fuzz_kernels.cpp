@@ -6,121 +6,21 @@
 // Each job is made from its number alone: `fuzz_kernels 1 N` repeats job N. Every array, the
 // scratch memory too, is an allocation of exactly its size, so that AddressSanitizer sees any
 // access outside. Jobs run in a child process, so that a crash can be told from outside.
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <random>
 #include <sstream>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "cpu/avg_pool_kernels.cpp"
-#include "cpu/lp_pool_kernels.cpp"
-#include "cpu/max_pool_kernels.cpp"
 #include "cpu/plan.h"
+#include "cpu/tables.h"
+#include "tests/fuzz.h"
 
 namespace pooling_ext {
 namespace {
 
 constexpr int64_t kDefaultJobs = 20000;
-constexpr unsigned char kPoison = 0xa5;
 
-// What the child process leaves for its parent to tell.
-struct Progress {
-    char job[640];
-    long long done, blocks, planes, empty_windows;
-};
-Progress* progress;
-
-struct Random {
-    std::mt19937_64 bits;
-
-    int64_t pick(int64_t low, int64_t high) { return low + bits() % uint64_t(high - low + 1); }
-    bool chance(int64_t one_in) { return pick(1, one_in) == 1; }
-};
-
-// --- elements --------------------------------------------------------------------------
-
-struct Format {
-    DType dtype;
-    const char* name;
-    int bytes, exponent, mantissa;  // exponent and mantissa in bits; 0 for integers
-
-    int bias() const { return (1 << (exponent - 1)) - 1; }
-    bool is_float() const { return exponent > 0; }
-
-    double value(uint64_t bits) const {
-        if (dtype == DType::UInt8) return double(bits);
-        const int unused = 64 - 8 * bytes;
-        if (!is_float()) return double(int64_t(bits << unused) >> unused);
-        const int field = int(bits >> mantissa) & ((1 << exponent) - 1);
-        const uint64_t fraction = bits & ((uint64_t(1) << mantissa) - 1);
-        const double sign = bits >> (8 * bytes - 1) ? -1 : 1;
-        if (field == (1 << exponent) - 1) return fraction ? NAN : sign * INFINITY;
-        const uint64_t significand = fraction | uint64_t(field > 0) << mantissa;
-        return std::ldexp(sign * double(significand), std::max(field, 1) - bias() - mantissa);
-    }
-
-    double lowest() const {
-        if (is_float()) return -INFINITY;
-        return dtype == DType::UInt8 ? 0 : -std::ldexp(1, 8 * bytes - 1);
-    }
-
-    // The error of rounding to about x.
-    double rounding(double x) const {
-        return std::ldexp(1.001 * std::abs(x), -mantissa - 1) + std::ldexp(1, -bias() - mantissa);
-    }
-
-    // Of magnitude 1/8 to 4. Coarse elements are often equal; `special` ones are any others.
-    uint64_t random(Random& r, bool coarse, bool special) const {
-        if (!is_float()) {
-            const uint64_t top = uint64_t(1) << (8 * bytes - 1);
-            if (special) return r.chance(2) ? top : top - 1;
-            return coarse ? r.pick(0, 4) - 2 * (dtype != DType::UInt8) : int64_t(r.bits()) >> 12;
-        }
-        const uint64_t sign = r.bits() >> 63 << (8 * bytes - 1);
-        const uint64_t infinity = ((uint64_t(1) << exponent) - 1) << mantissa;
-        const uint64_t specials[] = {0, infinity, infinity | uint64_t(1) << (mantissa - 1)};
-        if (special) return sign | specials[r.pick(0, 2)];
-        const uint64_t fraction = r.bits() >> (64 - mantissa);
-        const uint64_t kept = coarse ? uint64_t(1) << (mantissa - 1) : ~uint64_t(0);
-        return sign | uint64_t(bias() + r.pick(-3, 1)) << mantissa | (fraction & kept);
-    }
-};
-
-constexpr Format kFormats[] = {
-    {DType::Float32, "float32", 4, 8, 23},  {DType::Float64, "float64", 8, 11, 52},
-    {DType::BFloat16, "bfloat16", 2, 8, 7}, {DType::Float16, "float16", 2, 5, 10},
-    {DType::Int8, "int8", 1, 0, 0},         {DType::Int16, "int16", 2, 0, 0},
-    {DType::Int32, "int32", 4, 0, 0},       {DType::Int64, "int64", 8, 0, 0},
-    {DType::UInt8, "uint8", 1, 0, 0},
-};
-
-// `count` elements of `size` bytes each.
-struct Array {
-    const int64_t count, size;
-    const std::unique_ptr<unsigned char[]> data{new unsigned char[count * size]};
-
-    Array(int64_t count, int64_t size, int fill = kPoison) : count(count), size(size) {
-        std::memset(data.get(), fill, count * size);
-    }
-    uint64_t get(int64_t i) const {
-        uint64_t bits = 0;
-        std::memcpy(&bits, &data[i * size], size);
-        return bits;
-    }
-    void set(int64_t i, uint64_t bits) { std::memcpy(&data[i * size], &bits, size); }
-    bool written(int64_t i) const {
-        const auto* const from = &data[i * size];
-        return std::any_of(from, from + size, [](int byte) { return byte != kPoison; });
-    }
-};
+// What is counted of the jobs.
+enum Counter { kBlocks, kPlanes, kEmptyWindows };
 
 // --- jobs ------------------------------------------------------------------------------
 
@@ -251,23 +151,20 @@ Case make_case(Random& r) {
         if (r.chance(4)) job.divisor = r.chance(2) ? r.pick(1, 9) : -r.pick(1, 9);
     }
     if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
+    // Planning asks whether there are places; run_case says where.
+    static char somewhere;
+    if (c.op == Op::Max && c.places != Places::None) job.places_out = &somewhere;
     if (c.op == Op::MaxBackward) {
-        choose_scatter(job);
+        plan_max_backward(job, c.format.dtype, c.places);
         if (r.chance(4)) job.by_plane = !job.by_plane;
     }
     c.rows = c.op == Op::MaxBackward ? max_backward_rows(job)
-             : c.forward()           ? plan_forward(job, c.op == Op::Avg)
-                                     : plan_avg_backward(job);
+             : c.forward()           ? plan_forward(job, c.format.bytes, c.op == Op::Avg)
+                                     : plan_avg_backward(job, c.format.bytes);
     return c;
 }
 
 // --- expected results ------------------------------------------------------------------
-
-// What an element should be, within a slack; below 0 means exactly.
-struct Expected {
-    double value = 0, slack = -1;
-    bool or_nan = false;  // the sum may have either sign, and its root is NaN
-};
 
 double root(double x, int norm) { return norm == 1 ? x : std::pow(x, 1.0 / norm); }
 
@@ -298,7 +195,7 @@ std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random
     };
     const auto windows = c.windows();
     const auto empty = [](const Window& window) { return window.inside.empty(); };
-    progress->empty_windows += std::any_of(windows.begin(), windows.end(), empty);
+    progress->counted[kEmptyWindows] += std::any_of(windows.begin(), windows.end(), empty);
     for (int64_t o = 0; o < c.outputs(); ++o) {
         const int64_t channel = o % p.channels, outer = o / p.channels / p.out_plane();
         const Window& window = windows[o / p.channels % p.out_plane()];
@@ -343,12 +240,6 @@ std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random
     return y;
 }
 
-[[noreturn]] void fail(const char* what, int64_t at, double found, const Expected& expected) {
-    std::fprintf(stderr, "%s %lld: found %.17g, expected %.17g within %g\n", what, (long long)at,
-                 found, expected.value, expected.slack);
-    std::exit(1);
-}
-
 void run_case(const Case& c, Random& r) {
     const bool forward = c.forward();
     Array src(forward ? c.inputs() : c.outputs(), c.format.bytes);
@@ -370,10 +261,10 @@ void run_case(const Case& c, Random& r) {
         for (int64_t o = 0; o < places.count; ++o) places.set(o, winners[o]);
     }
 
-    const auto& [max, max_backward, avg, avg_backward, lp] = POOLING_EXT_ISA::kernels;
+    namespace isa = POOLING_EXT_ISA;
     const DType t = c.format.dtype;
-    const Kernel kernels[] = {max(t, c.places), max_backward(t, c.places), avg(t), avg_backward(t),
-                              lp(t)};
+    const Kernel kernels[] = {isa::max_pool(t, c.places), isa::max_pool_backward(t, c.places),
+                              isa::avg_pool(t), isa::avg_pool_backward(t), isa::lp_pool(t)};
     // Two ranges of rows, in either order, as two threads would take them.
     const int64_t middle = r.pick(0, c.rows.count);
     std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, c.rows.count}};
@@ -407,9 +298,8 @@ void run_case(const Case& c, Random& r) {
     for (int64_t o = 0; job.places_out && o < places.count; ++o)
         if (places.get(o) != winners[o] << unused >> unused)
             fail("place", o, double(places.get(o)), {double(winners[o])});
-    ++progress->done;
-    progress->blocks += job.block > 0;
-    progress->planes += job.by_plane;
+    progress->counted[kBlocks] += job.block > 0;
+    progress->counted[kPlanes] += job.by_plane;
 }
 
 }  // namespace
@@ -417,29 +307,11 @@ void run_case(const Case& c, Random& r) {
 
 int main(int argc, char** argv) {
     using namespace pooling_ext;
-    const long long jobs = argc > 1 ? std::atoll(argv[1]) : kDefaultJobs;
-    const long long first = argc > 2 ? std::atoll(argv[2]) : 0;
-    void* const shared =
-        mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (shared == MAP_FAILED) return std::perror("mmap"), 2;
-    progress = new (shared) Progress{};
-    const pid_t child = fork();
-    if (child == 0) {
-        for (long long number = first; number < first + jobs; ++number) {
-            Random random{std::mt19937_64(number)};
-            const Case c = make_case(random);
-            std::snprintf(progress->job, sizeof(progress->job), "job %lld: %s", number,
-                          c.description().c_str());
-            run_case(c, random);
-        }
-        return 0;
-    }
-    int status = 1;
-    if (child < 0 || waitpid(child, &status, 0) != child) return std::perror("fork"), 2;
-    const Progress& p = *progress;
-    if (status != 0) return std::fprintf(stderr, "fuzz_kernels: FAILED in %s\n", p.job), 1;
-    std::printf(
-        "fuzz_kernels: %lld jobs passed: %lld in blocks, %lld by plane, %lld with empty windows\n",
-        p.done, p.blocks, p.planes, p.empty_windows);
-    return 0;
+    const char* const counters[] = {"in blocks", "by plane", "with empty windows", nullptr};
+    return fuzz(argc, argv, "fuzz_kernels", kDefaultJobs, counters,
+                [](Random& random, const auto& describe) {
+                    const Case c = make_case(random);
+                    describe(c.description());
+                    run_case(c, random);
+                });
 }

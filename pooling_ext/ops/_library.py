@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._prims_common import suggest_memory_format
+from torch.compiler import is_compiling
 from torch.library import Library
 
 library = Library("pooling_ext", "DEF")
@@ -36,6 +37,9 @@ def define(
     name = signature.split("(")[0]
     qualified = f"pooling_ext::{name}"
     library.define(f"{signature} -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    # Autograd Functions call the operators, so that none has a gradient of its own; PyTorch's
+    # stand-in for a missing one takes a third of a tiny call's time.
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(qualified, fake, lib=library)
     operator = getattr(torch.ops.pooling_ext, name).default
     if vmap:
@@ -45,6 +49,12 @@ def define(
 
 def suggests_channels_last(input: torch.Tensor) -> bool:
     """Whether a result for ``input`` is to be in a channels-last format."""
+    if type(input) is torch.Tensor and not is_compiling() and input.dim() > 3:
+        # PyTorch's answer for nearly every tensor, in a tenth of the time.
+        if input.stride(1) * input.shape[1] > input.stride(-1):
+            return False
+        if min(input.shape) > 1 and input.is_contiguous(memory_format=memory_format(input.dim() - 2, True)):
+            return True
     return suggest_memory_format(input) in (torch.channels_last, torch.channels_last_3d)
 
 

@@ -45,9 +45,8 @@ class _AddReluGlobalAvgPool(Function):
         input, residual = ctx.saved_tensors
         (grad,) = grads
         if torch.is_grad_enabled() and not is_compiling():
-            # Where PyTorch differentiates again, the mask is a constant and the rest is linear in grad.
-            mask = ~(input + residual <= 0)
-            shared = (grad / (input.shape[2] * input.shape[3])).expand_as(input).where(mask, 0)
+            spread = (grad / (input.shape[2] * input.shape[3])).expand_as(input)
+            shared = torch.ops.aten.threshold_backward(spread, input + residual, 0)
         else:
             shared = _backward(grad, input, residual)
         return tuple(shared if needed else None for needed in ctx.needs_input_grad)
@@ -63,9 +62,11 @@ def add_relu_global_avg_pool(input: Tensor, residual: Tensor, keepdim: bool = Tr
         keepdim: return ``(N, C, 1, 1)`` if true, ``(N, C)`` if false.
 
     Raises:
-        TypeError: the input is not a tensor.
+        TypeError: an argument is not a tensor.
         ArgumentError: the shapes differ, or the input's is out of range.
     """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a torch.Tensor, but got {type(residual).__name__}")
     if residual.shape != input.shape:
         raise ArgumentError(
             f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"

@@ -110,6 +110,7 @@ class _BatchNormAct(Function):
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
             if count is not None and group is not None:
+                sums = sums.clone()  # of which a float64 bias's gradient is a part
                 torch.distributed.all_reduce(sums, group=group)
             grad_input = _input_grad(
                 masked,
@@ -197,7 +198,8 @@ def batch_norm_act(
         TypeError: an argument has the wrong type.
         ArgumentError: an argument does not go with the input's shape, or is out of range.
     """
-    check(input, residual, activation, {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    parameters = {"weight": weight, "bias": bias}
+    check(input, residual, activation, parameters, running_mean, running_var, training, momentum, eps)
     relu = activation == "relu"
     ours = backends.choose("batch_norm_act", input) is not backends.ATEN
     if not ours or transformed() or (residual is not None and not alike(input, residual)):
@@ -230,9 +232,16 @@ def check(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    momentum: float,
+    eps: float,
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+    for name, number in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(number, (float, int)):
+            raise TypeError(f"{name} must be a number, but got {type(number).__name__}")
+    if eps < 0 or (training and eps == 0):
+        raise ArgumentError(f"eps must be positive, or 0 unless training is true, but got {eps}")
     if input.dim() < 2:
         raise ArgumentError(
             f"input must have a batch and a channel dimension, but got shape {tuple(input.shape)}"
@@ -240,17 +249,30 @@ def check(
     channels = input.shape[1]
     parameters = {**parameters, "running_mean": running_mean, "running_var": running_var}
     for name, value in parameters.items():
-        if value is not None and value.shape != (channels,):
+        if value is None:
+            continue
+        _check_tensor(name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating-point, but got {value.dtype}")
+        if value.shape != (channels,):
             raise ArgumentError(
                 f"{name} must have shape ({channels},), one value for each of input's channels, but got "
                 f"{tuple(value.shape)}"
             )
     if not training and (running_mean is None or running_var is None):
         raise ArgumentError("running_mean and running_var must be given unless training is true")
-    if residual is not None and residual.shape != input.shape:
+    if residual is None:
+        return
+    _check_tensor("residual", residual)
+    if residual.shape != input.shape:
         raise ArgumentError(
             f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"
         )
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, but got {type(value).__name__}")
 
 
 def alike(input: Tensor, residual: Tensor) -> bool:
@@ -288,18 +310,20 @@ def statistics(
         running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
         return running.to(torch.float64), None
     stats, count = _batch_stats(input, group)
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None and count > 0:
         _update(running_mean, running_var, stats, count, momentum)
     return stats, count
 
 
 def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
     """Mean and biased variance of each channel, and the number of elements that went into them."""
-    count = input.numel() // input.shape[1]
+    count = input.numel() // max(input.shape[1], 1)
     stats = _stats(input.detach())
     if group is not None:
         stats, count = _combine(stats, count, group)
-    if count <= 1:
+    if count == 0:  # which PyTorch takes, and gives gradients of zero
+        stats = torch.zeros_like(stats)
+    if count == 1:
         raise ArgumentError(
             "Expected more than 1 value per channel when training, but got input of shape "
             f"{tuple(input.shape)}"
@@ -310,9 +334,10 @@ def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
 def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
     """The statistics of all processes' elements from those of each."""
     own = torch.cat((stats.flatten(), stats.new_tensor([count])))
-    gathered = own.new_empty(torch.distributed.get_world_size(group) * own.numel())  # gloo wants it flat
+    size = torch.distributed.get_world_size(group)
+    gathered = own.new_empty(size * own.numel())  # gloo takes no more dimensions than own's
     torch.distributed.all_gather_into_tensor(gathered, own, group=group)
-    gathered = gathered.view(-1, own.numel())
+    gathered = gathered.unflatten(0, (size, -1))
     counts = gathered[:, -1:]
     means, variances = gathered[:, :-1].unflatten(1, stats.shape).unbind(1)
     shares = counts / counts.sum()
@@ -325,10 +350,11 @@ def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
 
 
 def _update(running_mean: Tensor, running_var: Tensor, stats: Tensor, count: float, momentum: float) -> None:
+    mean, variance = stats[0], stats[1] * (count / (count - 1))
     with torch.no_grad():
-        batch = stats.to(running_mean.dtype)
-        running_mean.mul_(1 - momentum).add_(batch[0], alpha=momentum)
-        running_var.mul_(1 - momentum).add_(batch[1], alpha=momentum * count / (count - 1))
+        # In float64, so that 16 bits are rounded once.
+        running_mean.copy_(running_mean.to(torch.float64).lerp(mean, momentum))
+        running_var.copy_(running_var.to(torch.float64).lerp(variance, momentum))
 
 
 def _aten_batch_norm_act(

@@ -104,7 +104,8 @@ class _BatchNormReluMaxPool(Function):
             if needs_weight:
                 grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
         if needs_input:
-            if count is not None and group is not None:
+            if count is not None and group is not None and sums is not None:
+                sums = sums.clone()  # of which a float64 bias's gradient is a part
                 torch.distributed.all_reduce(sums, group=group)
             through = sums if count is not None else None
             grad_input = _input_grad(
@@ -168,7 +169,8 @@ def batch_norm_relu_max_pool(
     Returns:
         ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
     """
-    check(input, None, "relu", {"weight": weight, "bias": bias}, running_mean, running_var, training)
+    parameters = {"weight": weight, "bias": bias}
+    check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
     if aten or transformed() or input.dim() != 4 or not _usual(windows):

@@ -52,7 +52,8 @@ def conv_bn_act(
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    if isinstance(input, Tensor) and _folds(conv, bn, input, residual, dtype):
+    tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
+    if tensors and _folds(conv, bn, input, residual, dtype):
         return _folded(conv, bn, input, residual, activation, dtype or input.dtype)
     return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
 
@@ -60,6 +61,8 @@ def conv_bn_act(
 def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast: torch.dtype | None) -> bool:
     """Whether the statistics can go into the weights, and it pays."""
     if bn.training or bn.running_mean is None or is_compiling() or transformed():
+        return False
+    if bn.running_mean.shape != conv.weight.shape[:1]:
         return False
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False

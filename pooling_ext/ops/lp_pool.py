@@ -45,6 +45,11 @@ def _lp_grad(
     """
     # PyTorch's formula ends in relu, whose gradient is 0 wherever the sum is 0.
     zero = output == 0
+    if p > 1 and not safe and not torch.is_grad_enabled():
+        # No one differentiates this, so infinities may come and go, and memory be used again.
+        weighted = (output.pow(1 - p) * _window_size(windows, input) * grad).masked_fill_(zero, 0)
+        shared = spread(weighted, input.shape, channels_last, windows, True, None)
+        return shared.mul_(input if p == 2 else input.pow(p - 1))
     weighted = grad * _window_size(windows, input) * output.masked_fill(zero, 1).pow(1 - p)
     weighted = weighted.masked_fill(zero, 0)
     shared = spread(weighted, input.shape, channels_last, windows, True, None)

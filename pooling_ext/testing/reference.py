@@ -1,4 +1,4 @@
-"""Pooling as its definition reads: one window after the other, in float64.
+"""Operators as their definitions read, in float64; pooling one window after the other.
 
 Slow on purpose. Floating-point inputs are computed in float64 and integers in int64, so the results
 are what a kernel's are rounded from. Inputs are ``(*, *spatial)``: leading dimensions are carried along.
@@ -129,6 +129,40 @@ def lp_pool(input: Tensor, norm_type: float, windows: Windows, safe: bool = Fals
         return sign * max_pool(sign * magnitude, windows)[0]
     mean = avg_pool(magnitude.pow(norm_type), windows)
     return (mean * math.prod(windows.kernel_size or sizes)).pow(1 / norm_type)
+
+
+def batch_norm_act(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """``relu((input - mean) / sqrt(var + eps) * weight + bias + residual)``, the batch's moments in training.
+
+    All of it is differentiable, so that autograd gives the gradients' reference.
+    """
+
+    def each_channel(values: Tensor) -> Tensor:
+        return values.to(torch.float64).reshape(1, -1, *(1,) * (input.dim() - 2))
+
+    x = input.to(torch.float64)
+    if training:
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        mean, var = x.mean(dims), x.var(dims, correction=0)
+    assert mean is not None and var is not None
+    output = (x - each_channel(mean)) / (each_channel(var) + eps).sqrt()
+    if weight is not None:
+        output = output * each_channel(weight)
+    if bias is not None:
+        output = output + each_channel(bias)
+    if residual is not None:
+        output = output + residual.to(torch.float64)
+    return output.relu() if relu else output
 
 
 def _wide(input: Tensor, windows: Windows) -> tuple[Tensor, Ints, Ints]:

@@ -1,0 +1,141 @@
+// The forward pass in channels-last for small windows: each pixel of the output is reduced in one
+// step, its channels in registers, and written straight to where it belongs.
+#pragma once
+
+#include "cpu/pool_forward.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// The input rows of a window, and the elements of its columns from each row's start.
+template <class In>
+struct Taps {
+    const In* const* rows;
+    int64_t first, step;
+
+    // The k-th element, of `columns` to a row.
+    POOLING_EXT_INLINE const In* at(int k, int columns) const {
+        return rows[k / columns] + first + k % columns * step;
+    }
+};
+
+// Walks the windows of rows of outputs.
+template <class In>
+class PixelWalker {
+  public:
+    static bool takes(const PoolParams& p) {
+        return p.channels > 1 && p.d.kernel * p.h.kernel <= kRows && p.w.kernel <= kColumns;
+    }
+
+    explicit PixelWalker(const PoolParams& p) : p_(p) {}
+
+    // Calls visit(taps, rows, columns, o) for each window o of the row of outputs (od, oh),
+    // where the numbers of rows and columns are of types that say them; windows with nothing in
+    // them have none.
+    template <class Visit>
+    POOLING_EXT_INLINE void operator()(const In* plane, int64_t od, int64_t oh, Visit visit) {
+        count_ = 0;
+        each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
+            places_[count_] = int32_t(place * p_.w.kernel);
+            rows_[count_++] = row;
+        });
+        switch (count_) {
+            case 0:
+                for (int64_t o = 0; o < p_.w.out; ++o)
+                    visit(Taps<In>{}, Number<0>{}, Number<0>{}, o);
+                return;
+            case 1:
+                return windows<1>(visit);
+            case 2:
+                return windows<2>(visit);
+            case 3:
+                return windows<3>(visit);
+            default:
+                return windows<kRows>(visit);
+        }
+    }
+
+    // The offset of the k-th element of window o, of `columns` to a row.
+    POOLING_EXT_INLINE int32_t offset(int64_t o, int k, int columns) const {
+        return places_[k / columns] + int32_t(p_.w.first(o)) + k % columns;
+    }
+
+  private:
+    static constexpr int kRows = 4, kColumns = 3;
+    static constexpr int64_t kPrefetch = 2048;  // bytes
+
+    template <int kNumber>
+    using Number = std::integral_constant<int, kNumber>;
+
+    template <int kCount, class Visit>
+    POOLING_EXT_INLINE void windows(Visit visit) const {
+        const Axis& w = p_.w;
+        constexpr int64_t kLine = 64 / sizeof(In);
+        const int64_t step = w.dilation * p_.channels, fresh = w.stride * p_.channels;
+        const int64_t ahead = (kPrefetch / sizeof(In) / fresh + 1) * fresh;
+        for (int64_t o = 0; o < w.out; ++o) {
+            const int64_t first = w.first(o);
+            const Taps<In> taps{rows_, w.start(o) * p_.channels + first * step, step};
+            // So many short runs at a time are more than the hardware foresees.
+            for (int r = 0; r < kCount; ++r)
+                for (int64_t i = 0; i < fresh; i += kLine)
+                    __builtin_prefetch(rows_[r] + taps.first + ahead + i);
+            switch (w.end(o) - first) {
+                case 1:
+                    visit(taps, Number<kCount>{}, Number<1>{}, o);
+                    break;
+                case 2:
+                    visit(taps, Number<kCount>{}, Number<2>{}, o);
+                    break;
+                case 3:
+                    visit(taps, Number<kCount>{}, Number<3>{}, o);
+                    break;
+                default:
+                    visit(taps, Number<0>{}, Number<0>{}, o);
+            }
+        }
+    }
+
+    const PoolParams& p_;
+    const In* rows_[kRows];
+    int32_t places_[kRows];
+    int64_t count_ = 0;
+};
+
+// y[i] = finish(taps[0][i] + taps[1][i] + ...), where + is the operator's.
+template <class Op, int kRows, int kColumns, class Out, class Finish>
+void reduce_pixel(Out* __restrict y, const Taps<typename Op::In>& taps, int64_t n, Finish finish) {
+    constexpr int kCount = kRows * kColumns;
+    if constexpr (kCount == 0) {
+        for (int64_t i = 0; i < n; ++i) y[i] = finish(Op::identity());
+    } else {
+        const typename Op::In* x[kCount];
+        for (int k = 0; k < kCount; ++k) x[k] = taps.at(k, kColumns);
+        for (int64_t i = 0; i < n; ++i) {
+            typename Op::T total = Op::load(x[0][i]);
+            for (int k = 1; k < kCount; ++k) total = Op::combine(total, Op::load(x[k][i]));
+            y[i] = finish(total);
+        }
+    }
+}
+
+// Computes rows [begin, end) of outputs. finish(od, oh, o, use) calls use(what makes an output of a
+// reduced value) for window o of row (od, oh).
+template <class Op, class Out, class Finish>
+POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, Finish finish) {
+    using In = typename Op::In;
+    const PoolParams& p = job.p;
+    PixelWalker<In> walk(p);
+    each_index(
+        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+            const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
+            Out* row = static_cast<Out*>(job.dst) + index * p.out_row();
+            walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+                finish(od, oh, o, [&](auto to_output) {
+                    reduce_pixel<Op, rows.value, columns.value>(row + o * p.channels, taps,
+                                                                p.channels, to_output);
+                });
+            });
+        });
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,0 +1,238 @@
+"""The benchmark suites run, check results before they time them, and say what they found."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import torchvision
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import pooling_ext
+from benchmarks import (
+    block,
+    block_cases,
+    machine,
+    memory,
+    model_families,
+    model_inference,
+    model_report,
+    model_training,
+    model_zoo,
+    operator_report,
+    picture,
+    pool,
+    report,
+    targets,
+)
+from benchmarks.__main__ import main
+from benchmarks.block_cases import BlockCase
+from benchmarks.model_results import (
+    COMPILED,
+    EAGER,
+    FAMILIES,
+    FORWARD,
+    FROZEN,
+    INFERENCE,
+    PATCHED,
+    STEP,
+    TRAINING,
+    Entry,
+    Memory,
+    Models,
+    Setup,
+)
+from benchmarks.report import Document, Grid, milliseconds, ratio, size
+from benchmarks.results import Results, Row
+from pooling_ext.testing.shapes import PoolCase
+
+FACTS = machine.facts() | {"copy_gb_s": 10.0, "cores_busy_with_others": 0.5}
+
+
+def row(case: str, op: str, torch_ms: float, **more) -> Row:
+    phase = more.pop("phase", "forward + backward")
+    fields = {"dtype": "float32", "layout": "NHWC"} | more
+    return Row(case, op, phase=phase, torch_ms=torch_ms, ours_ms=1.0, torch_spread=0.0, ours_spread=0.0,
+               nbytes=1000, copy_gb_s=1.0, **fields)  # fmt: skip
+
+
+def models() -> Models:
+    found = Models(FACTS)
+
+    def add(part: str, task: str, model: str, dtype: str, batch: int = 16, **ms: float) -> None:
+        setup = Setup(part, task, model, batch, dtype, "NHWC")
+        found.entries.extend(
+            Entry(setup, rival.replace("_", "."), "", value, 0.0) for rival, value in ms.items()
+        )
+
+    add(TRAINING, STEP, "resnet50", "float32", eager=1800, patched=1400, torch_compile=1600)
+    add(TRAINING, STEP, "resnet50", "bfloat16", eager=700, patched=600, torch_compile=590)
+    add(INFERENCE, FORWARD, "resnet50", "float32", 1, eager=50, frozen=25, torch_compile=30)
+    # Another setting of the same rival: its best counts.
+    add(INFERENCE, FORWARD, "resnet50", "float32", 1, torch_compile=28)
+    add(FAMILIES, STEP, "alexnet", "float32", 8, eager=10, patched=10.2)
+    for rival, live, rss in ((EAGER, 1000, 3000), (PATCHED, 900, None)):
+        found.memory.append(Memory("resnet50", 16, "float32", rival, live, rss))
+    return found
+
+
+def verdicts(goals, results) -> dict[str, tuple[float, bool]]:
+    return {goal.what: (value, met) for goal, value, met in targets.verdicts(goals, results)}
+
+
+def test_figures_are_short():
+    assert [ratio(x) for x in (41.2, 4.06, 1.256, 0.967)] == ["41x", "4.1x", "1.26x", "0.97x"]
+    assert [milliseconds(x) for x in (1234.5, 12.34, 0.0012)] == ["1234", "12.3", "0.0012"]
+    assert [size(x) for x in (None, 12, 12_345, 25_690_000)] == ["", "12 B", "12.3 kB", "25.7 MB"]
+
+
+def test_targets_of_blocks_are_on_the_slowest_shape():
+    op, stem = "batch_norm_act", "batch_norm_relu_max_pool"
+    rows = [row("a", op, 3.0), row("b", op, 1.9), row("c", stem, 3.5, torch_peak=100, ours_peak=51)]
+    found = verdicts(targets.BLOCK, Results(FACTS, rows))
+    assert len(found) == 3  # what was not measured has no verdict
+    assert next(value for what, value in found.items() if "shapes" in what) == (1.9, False)
+    assert next(value for what, value in found.items() if what.startswith("stem's batch")) == (3.5, True)
+    assert found["stem's peak memory over PyTorch's"] == (0.51, False)
+
+
+def test_targets_of_models():
+    found = verdicts(targets.MODEL, models())
+    assert found["ResNet-50 training step, patched, float32"] == (pytest.approx(1800 / 1400), True)
+    assert found["ResNet-50 training step, patched, bfloat16"] == (pytest.approx(700 / 600), False)
+    assert found["ResNet-50 training step, patched, over torch.compile"] == (pytest.approx(590 / 600), False)
+    assert found["training step, live bytes over eager's"] == (0.9, True)
+    assert "training step, process's memory over eager's" not in found
+    assert found["ResNet-50 inference, frozen, float32"] == (2.0, True)
+    assert found["ResNet-50 inference, frozen, over the best other engine, float32"] == (28 / 25, True)
+    assert found["slowest patched model of torchvision's families"] == (pytest.approx(10 / 10.2), True)
+
+
+def test_names_of_rivals_are_told_apart():
+    (rivals,) = models().best(part=INFERENCE).values()
+    assert set(rivals) == {EAGER, FROZEN, COMPILED}
+    assert rivals[COMPILED].ms == 28
+
+
+def test_documents_name_all_they_show(tmp_path):
+    text = model_report.document(models()).markdown()
+    for heading in ("Targets", "Training step", "Memory of a training step", "Inference", "Families"):
+        assert f"## {heading}" in text
+    assert "kept 0.5 cores busy" in text
+    table = re.findall(r"^\| resnet50 \| 16 \| float32 \|.*$", text, re.M)
+    assert any("1800 | 1400 | 1.29x | 1600 | 1.14x" in line for line in table)
+    picture.draw_models(models(), tmp_path / "model.png")
+    assert (tmp_path / "model.png").stat().st_size > 1000
+
+
+def test_a_wrong_result_is_shown():
+    document = Document(
+        "T", FACTS, "how", "what", [Grid("Empty", ("a",), [])], wrong={"case": "off by 1\nmore"}
+    )
+    text = document.markdown()
+    assert "Wrong result, not timed: case: off by 1\n" in text and "Empty" not in text
+
+
+def test_operator_tables_leave_out_what_was_not_measured():
+    rows = [row("a", "op", 4.0), row("b", "op", 1.0), row("b", "op", 2.0, dtype="bfloat16")]
+    grid = operator_report.operators(Results(FACTS, rows))
+    assert grid.rows == [["op", "forward + backward", "2.0x", "1.00x", "2.0x", "2.0x"]]
+    assert "under 0.95x" in operator_report.headline(Results(FACTS, rows))
+    assert operator_report.headline(Results(FACTS)) == "No case was measured."
+    assert not report.targets(targets.BLOCK, Results(FACTS)).rows
+
+
+def test_peak_counts_what_is_live_at_once():
+    def call() -> torch.Tensor:
+        first = torch.empty(1000)
+        del first
+        return torch.empty(2000) + torch.empty(500).sum()
+
+    # The sum's input, its result and both of the others.
+    assert 16000 <= memory.peak_bytes(call) <= 19000
+
+
+@pytest.mark.parametrize("case", block_cases.CASES, ids=lambda case: case.name)
+def test_block_cases_have_both_rivals(case: BlockCase):
+    assert set(case.rivals(torch.float32, torch.channels_last)) == {"torch", "ours"}
+
+
+def test_families_are_all_of_torchvision():
+    def module(name: str) -> str:
+        return torchvision.models.get_model_builder(name).__module__
+
+    names = [case.name for case in model_zoo.FAMILIES]
+    assert {module(name) for name in names} == {module(case.name) for case in model_zoo.known()}
+    assert len(names) == len(set(names))
+
+
+def run(suite: str, folder, *options: str) -> dict:
+    """A suite's JSON from a run of it."""
+    assert (
+        main([suite, "--quick", "--threads", str(torch.get_num_threads()), "--out", str(folder), *options])
+        == 0
+    )
+    assert {path.name for path in folder.iterdir()} == {f"{suite}.{kind}" for kind in ("json", "md", "png")}
+    return json.loads((folder / f"{suite}.json").read_text())
+
+
+# Timings need deterministic algorithms off, and the suites' own speed memory that is not filled.
+@pytest.mark.no_poison
+@pytest.mark.parametrize("suite", ["pool", "block", "model"])
+def test_smoke(suite: str, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("pooling_ext.reuse_cpu_memory", lambda: type("Memory", (), {"reason": "a test"}))
+    if suite == "pool":
+        monkeypatch.setattr(
+            pool, "CASES", (PoolCase("tiny", "max_pool2d", (2, 8, 8, 8), {"kernel_size": 2}),)
+        )
+        found = run(suite, tmp_path, "--cases", "tiny")
+        assert not found["wrong"] and len(found["rows"]) == 12
+    elif suite == "block":
+        small = [
+            BlockCase(case.name, case.op, (2, 8, *case.shape[2:]), case.kwargs, case.phases)
+            for case in block_cases.CASES
+            if case.name in ("resnet-tail", "bn-add-relu-2048-7", "conv3x3-512-7", "resnet-stem")
+        ]
+        monkeypatch.setattr(block, "CASES", tuple(small))
+        monkeypatch.setattr(block, "QUICK_BUDGET", 0.01)
+        found = run(suite, tmp_path, "--cases", "*")
+        assert not found["wrong"] and {row["case"] for row in found["rows"]} == {case.name for case in small}
+        stem = next(row for row in found["rows"] if row["case"] == "resnet-stem")
+        assert stem["ours_peak"] < stem["torch_peak"] and stem["ours_saved"] < stem["torch_saved"]
+    else:
+        monkeypatch.setattr(model_zoo, "SIZE", 64)
+        for module in (model_training, model_inference, model_families):
+            monkeypatch.setattr(module, "QUICK_BUDGET", 0.01)
+        options = ("--cases", "shufflenet_v2_x0_5", "--batch", "2", "--dtypes", "float32", "--all")
+        found = run(suite, tmp_path, *options)
+        assert not found["wrong"]
+        rivals = {(entry["part"], entry["rival"]) for entry in found["entries"]}
+        assert rivals == {(TRAINING, EAGER), (TRAINING, PATCHED), (INFERENCE, EAGER), (INFERENCE, FROZEN),
+                          (FAMILIES, EAGER), (FAMILIES, PATCHED)}  # fmt: skip
+
+
+def test_wrong_gradients_fail_the_gate(monkeypatch):
+    case = BlockCase("tiny", "batch_norm_act", (2, 8, 4, 4))
+    reference = block.Reference(case)
+
+    def off(input, *args, **kwargs):
+        return batch_norm_act(input, *args, **kwargs) * 1.01
+
+    batch_norm_act = pooling_ext.functional.batch_norm_act
+    monkeypatch.setattr(pooling_ext.functional, "batch_norm_act", off)
+    with pytest.raises(AssertionError, match="output: off by"):
+        list(block.measure_case(case, reference, "float32", "NCHW", 0.01))
+
+
+@pytest.mark.parametrize("suite", ["pool", "block", "model"])
+@pytest.mark.parametrize("options", [["--cases", "nothing-like-this"], ["--threads", "0"]])
+def test_bad_options_end_the_program(suite: str, options: list[str], capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([suite, *options])
+    assert raised.value.code == 2
+    assert options[1] in capsys.readouterr().err
