@@ -304,7 +304,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     memory = pooling_ext.reuse_cpu_memory()
     torch.manual_seed(args.seed)
     dtypes = [DTYPES[name] for name in dict.fromkeys(args.dtype)] if args.dtype else native_dtypes()
-    steps = progress.add_task("the model", total=7 + 2 * len(dtypes))
+    steps = progress.add_task("the model", total=8 + 2 * len(dtypes))
 
     def begin(what: str) -> None:
         progress.update(steps, advance=1, description=what)
@@ -346,6 +346,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         begin("timing kinds of pooling")
         with torch.no_grad():
             kinds[kind] = in_turn([partial(theirs, stem), partial(ours, stem)], args.seconds / 6)
+    begin("drawing")
     shown = [(centre(args.size)(photo), label) for (_, photo), label in zip(photos[:2], labels, strict=False)]
     title = f"{args.model}: PyTorch's operators, pooling_ext.patch and pooling_ext.freeze"
     if why is not None:

@@ -48,9 +48,9 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
         ]
         lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
-        if not any(
-            "-" in entry.what or "batch_norm" in entry.why for entry in (*self.replaced, *self.skipped)
-        ):
+        signs = ("batch_norm", "BatchNorm")  # in an operator's name, and in what freeze folded
+        entries = (*self.replaced, *self.skipped)
+        if not any("-" in entry.what or any(sign in entry.why for sign in signs) for entry in entries):
             lines.append("no convolution, BatchNorm and ReLU to fuse")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -123,6 +123,7 @@ def test_everything_of_a_resnet_is_folded():
     assert all(conv.bias is not None for conv in convs)
     assert not layers(frozen, nn.ReLU)
     text = str(frozen.report)
+    assert "to fuse" not in text
     assert "layer1.0.conv3" in text and "BatchNorm2d layer1.0.bn3, add, relu" in text
     assert "layer4.2.conv3" in repr(frozen) and "Frozen(ResNet, float32)" in repr(frozen)
 
