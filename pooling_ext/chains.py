@@ -22,7 +22,7 @@ from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import adaptive_avg_pool2d
 from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import conv_bn_act
+from .ops.conv_bn_act import conv_bn_act, folds
 from .ops.max_pool import max_pool2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -69,6 +69,10 @@ class GlobalAvgPool:
         return adaptive_avg_pool2d(value, 1) if self.dims is None else value.mean(self.dims, self.keepdim)
 
 
+#: Smaller inputs go through the modules one by one: a call of ours costs more than it saves there.
+LEAST_ELEMENTS = 1 << 17
+
+
 @dataclass(frozen=True)
 class BatchNormChain:
     """``[convolution] - batch norm - [add] - [ReLU] - [max pooling]``.
@@ -105,10 +109,11 @@ class BatchNormChain:
                 and _is_just(conv, _CONVOLUTIONS)
                 and _is_batch(input)
                 and (self.add is None or _fits(residual, conv, input))
+                and folds(conv, bn, input, residual, LEAST_ELEMENTS)
             ):
                 return conv_bn_act(conv, bn, input, residual, activation)
             input = conv(input)
-        if fused and _is_batch(input) and (self.add is None or _alike(residual, input)):
+        if fused and _is_batch(input) and (self.add is None or _alike(residual, input)) and _pays(bn, input):
             arguments = batch_norm_arguments(bn)
             if not pooled:
                 return batch_norm_act(input, **arguments, residual=residual, activation=activation)
@@ -145,6 +150,11 @@ class AddPoolChain:
 def is_global(output_size: Any) -> bool:
     """Whether an adaptive pooling of that output size makes one element of each plane."""
     return output_size == 1 or (isinstance(output_size, (tuple, list)) and list(output_size) == [1, 1])
+
+
+def _pays(bn: Any, input: Tensor) -> bool:
+    # PyTorch's synchronised batch norm is for GPUs, so ours takes that at any size.
+    return input.numel() >= LEAST_ELEMENTS or type(bn) is nn.SyncBatchNorm
 
 
 def _step(module: nn.Module | None, function: Callable[[Any], Any] | None, value: Any) -> Any:

@@ -143,6 +143,7 @@ def _differentiable_backward(
     if relu:
         if output is None:
             output = _forward(input.detach(), stats, weight, bias, None, eps, True)
+        assert output is not None
         grad = grad * (output > 0)
     mean, var = stats.to(parameter_dtype(input)).unbind()
     masks = [True, weight is not None, bias is not None]
@@ -371,7 +372,9 @@ def _aten_batch_norm_act(
     group: Any,
 ) -> Tensor:
     if training and group is not None:
-        normalise = nn.modules._functions.SyncBatchNorm.apply
+        from torch.nn.modules._functions import SyncBatchNorm
+
+        normalise = SyncBatchNorm.apply
         size = torch.distributed.get_world_size(group)
         output = normalise(input, weight, bias, running_mean, running_var, eps, momentum, group, size)
     else:
@@ -381,7 +384,7 @@ def _aten_batch_norm_act(
     return F.relu(output) if relu else output
 
 
-def batch_norm_arguments(bn: nn.Module) -> dict[str, Any]:
+def batch_norm_arguments(bn: Any) -> dict[str, Any]:
     """What :func:`batch_norm_act` needs of a torch.nn batch norm module, whose counter it advances."""
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = 0.0 if bn.momentum is None else bn.momentum

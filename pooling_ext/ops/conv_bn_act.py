@@ -51,15 +51,21 @@ def conv_bn_act(
     """
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
-    if tensors and _folds(conv, bn, input, residual, dtype):
-        return _folded(conv, bn, input, residual, activation, dtype or input.dtype)
+    if tensors and folds(conv, bn, input, residual):
+        return _folded(conv, bn, input, residual, activation)
     return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
 
 
-def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast: torch.dtype | None) -> bool:
-    """Whether the statistics can go into the weights, and it pays."""
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, least: int = 0) -> bool:
+    """Whether :func:`conv_bn_act` folds the statistics into the weights: they are constant, and it pays.
+
+    ``least`` is how many elements the output must have.
+    """
     if bn.training or bn.running_mean is None or is_compiling() or transformed():
         return False
     if bn.running_mean.shape != conv.weight.shape[:1]:
@@ -72,6 +78,7 @@ def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast:
         return False
     if input.dim() != 4 or input.shape[1] != conv.in_channels or input.numel() == 0:
         return False
+    autocast = _autocast_dtype()
     dtype = autocast or input.dtype
     if autocast is None and conv.weight.dtype != dtype:
         return False
@@ -89,12 +96,12 @@ def _folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, autocast:
         channels_last = residual.is_contiguous(memory_format=torch.channels_last)
         if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
             return False
-    return FOLD_RATIO * conv.weight.numel() <= size[0] * size[1] * size[2] * size[3]
+    elements = size[0] * size[1] * size[2] * size[3]
+    return elements >= max(least, FOLD_RATIO * conv.weight.numel())
 
 
-def _folded(
-    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
-) -> Tensor:
+def _folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    dtype = _autocast_dtype() or input.dtype
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         scale = torch.rsqrt(bn.running_var.float() + bn.eps)
         if bn.weight is not None:
