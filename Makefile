@@ -107,12 +107,19 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-FUZZERS := build/fuzz_kernels build/fuzz_batch_norm
-KERNELS := $(wildcard csrc/cpu/*_kernels.cpp)
+FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm
+KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp)
+SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
-$(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
-	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc $< $(KERNELS) -o $@
+# The kernels once for both programs, as many at a time as there are cores.
+build/kernels.a: $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
+	@mkdir -p build/sanitized && rm -f $@
+	printf '%s\n' $(notdir $(KERNELS:.cpp=)) | \
+	    xargs -P $$(nproc) -I{} $(SANITIZE) -c csrc/cpu/{}.cpp -o build/sanitized/{}.o
+	ar rc $@ $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o)
+
+$(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h build/kernels.a
+	$(SANITIZE) $< build/kernels.a -o $@
 
 sanitize: $(FUZZERS) ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	for fuzzer in $(FUZZERS); do $$fuzzer $(ARGS) || exit; done

@@ -355,7 +355,7 @@ class ConvBNAct2d(nn.Module):
         dilation: Any = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
