@@ -1,4 +1,4 @@
-"""Faster pooling for PyTorch, as drop-in functions and modules."""
+"""Faster CNNs for PyTorch: pooling and fused batch norm as drop-in functions and modules, patch and freeze."""
 
 from . import functional, nn
 from .backends import explain, use_backend
