@@ -22,38 +22,56 @@ void add_rows(const In* __restrict x, const In* __restrict residual, int64_t row
     }
 }
 
+// The sum of relu(x + residual) over n elements; no lane sums many in its own type.
+template <class In>
+double plane_sum(const In* __restrict x, const In* __restrict residual, int64_t n) {
+    using T = Accumulator<In>;
+    constexpr int64_t kLanes = 16, kBlock = 256 * kLanes;
+    double total = 0;
+    for (int64_t from = 0; from < n; from += kBlock) {
+        const int64_t end = n - from < kBlock ? n : from + kBlock;
+        T lanes[kLanes] = {}, rest = T(0);
+        int64_t i = from;
+        for (; i + kLanes <= end; i += kLanes)
+            for (int64_t j = 0; j < kLanes; ++j)
+                lanes[j] += rectified(T(widen(x[i + j]) + widen(residual[i + j])));
+        for (; i < end; ++i) rest += rectified(T(widen(x[i]) + widen(residual[i])));
+        for (int64_t half = kLanes / 2; half > 0; half /= 2)
+            for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+        total += double(lanes[0] + rest);
+    }
+    return total;
+}
+
 template <class In>
 void mean(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
-    // No lane sums many elements in its own type.
-    constexpr int64_t kLanes = 64, kRows = 256;
+    const In* const x = static_cast<const In*>(job.x);
+    const In* const residual = static_cast<const In*>(job.residual);
+    In* const y = static_cast<In*>(job.y);
+    const int64_t inner = job.inner, channels = job.channels;
+    if (!job.channels_last) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+            const double sum = plane_sum(x + plane * inner, residual + plane * inner, inner);
+            y[plane] = narrow<In>(T(sum / double(inner)));
+        }
+        return;
+    }
+    constexpr int64_t kRows = 256;
     Scratch scratch(memory);
-    const int64_t width = job.channels_last ? job.channels : kLanes;
-    const int64_t size = job.channels_last ? job.channels * job.inner : job.inner;
-    const int64_t rows = size / width, rest = size - rows * width;
-    T* const sums = scratch.take<T>(width);
-    double* const totals = scratch.take<double>(width);
-    for (int64_t unit = begin; unit < end; ++unit) {
-        const In* x = static_cast<const In*>(job.x) + unit * size;
-        const In* residual = static_cast<const In*>(job.residual) + unit * size;
-        for (int64_t i = 0; i < width; ++i) totals[i] = 0;
-        for (int64_t row = 0; row == 0 || row < rows; row += kRows) {
-            const int64_t some = rows - row < kRows ? rows - row : kRows;
-            for (int64_t i = 0; i < width; ++i) sums[i] = T(0);
-            add_rows(x + row * width, residual + row * width, some, width, sums);
-            if (rest && row + some == rows)
-                add_rows(x + rows * width, residual + rows * width, 1, rest, sums);
-            for (int64_t i = 0; i < width; ++i) totals[i] += double(sums[i]);
+    T* const sums = scratch.take<T>(channels);
+    double* const totals = scratch.take<double>(channels);
+    for (int64_t image = begin; image < end; ++image) {
+        for (int64_t c = 0; c < channels; ++c) totals[c] = 0;
+        for (int64_t row = 0; row < inner; row += kRows) {
+            const int64_t rows = inner - row < kRows ? inner - row : kRows;
+            const int64_t from = (image * inner + row) * channels;
+            for (int64_t c = 0; c < channels; ++c) sums[c] = T(0);
+            add_rows(x + from, residual + from, rows, channels, sums);
+            for (int64_t c = 0; c < channels; ++c) totals[c] += double(sums[c]);
         }
-        In* const y = static_cast<In*>(job.y) + (job.channels_last ? unit * width : unit);
-        if (job.channels_last) {
-            for (int64_t c = 0; c < width; ++c)
-                put(y, c, narrow<In>(T(totals[c] / double(job.inner))));
-            continue;
-        }
-        double total = 0;
-        for (int64_t i = 0; i < width; ++i) total += totals[i];
-        *y = narrow<In>(T(total / double(job.inner)));
+        for (int64_t c = 0; c < channels; ++c)
+            put(y, image * channels + c, narrow<In>(T(totals[c] / double(inner))));
     }
 }
 
