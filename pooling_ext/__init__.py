@@ -1,4 +1,4 @@
-"""Faster CNNs for PyTorch: pooling and fused batch norm as drop-in functions and modules, patch and freeze."""
+"""Faster CNNs for PyTorch: pooling and fused batch norm, drop-in or patched into models; freeze for inference."""
 
 from . import functional, nn
 from .backends import explain, use_backend
