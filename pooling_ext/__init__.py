@@ -1,4 +1,4 @@
-"""Faster CNNs for PyTorch: pooling and fused batch norm, drop-in or patched into models; freeze for inference."""
+"""Faster CNNs for PyTorch: pooling and fused batch norm, patched into models or used directly; and freeze."""
 
 from . import functional, nn
 from .backends import explain, use_backend
