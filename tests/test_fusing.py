@@ -649,3 +649,21 @@ def test_compiles_and_exports(forward):
         torch.testing.assert_close(compiled(x), twin(x))
     exported = torch.export.export(net, (x,))
     torch.testing.assert_close(exported.module()(x), twin(x))
+
+
+def test_small_inputs_go_through_the_modules(monkeypatch):
+    def forward(self, x):
+        return TF.relu(self.bn1(self.conv1(x)))
+
+    net = block(forward).eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    expected = net(x)
+    pooling_ext.patch(net)
+    operators = []
+    for least in (0, x.numel() + 1):
+        monkeypatch.setattr(chains, "LEAST_ELEMENTS", least)
+        found = pooling_ext.explain(net, x)
+        operators.append([decision.op for decision in found.decisions])
+        torch.testing.assert_close(net(x), expected)
+    assert "batch_norm_act" in operators[0]
+    assert operators[1] == []
