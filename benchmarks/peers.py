@@ -79,7 +79,7 @@ def _torch_compile(case: Case) -> dict[str, Call]:
 
 
 def _openvino(case: Case) -> dict[str, Call]:
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     array = case.x.contiguous().numpy()
     with _quiet():
@@ -102,7 +102,7 @@ def _openvino(case: Case) -> dict[str, Call]:
 
 
 def _onnxruntime(case: Case) -> dict[str, Call]:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     if case.dtype != torch.float32:
         return {}  # its CPU convolutions have no kernels for other floating dtypes
