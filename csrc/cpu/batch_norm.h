@@ -66,7 +66,12 @@ enum class Step { Stats, Merge, Act, Sums, Total, Backward };
 // What a step is divided into: in channels-last, runs of rows, of which there are as many whatever
 // the number of threads, so that sums do not depend on it; else channels or planes.
 struct Units {
-    int64_t count, size;  // how many, and elements in each
+    int64_t count, size;  // how many, and elements in each but perhaps the last
+
+    // The end of the unit that begins at `from`, an element of the job.
+    static int64_t end(const BatchNormJob& job, int64_t from, int64_t size) {
+        return from + size < job.numel() ? from + size : job.numel();
+    }
 
     Units(const BatchNormJob& job, Step step) {
         constexpr int64_t kRows = 256, kLeast = 16, kMost = 32;

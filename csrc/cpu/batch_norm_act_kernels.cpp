@@ -317,7 +317,7 @@ void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
         const Units units(job, Step::Stats);
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t from = unit * units.size;
-            const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
+            const int64_t to = Units::end(job, from, units.size);
             double* const mean = job.sums + unit * 2 * channels;
             double* const deviation = mean + channels;
             guess_center(job, x, from, to, s1, mean, center);
@@ -373,8 +373,7 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
             const Units units(job, Step::Sums);
             for (int64_t unit = begin; unit < end; ++unit) {
                 const int64_t from = unit * units.size;
-                const int64_t to =
-                    from + units.size < job.numel() ? from + units.size : job.numel();
+                const int64_t to = Units::end(job, from, units.size);
                 clear(s1, row);
                 clear(s2, row);
                 blocks_of_run(job, from, to, [&](const Block& block) {
@@ -415,8 +414,8 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
     const Units units(job, Step::Stats);
     const int64_t channels = job.channels, n = end - begin;
     const auto count = [&](int64_t unit) {
-        const int64_t from = unit * units.size, left = job.numel() - from;
-        return double((left < units.size ? left : units.size) / channels);
+        const int64_t from = unit * units.size;
+        return double((Units::end(job, from, units.size) - from) / channels);
     };
     const double all = double(job.numel() / channels);
     double* __restrict mean = job.sums + begin;
@@ -467,7 +466,7 @@ void rows_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const R
                 run(from, units.size, unit % job.channels);
                 continue;
             }
-            const int64_t to = from + units.size < job.numel() ? from + units.size : job.numel();
+            const int64_t to = Units::end(job, from, units.size);
             for (int64_t at = from; at < to; at += job.row())
                 run(at, to - at < job.row() ? to - at : job.row(), 0);
         }

@@ -96,35 +96,39 @@ class _BatchNormAct(Function):
         if torch.is_grad_enabled() and not is_compiling():
             *wanted, masked = _differentiable_backward(grad, input, weight, bias, stats, output, ctx.options)
             return *wanted, masked if needs_residual else None, None, None, None, None, None
-        sums, masked = None, grad
+        masked = grad
+        sums: Any = None
         if output is not None or count is not None or needs_weight or needs_bias:
             masked, sums = _sums(grad, input, stats, weight, bias, output, eps, relu)
             if output is None:
                 masked = grad
             else:
                 relu = False  # it is in `masked` already
-        grad_weight = grad_bias = grad_input = None
-        if sums is not None and (needs_weight or needs_bias):
-            grad_bias = sums[0].to(bias.dtype, copy=True) if needs_bias else None
-            if needs_weight:
-                grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
+        grad_input = None
+        grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
+        grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            if count is not None and group is not None and sums is not None:
-                sums = sums.clone()  # of which a float64 bias's gradient is a part
-                torch.distributed.all_reduce(sums, group=group)
-            grad_input = _input_grad(
-                masked,
-                input,
-                stats,
-                weight,
-                bias,
-                sums if count is not None else None,
-                1.0 if count is None else count,
-                eps,
-                relu,
-            )
+            through = sums_of_all(sums, group) if count is not None else None
+            grad_input = _input_grad(masked, input, stats, weight, bias, through, count or 1.0, eps, relu)
         grad_residual = masked if needs_residual else None
         return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None
+
+
+def weight_grad(sums: Tensor, stats: Tensor, eps: float, weight: Tensor) -> Tensor:
+    return (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
+
+
+def bias_grad(sums: Tensor, bias: Tensor) -> Tensor:
+    return sums[0].to(bias.dtype, copy=True)  # not a view of what may be needed whole
+
+
+def sums_of_all(sums: Tensor, group: Any) -> Tensor:
+    """The sums over all processes' elements."""
+    if group is None:
+        return sums
+    total = sums.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _differentiable_backward(

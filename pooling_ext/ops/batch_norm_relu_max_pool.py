@@ -20,13 +20,16 @@ from ._dispatch import public
 from .batch_norm_act import (
     FLOATS,
     batch_norm_act,
+    bias_grad,
     channel_sums,
     check,
     like,
     needs_grad,
     parameter,
     statistics,
+    sums_of_all,
     transformed,
+    weight_grad,
 )
 from .max_pool import max_pool
 
@@ -96,18 +99,14 @@ class _BatchNormReluMaxPool(Function):
         if torch.is_grad_enabled() and not is_compiling():
             wanted = _differentiable_backward(ctx, grads[0])
             return *wanted, None, None, None, None, None
-        sums = grad_input = grad_weight = grad_bias = None
+        grad_input = None
+        sums: Any = None
         if count is not None or needs_weight or needs_bias:
             sums = _sums(grads[0], places, input, stats, weight, bias, eps, *windows)
-            if needs_bias:
-                grad_bias = sums[0].to(bias.dtype, copy=True)
-            if needs_weight:
-                grad_weight = (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
+        grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
+        grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            if count is not None and group is not None and sums is not None:
-                sums = sums.clone()  # of which a float64 bias's gradient is a part
-                torch.distributed.all_reduce(sums, group=group)
-            through = sums if count is not None else None
+            through = sums_of_all(sums, group) if count is not None else None
             grad_input = _input_grad(
                 grads[0], places, input, stats, weight, bias, through, count or 1.0, eps, *windows
             )
@@ -134,10 +133,7 @@ def _usual(windows: Windows) -> bool:
         not windows.adaptive
         and kernel_size[0] * kernel_size[1] <= BYTE_WINDOW
         and all(step == 1 for step in dilation)
-        and all(
-            2 * pad <= size
-            for size, pad in zip((kernel_size[0],) * 2 + (kernel_size[1],) * 2, padding, strict=True)
-        )
+        and all(2 * pad <= kernel_size[side // 2] for side, pad in enumerate(padding))
     )
 
 
