@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
-from . import _native
+from . import _native, triton
 from .errors import ArgumentError
 
 
@@ -41,12 +41,13 @@ class Backend:
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
-_cpu_dtypes: dict[str, frozenset[torch.dtype]] = {}
+_dtypes: dict[str, dict[str, frozenset[torch.dtype]]] = {"cpu": {}, "triton": {}}
 
 
-def register_cpu(op: str, dtypes: frozenset[torch.dtype]) -> None:
-    """Declare that our CPU kernels implement ``op`` for ``dtypes``."""
-    _cpu_dtypes[op] = dtypes
+def register(op: str, **dtypes: frozenset[torch.dtype]) -> None:
+    """Declare for which dtypes the backends named have kernels of ``op``."""
+    for backend, kinds in dtypes.items():
+        _dtypes[backend][op] = kinds
 
 
 def _not_ours(call: Call) -> str | None:
@@ -62,15 +63,29 @@ def _cpu_why_not(call: Call) -> str | None:
         return _native.why_not
     if call.device not in ("cpu", "meta"):
         return f"the input is on {call.device}"
-    if call.dtype not in _cpu_dtypes.get(call.op, ()):
+    if call.dtype not in _dtypes["cpu"].get(call.op, ()):
         return f"{call.op} has no CPU kernel for {call.dtype}"
     return _not_ours(call)
 
 
-CPU = Backend("cpu", _cpu_why_not)
-ATEN = Backend("aten", lambda call: None)
-BACKENDS: tuple[Backend, ...] = (CPU, ATEN)
+def _triton_why_not(call: Call) -> str | None:
+    if call.device not in ("cuda", "meta") and not (call.device == "cpu" and _interpreting is not None):
+        return f"the input is on {call.device}"
+    if (why_not := triton.why_not()) is not None:
+        return why_not
+    if call.dtype not in _dtypes["triton"].get(call.op, ()):
+        return f"{call.op} has no Triton kernel for {call.dtype}"
+    return _not_ours(call)
 
+
+CPU = Backend("cpu", _cpu_why_not)
+TRITON = Backend("triton", _triton_why_not)
+ATEN = Backend("aten", lambda call: None)
+BACKENDS: tuple[Backend, ...] = (CPU, TRITON, ATEN)
+
+_gpu_library = torch.library.Library("pooling_ext", "IMPL")
+#: Holds Triton's kernels in the place of the CPU's while they are asked for and interpreted.
+_interpreting: torch.library.Library | None = None
 _forced: str | None = None
 _decisions: dict[tuple, Backend] = {}  # by what `choose` looks at
 _recorded: list[Decision] | None = None
@@ -144,10 +159,17 @@ def _check_name(name: str | None) -> None:
 
 
 def _force(name: str | None) -> None:
-    global _forced
+    global _forced, _interpreting
     _check_name(name)
     _forced = name
     _decisions.clear()
+    interpret = name == "triton" and triton.interpreted()
+    if interpret and _interpreting is None:
+        _interpreting = torch.library.Library("pooling_ext", "IMPL")
+        triton.register(_interpreting, "CPU")
+    elif not interpret and _interpreting is not None:
+        _interpreting._destroy()
+        _interpreting = None
 
 
 @contextmanager
@@ -158,7 +180,7 @@ def use_backend(name: str) -> Iterator[None]:
     environment sets it from the start.
 
     Args:
-        name: "aten" or "cpu".
+        name: "aten", "cpu" or "triton" (which takes CPU tensors where ``TRITON_INTERPRET=1`` is set).
 
     Raises:
         ArgumentError: there is no backend of that name.
@@ -194,4 +216,5 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         _recorded = before
 
 
+triton.register(_gpu_library, "CUDA")
 _force(os.environ.get("POOLING_EXT_BACKEND") or None)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
 with warnings.catch_warnings():
     # Without the native kernels the import warns; test_backends.py checks that it does.
@@ -15,7 +19,7 @@ with warnings.catch_warnings():
     from helpers import require_native
 
     import pooling_ext
-    from pooling_ext import _native, chains
+    from pooling_ext import _native, chains, triton
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
@@ -29,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "native: needs the compiled kernels; fails without them unless POOLING_EXT_NO_NATIVE is set",
     )
+    config.addinivalue_line("markers", "gpu: needs a GPU that torch can use; skipped without")
     config.addinivalue_line(
         "markers", "no_poison: leaves uninitialised memory and torch's determinism settings alone"
     )
@@ -42,6 +47,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("native"):
         require_native()
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +60,23 @@ def seed() -> None:
 def fuse_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
     monkeypatch.setattr(chains, "LEAST_ELEMENTS", 0)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """Runs the test on the backend that its parameter names (helpers.BACKENDS).
+
+    A GPU's backend has the GPU as torch's default device, so that a test makes its tensors there.
+    """
+    name, _, device = request.param.partition("-")
+    if name == "cpu":
+        require_native()
+    if name == "triton" and find_spec("triton") is None:
+        pytest.skip("needs Triton")
+    if name == "triton" and triton.interpreted() == (device == "cuda"):
+        pytest.skip("Triton interprets kernels, or compiles them, in the whole process")
+    with torch.device(device or "cpu"), pooling_ext.use_backend(name):
+        yield name
 
 
 @pytest.fixture

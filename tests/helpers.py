@@ -20,6 +20,10 @@ from pooling_ext import _native
 from pooling_ext.testing.reference import axis_places
 from pooling_ext.windows import Windows, fixed_windows
 
+#: Parametrises a test with the backends; "triton" is its interpreter on the CPU.
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["cpu", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+)
 NATIVE = _native.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -31,9 +31,12 @@ def test_explain_says_why_not():
     explanation = pooling_ext.explain(F.avg_pool2d, X.long(), 2)
     assert explanation.backend == "aten"
     if NATIVE:
-        assert str(explanation) == "avg_pool: aten\n  not cpu: avg_pool has no CPU kernel for torch.int64"
+        assert str(explanation) == (
+            "avg_pool: aten\n  not cpu: avg_pool has no CPU kernel for torch.int64\n"
+            "  not triton: the input is on cpu"
+        )
     (decision,) = explanation.decisions
-    assert set(decision.declined) == {"cpu"}
+    assert set(decision.declined) == {"cpu", "triton"}
 
 
 @pytest.mark.native
@@ -103,7 +106,11 @@ def test_without_native_kernels():
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("NativeUnavailableWarning") == 1
     assert "POOLING_EXT_NO_NATIVE is set" in result.stderr
-    assert result.stdout.strip() == "max_pool: aten\n  not cpu: POOLING_EXT_NO_NATIVE is set"
+    assert result.stdout.splitlines() == [
+        "max_pool: aten",
+        "  not cpu: POOLING_EXT_NO_NATIVE is set",
+        "  not triton: the input is on cpu",
+    ]
 
 
 @pytest.mark.native

@@ -19,7 +19,7 @@ from . import _library
 from .batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_arguments, needs_grad, transformed
 
 # The dtypes in which oneDNN adds and rectifies as it writes.
-backends.register_cpu("conv_bn_act", frozenset((torch.float32, torch.bfloat16)))
+backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
 
 #: Folding reads and writes the weights once more, which pays where the output is this much larger.
 FOLD_RATIO = 4

@@ -1,0 +1,69 @@
+"""The one place from which Triton kernels are launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """A launch as it was asked for.
+
+    Attributes:
+        kernel: the function that ``triton.jit`` made.
+        grid: how many programs there are along each axis.
+        arguments: tensors, numbers and the values of ``tl.constexpr``, by the names of the parameters.
+        options: ``num_warps`` and ``num_stages``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorded: list[Launch] | None = None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **constants: Any,
+) -> None:
+    """Run ``kernel`` on the current device and stream, once for each place of ``grid``.
+
+    Args:
+        kernel: what ``triton.jit`` made.
+        grid: up to three sizes; nothing runs where one of them is 0.
+        args: the kernel's parameters in order, up to the ``tl.constexpr`` ones.
+        constants: the ``tl.constexpr`` ones, by name.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        arguments = dict(zip(names, args, strict=True)) | constants
+        _recorded.append(Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
+        if any(isinstance(arg, torch.Tensor) and arg.is_meta for arg in args):
+            return
+    kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect the launches of all calls in the context.
+
+    Kernels given meta tensors do not run, so that launches at any size can be looked at, and compiled.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
