@@ -11,6 +11,7 @@ SUITES: dict[str, str] = {
     "pool": "benchmarks.pool",
     "block": "benchmarks.block",
     "model": "benchmarks.model",
+    "bytes": "benchmarks.bytes",
 }
 
 

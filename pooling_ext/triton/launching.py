@@ -16,12 +16,14 @@ class Launch(NamedTuple):
         kernel: the function that ``triton.jit`` made.
         grid: how many programs there are along each axis.
         arguments: tensors, numbers and the values of ``tl.constexpr``, by the names of the parameters.
+        constants: which of the parameters are ``tl.constexpr``.
         options: ``num_warps`` and ``num_stages``.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    constants: frozenset[str]
     options: dict[str, int]
 
 
@@ -49,7 +51,8 @@ def launch(
     if _recorded is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True)) | constants
-        _recorded.append(Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        _recorded.append(Launch(kernel, grid, arguments, frozenset(constants), options))
         if any(isinstance(arg, torch.Tensor) and arg.is_meta for arg in args):
             return
     kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)

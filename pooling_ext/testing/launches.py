@@ -1,0 +1,176 @@
+"""The GPU operators at ResNet-50's shapes: what to compile ahead of time, and whose traffic to count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pooling_ext.functional as F
+
+from .. import triton
+from ..backends import use_backend
+from ..triton.launching import Launch, record
+
+FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"
+PHASES = (FORWARD, TRAINING, BACKWARD)
+
+#: Bytes over those of the input, given (bytes of the output, of its places) over the same.
+Minimum = Callable[[float, float], float]
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """One operator at one shape, in each phase that it has.
+
+    Attributes:
+        name: unique, in kebab case.
+        op: a function of :mod:`pooling_ext.functional`.
+        shape: the input's, without the batch.
+        minimum: for each phase the bytes that must be read and written, in multiples of the input's.
+        residual: whether there is one, of the input's shape.
+        kwargs: the function's other arguments.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, int, int]
+    minimum: dict[str, Minimum]
+    residual: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def batch(self) -> int:
+        """Of the small input with which traffic is counted: enough for tiles of usual size."""
+        return max(1, 2**20 // (self.shape[0] * self.shape[1] * self.shape[2]))
+
+    def tensors(self, batch: int, dtype: torch.dtype, format: torch.memory_format, device: str) -> Tensors:
+        """Random arguments; those of ``device="meta"`` have no values."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device)
+
+        def activation() -> Tensor:
+            return normal(batch, *self.shape).to(dtype).contiguous(memory_format=format)
+
+        tensors = {"input": activation()}
+        if self.residual:
+            tensors["residual"] = activation()
+        if self.op.startswith("batch_norm"):
+            channels = self.shape[0]
+            tensors |= {"weight": normal(channels), "bias": normal(channels)}
+            tensors |= {"running_mean": normal(channels), "running_var": normal(channels) ** 2 + 1}
+        return tensors
+
+    def run(self, phase: str, tensors: Tensors) -> Callable[[], Any]:
+        """The call of ``phase``, with what goes before it done."""
+        function = getattr(F, self.op)
+        kwargs = dict(self.kwargs)
+        if self.op.startswith("batch_norm") and phase != FORWARD:
+            kwargs["training"] = True
+        if phase == FORWARD:
+            return torch.no_grad()(lambda: function(**tensors, **kwargs))
+        leaves = {
+            name: tensor.detach().requires_grad_(not name.startswith("running_"))
+            for name, tensor in tensors.items()
+        }
+        if phase == TRAINING:
+            return lambda: function(**leaves, **kwargs)
+        output = function(**leaves, **kwargs)
+        grad = torch.ones_like(output)
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        return lambda: torch.autograd.grad(output, wanted, grad)
+
+    def least(self, phase: str, tensors: Tensors, output: Tensor) -> float:
+        """The bytes that must be read and written, as in :attr:`minimum`."""
+        nbytes = tensors["input"].nbytes
+        return nbytes * self.minimum[phase](output.nbytes / nbytes, output.numel() / nbytes)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Tensors = dict[str, Tensor]
+
+_MAX: dict[str, Minimum] = {
+    FORWARD: lambda y, places: 1 + y,
+    TRAINING: lambda y, places: 1 + y + places,
+    BACKWARD: lambda y, places: 1 + y + places,
+}
+_AVERAGE: dict[str, Minimum] = dict.fromkeys(PHASES, lambda y, places: 1 + y)
+# The statistics read the input once more; backward reads gradient and input for the sums, then both again.
+_NORM: dict[str, Minimum] = {
+    FORWARD: lambda y, places: 2,
+    TRAINING: lambda y, places: 3,
+    BACKWARD: lambda y, places: 5,
+}
+# The sums read the output too, for ReLU's mask, and write the masked gradient, which is the residual's.
+_NORM_ADD: dict[str, Minimum] = {
+    FORWARD: lambda y, places: 3,
+    TRAINING: lambda y, places: 4,
+    BACKWARD: lambda y, places: 7,
+}
+# The sums need only what was pooled and its gradient.
+_STEM: dict[str, Minimum] = {
+    FORWARD: lambda y, places: 1 + y,
+    TRAINING: lambda y, places: 2 + y + places,
+    BACKWARD: lambda y, places: 2 * y + (2 + y + places),
+}
+_TAIL: dict[str, Minimum] = {
+    FORWARD: lambda y, places: 2 + y,
+    TRAINING: lambda y, places: 2 + y,
+    BACKWARD: lambda y, places: 3 + y,
+}
+
+_NORM_SHAPES = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))
+_NORM_ADD_SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
+
+CASES: tuple[LaunchCase, ...] = (
+    LaunchCase(
+        "max-3x3-s2",
+        "max_pool2d",
+        (64, 112, 112),
+        _MAX,
+        kwargs={"kernel_size": 3, "stride": 2, "padding": 1},
+    ),
+    LaunchCase("max-2x2-s2", "max_pool2d", (64, 112, 112), _MAX, kwargs={"kernel_size": 2}),
+    LaunchCase(
+        "max-3x3-s1",
+        "max_pool2d",
+        (192, 28, 28),
+        _MAX,
+        kwargs={"kernel_size": 3, "stride": 1, "padding": 1},
+    ),
+    LaunchCase(
+        "avg-3x3-s2",
+        "avg_pool2d",
+        (64, 112, 112),
+        _AVERAGE,
+        kwargs={"kernel_size": 3, "stride": 2, "padding": 1},
+    ),
+    LaunchCase("avg-2x2-s2", "avg_pool2d", (128, 56, 56), _AVERAGE, kwargs={"kernel_size": 2}),
+    LaunchCase("global-avg", "global_avg_pool2d", (2048, 7, 7), _AVERAGE),
+    LaunchCase("stem", "batch_norm_relu_max_pool", (64, 112, 112), _STEM),
+    LaunchCase("tail", "add_relu_global_avg_pool", (2048, 7, 7), _TAIL, residual=True),
+    *(LaunchCase(f"bn-relu-{c}-{n}", "batch_norm_act", (c, n, n), _NORM) for c, n in _NORM_SHAPES),
+    *(
+        LaunchCase(f"bn-add-relu-{c}-{n}", "batch_norm_act", (c, n, n), _NORM_ADD, residual=True)
+        for c, n in _NORM_ADD_SHAPES
+    ),
+)
+
+
+@contextmanager
+def recorded_on_meta() -> Iterator[list[Launch]]:
+    """Collect the launches that calls with meta tensors would make: nothing is run or allocated."""
+    library = torch.library.Library("pooling_ext", "IMPL")
+    try:
+        triton.register(library, "Meta")
+        with use_backend("triton"), record() as launches:
+            yield launches
+    finally:
+        library._destroy()
