@@ -1,0 +1,156 @@
+"""Choosing the fastest way and remembering it, with a clock that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import threading
+import warnings
+
+import pytest
+import torch
+
+from pooling_ext import tuning
+
+DEVICE = torch.device("cuda", 0)
+CARD = "a card, torch 1, triton 2"
+
+
+@pytest.fixture(autouse=True)
+def file(monkeypatch, tmp_path):
+    """A file of the test's own, and a clock on which a way takes as long as it returns."""
+    file = tmp_path / "folder" / "tuning.json"
+    monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(file))
+    monkeypatch.delenv("POOLING_EXT_TUNE", raising=False)
+    monkeypatch.setattr(tuning, "card_name", lambda device: CARD)
+    monkeypatch.setattr(tuning, "milliseconds", lambda way, device: way())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tuning.forget()
+    yield file
+    tuning.forget()
+
+
+def ways(calls: list[str], **times: float):
+    """Ways that note that they ran; a negative time stands for one that does not work."""
+
+    def way(name: str, time: float):
+        def run() -> float:
+            calls.append(name)
+            if time < 0:
+                raise RuntimeError(f"no {name} here")
+            return time
+
+        return run
+
+    return {name: way(name, time) for name, time in times.items()}
+
+
+def test_the_fastest_is_measured_once(file):
+    calls: list[str] = []
+    offered = ways(calls, cudnn=2.0, triton=1.0, cuda=3.0)
+    assert tuning.fastest("conv", offered, DEVICE) == "triton"
+    assert sorted(calls) == ["cuda", "cudnn", "triton"]
+    assert tuning.fastest("conv", offered, DEVICE) == "triton"
+    assert len(calls) == 3
+    assert tuning.fastest("another", ways(calls, cudnn=1.0, triton=2.0), DEVICE) == "cudnn"
+
+
+def test_the_file_is_readable_and_serves_the_next_process(file):
+    calls: list[str] = []
+    tuning.fastest("conv 64", ways(calls, cudnn=2.0, triton=1.23456), DEVICE)
+    assert json.loads(file.read_text()) == {
+        CARD: {"conv 64": {"fastest": "triton", "milliseconds": {"cudnn": 2.0, "triton": 1.235}}}
+    }
+    tuning.forget()
+    calls.clear()
+    assert tuning.fastest("conv 64", ways(calls, cudnn=2.0, triton=1.0), DEVICE) == "triton"
+    assert not calls
+    file.unlink()
+    tuning.forget()
+    assert tuning.fastest("conv 64", ways(calls, cudnn=1.0, triton=2.0), DEVICE) == "cudnn"
+
+
+def test_a_way_that_is_gone_is_not_chosen(file):
+    tuning.fastest("conv", ways([], cudnn=2.0, triton=1.0), DEVICE)
+    assert tuning.fastest("conv", ways([], cudnn=2.0, cuda=3.0), DEVICE) == "cudnn"
+
+
+def test_other_cards_are_left_alone(file, monkeypatch):
+    tuning.fastest("conv", ways([], cudnn=2.0, triton=1.0), DEVICE)
+    monkeypatch.setattr(tuning, "card_name", lambda device: "another card")
+    assert tuning.fastest("conv", ways([], cudnn=1.0, triton=2.0), DEVICE) == "cudnn"
+    assert {card: section["conv"]["fastest"] for card, section in json.loads(file.read_text()).items()} == {
+        CARD: "triton",
+        "another card": "cudnn",
+    }
+
+
+def test_a_way_that_does_not_work_is_passed_over():
+    assert tuning.fastest("conv", ways([], cudnn=2.0, triton=-1.0), DEVICE) == "cudnn"
+    with pytest.raises(RuntimeError, match="no cudnn here"):
+        tuning.fastest("hopeless", ways([], cudnn=-1.0, triton=-1.0), DEVICE)
+
+
+def test_without_measuring_the_first_is_taken(file, monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setenv("POOLING_EXT_TUNE", "0")
+    assert tuning.fastest("conv", ways(calls, cudnn=2.0, triton=1.0), DEVICE) == "cudnn"
+    monkeypatch.delenv("POOLING_EXT_TUNE")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.fastest("conv", ways(calls, cudnn=2.0, triton=1.0), DEVICE) == "cudnn"
+    assert not calls and not file.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"a card, torch 1, triton 2": 3}', '{"x": {"conv": 1}}']
+)
+def test_a_spoilt_file_is_replaced(file, content):
+    file.parent.mkdir()
+    file.write_text(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tuning.fastest("conv", ways([], cudnn=2.0, triton=1.0), DEVICE) == "triton"
+    assert json.loads(file.read_text())[CARD]["conv"]["fastest"] == "triton"
+
+
+def test_where_nothing_can_be_written_it_warns_and_goes_on(monkeypatch, tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(blocked / "tuning.json"))
+    with pytest.warns(UserWarning, match="cannot remember"):
+        assert tuning.fastest("conv", ways([], cudnn=2.0, triton=1.0), DEVICE) == "triton"
+    assert tuning.fastest("conv", ways([], cudnn=2.0, triton=3.0), DEVICE) == "triton"
+
+
+def test_threads_measure_one_at_a_time():
+    calls: list[str] = []
+    offered = ways(calls, cudnn=2.0, triton=1.0)
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(tuning.fastest("conv", offered, DEVICE)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["triton"] * 8 and len(calls) == 2
+
+
+def _write_many(process: int) -> None:
+    for call in range(20):
+        tuning.remember(CARD, f"process {process} call {call}", "triton", {"triton": 1.0})
+
+
+def test_processes_do_not_lose_each_others_choices(file):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_many, args=(index,)) for index in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(json.loads(file.read_text())[CARD]) == 80
+    assert not [
+        path for path in file.parent.iterdir() if path.name not in ("tuning.json", "tuning.json.lock")
+    ]
