@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from . import nn as ours
 from .errors import ArgumentError
 from .folding import Freezer
+from .graphs import Graphs
 from .patching import PatchEntry, PatchReport, unpatch
 from .prepacked import PackedConv, PackedLinear, Prepacked
 from .recognition import hooked, is_batch_norm
@@ -146,9 +148,10 @@ class Region(nn.Module):
         names |= dict(self.graph.named_buffers(recurse=False))
         names |= {name: layer.function for name, layer in names.items() if isinstance(layer, Prepacked)}
         self._run = partial(type(self.graph).forward, SimpleNamespace(**names))
+        self._graphs = Graphs(self._run, self._cast) if self.device.type == "cuda" else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_run"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_run", "_graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -158,20 +161,22 @@ class Region(nn.Module):
         if len(args) != len(self.inputs):
             raise TypeError(f"the model was frozen with {len(self.inputs)} arguments, but got {len(args)}")
         back = None
-        entered = []
         for want, x in zip(self.inputs, args, strict=True):
             if want.rank is not None:
                 self._check(want, x)
                 if want.floating:
                     back = back or x.dtype
-                    x = _enter(x, self.dtype)
-            entered.append(x)
+        run = self._run
+        if self._graphs is None or is_compiling() or torch.cuda.is_current_stream_capturing():
+            entered = tuple(map(self._cast, args))
+        else:  # which casts as it copies
+            run, entered = self._graphs, args
         autocast = torch.is_autocast_enabled(self.device.type)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False) if autocast else nullcontext():
             try:
-                result = self._run(*entered)
+                result = run(*entered)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise self._blame(entered, error) from error
+                raise self._blame(args, error) from error
             if type(result) is Tensor:
                 return _floating(result, back)
             leaves = [_floating(leaf, back) for leaf in pytree.tree_leaves(result)]
@@ -193,11 +198,19 @@ class Region(nn.Module):
                 f"{tuple(x.shape)}"
             )
 
-    def _blame(self, args: list[Any], error: Exception) -> Exception:
+    def _cast(self, x: Any) -> Any:
+        """An argument in our dtype and layout, in one copy."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if x.dim() == 4:
+            return x.to(dtype=self.dtype, memory_format=torch.channels_last)
+        return x if x.dtype is self.dtype else x.to(self.dtype)
+
+    def _blame(self, args: tuple[Any, ...], error: Exception) -> Exception:
         """The error to raise for ``error``: the one that names the layer, found by running again."""
         blame = _Blame(self.graph, self.layers)
         try:
-            blame.run(*args)
+            blame.run(*map(self._cast, args))
         except Exception as again:
             return ArgumentError(f"{blame.layer}: {again}")
         return error
@@ -223,13 +236,6 @@ class _Blame(fx.Interpreter):
         elif n.op != "placeholder":
             self.layer = n.name
         return super().run_node(n)
-
-
-def _enter(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Cast and lay out an argument, in one copy."""
-    if x.dim() == 4:
-        return x.to(dtype=dtype, memory_format=torch.channels_last)
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _floating(x: Any, dtype: torch.dtype | None) -> Any:
