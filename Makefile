@@ -9,6 +9,10 @@ ABI_TORCH ?= 2.13.0
 SUITE     ?= pool
 ARGS      ?=
 
+# `make gpu` leaves the environment alone: set one up with `make setup test`, or name another.
+GPU_PYTHON        ?= .venv/bin/python
+COMPUTE_SANITIZER ?= $(shell command -v compute-sanitizer)
+
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -25,7 +29,7 @@ CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo finetune test bench lint format abi sanitize setup clean distclean FORCE
+.PHONY: help demo finetune test bench gpu lint format abi sanitize setup clean distclean FORCE
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
@@ -43,6 +47,12 @@ test: $(STAMPS)/test ## run the whole test suite
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
+
+gpu: ## on a machine with a GPU: build, test, sanitize, measure (GPU_PYTHON: an environment that is there)
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q -m gpu $(ARGS)
+	$(if $(COMPUTE_SANITIZER),$(COMPUTE_SANITIZER) --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/gpu_smoke.py)
+	$(GPU_PYTHON) -m benchmarks gpu
 
 lint: $(STAMPS)/lint $(STAMPS)/test ## check style and types at the pinned versions
 	$(BIN)/ruff check

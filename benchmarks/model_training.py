@@ -44,15 +44,17 @@ class Trainer:
 
     def __init__(self, model: nn.Module, images: Tensor, dtype: str) -> None:
         self.model, self.images, self.dtype = model, images, DTYPES[dtype]
-        self.labels = torch.arange(len(images)) % 10
+        self.labels = torch.arange(len(images), device=images.device) % 10
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        bfloat16 = self.dtype == torch.bfloat16
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=bfloat16):
             outputs = self.model(self.images)
             # Inception and GoogLeNet have auxiliary outputs in training.
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return sum((F.cross_entropy(output, self.labels) for output in outputs), torch.zeros(()))
+            losses = [F.cross_entropy(output, self.labels) for output in outputs]
+            return sum(losses[1:], losses[0])
 
     def __call__(self) -> None:
         self.loss().backward()

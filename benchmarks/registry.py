@@ -12,6 +12,7 @@ SUITES: dict[str, str] = {
     "block": "benchmarks.block",
     "model": "benchmarks.model",
     "bytes": "benchmarks.bytes",
+    "gpu": "benchmarks.gpu",
 }
 
 

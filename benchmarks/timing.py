@@ -18,6 +18,8 @@ import torch
 
 #: A sample shorter than this repeats the call, so that reading the clock does not count (seconds).
 _SHORTEST_SAMPLE = 1e-4
+#: The same where calls run on after they return, so that waiting for a GPU does not count either.
+_SHORTEST_GPU_SAMPLE = 5e-3
 _FEWEST_TURNS = 3
 _MOST_TURNS = 400
 #: Turns go on, up to _PATIENCE budgets, until each median is known to within this fraction.
@@ -67,7 +69,8 @@ def measure(rivals: Mapping[str, Callable[[], Any]], budget: float) -> dict[str,
         if took < budget:
             # The first call also warms up caches and allocator; a short one needs a better guess.
             took = _sample(call, 1)
-        repeats[name] = max(1, round(_SHORTEST_SAMPLE / max(took, 1e-7)))
+        shortest = _SHORTEST_GPU_SAMPLE if torch.cuda.is_initialized() else _SHORTEST_SAMPLE
+        repeats[name] = max(1, round(shortest / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
     start = perf_counter()
@@ -88,10 +91,17 @@ def measure(rivals: Mapping[str, Callable[[], Any]], budget: float) -> dict[str,
 
 
 def _sample(call: Callable[[], Any], repeats: int) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
+    wait()
     start = perf_counter()
     for _ in range(repeats):
         call()
+    wait()
     return (perf_counter() - start) / repeats
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 def copy_rate(nbytes: int) -> float:

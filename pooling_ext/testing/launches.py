@@ -66,12 +66,19 @@ class LaunchCase:
             tensors |= {"running_mean": normal(channels), "running_var": normal(channels) ** 2 + 1}
         return tensors
 
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """Ours, of named tensors and :meth:`kwargs_of`."""
+        return getattr(F, self.op)
+
+    def kwargs_of(self, phase: str) -> dict[str, Any]:
+        """The arguments that are no tensors."""
+        norm = self.op.startswith("batch_norm")
+        return self.kwargs | ({"training": phase != FORWARD} if norm else {})
+
     def run(self, phase: str, tensors: Tensors) -> Callable[[], Any]:
         """The call of ``phase``, with what goes before it done."""
-        function = getattr(F, self.op)
-        kwargs = dict(self.kwargs)
-        if self.op.startswith("batch_norm") and phase != FORWARD:
-            kwargs["training"] = True
+        function, kwargs = self.function, self.kwargs_of(phase)
         if phase == FORWARD:
             return torch.no_grad()(lambda: function(**tensors, **kwargs))
         leaves = {
