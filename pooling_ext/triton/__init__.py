@@ -19,7 +19,11 @@ from typing import Any
 import torch
 
 #: Which module has the kernels of which low-level operators.
-MODULES: dict[str, tuple[str, ...]] = {}
+MODULES: dict[str, tuple[str, ...]] = {
+    "avg_pool": ("avg_pool", "avg_pool_backward"),
+    "lp_pool": ("lp_pool",),
+    "max_pool": ("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
+}
 
 
 @cache
