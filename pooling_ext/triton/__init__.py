@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 #: Which module has the kernels of which low-level operators.
-MODULES: dict[str, tuple[str, ...]] = {}
+MODULES: dict[str, tuple[str, ...]] = {
+    "batch_norm_act": (
+        "batch_norm_stats",
+        "batch_norm_act",
+        "batch_norm_act_sums",
+        "batch_norm_act_backward",
+    ),
+}
 
 
 @cache
