@@ -23,6 +23,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "avg_pool": ("avg_pool", "avg_pool_backward"),
     "lp_pool": ("lp_pool",),
     "max_pool": ("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
+    "batch_norm_act": (
+        "batch_norm_stats",
+        "batch_norm_act",
+        "batch_norm_act_sums",
+        "batch_norm_act_backward",
+    ),
 }
 
 

@@ -1,0 +1,217 @@
+"""What the kernels on batch normalisation share: its coefficients, and the sums of all programs.
+
+As on the CPU, ``y = (x - center) * scale + shift``: the center is the mean rounded to the type that
+kernels compute in, so that the difference loses nothing where the mean is large beside the deviation, and what
+the rounding left goes into the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .channels import SUMS, Channels
+from .launching import launch
+
+#: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
+#: how many sums in all.
+MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 8
+
+
+@triton.jit
+def inverse_root(value, acc: tl.constexpr):
+    """``1 / sqrt(value)`` of a float64: for float32, by a Newton step from the approximate one."""
+    if acc == tl.float64:
+        return 1.0 / tl.sqrt(value)
+    else:
+        near = tl.rsqrt(value.to(tl.float32)).to(tl.float64)
+        nearer = near * (1.5 - 0.5 * value * near * near)
+        return tl.where(tl.abs(nearer) < float("inf"), nearer, near)
+
+
+@triton.jit
+def affine(stats, weight, bias, channels, channel, exists, eps, acc: tl.constexpr):
+    """Center, scale and shift of each channel, what the center leaves of the mean, and 1 / deviation."""
+    mean = tl.load(stats + channel, mask=exists, other=0.0)
+    inverse = inverse_root(tl.load(stats + channels + channel, mask=exists, other=1.0) + eps, acc)
+    center = mean.to(acc)
+    away = mean - center.to(tl.float64)
+    scale = inverse.to(acc)
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=exists).to(acc)
+    shift = -away.to(acc) * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=exists).to(acc)
+    return center, scale, shift, away, inverse
+
+
+@triton.jit
+def slopes(sums, scale, away, inverse, channels, channel, exists, count, acc: tl.constexpr):
+    """Slope and offset of the input's gradient ``g * scale + (x - center) * slope + offset``."""
+    mean = tl.load(sums + channel, mask=exists, other=0.0) / count
+    product = tl.load(sums + channels + channel, mask=exists, other=0.0) / count
+    product = product * inverse * inverse
+    wide = scale.to(tl.float64)
+    return (-wide * product).to(acc), (wide * (away * product - mean)).to(acc)
+
+
+@triton.jit
+def through(z, grad):
+    """The gradient of what ReLU was given; a NaN lets it through, as in PyTorch."""
+    return tl.where(z <= 0.0, 0.0, grad)
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """A float64 in another type; there is no direct way to bfloat16."""
+    if dtype == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def store_parts(parts, split, first, second, channels, channel, exists):
+    """One program's two rows of ``parts``."""
+    row = parts + split.to(tl.int64) * 2 * channels + channel
+    tl.store(row, first, mask=exists)
+    tl.store(row + channels, second, mask=exists)
+
+
+@triton.jit
+def _merge_kernel(
+    parts,
+    counts,
+    stats,
+    running_mean,
+    running_var,
+    channels,
+    splits,
+    momentum: "fp64",  # noqa: F821
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Means and variances from those of the programs: Chan, Golub and LeVeque's formula for all at once."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    first = tl.load(parts + channel, mask=exists, other=0.0)
+    count = tl.full((SPLITS,), 0.0, tl.float64)
+    away = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
+    deviation = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        some = split < splits
+        n = tl.load(counts + split, mask=some, other=0.0)
+        mask = some[:, None] & exists[None, :]
+        row = parts + split.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
+        mean = tl.load(row, mask=mask, other=0.0)
+        # As a difference to the first, so that nothing is lost where means are large.
+        difference = tl.where(mask, mean - first[None, :], 0.0)
+        count += n
+        away += n[:, None] * difference
+        deviation += tl.load(row + channels, mask=mask, other=0.0) + n[:, None] * difference * difference
+    total = tl.sum(count, 0)
+    offset = tl.sum(away, 0) / total
+    squares = tl.sum(deviation, 0) - offset * offset * total
+    mean = first + offset
+    tl.store(stats + channel, mean, mask=exists)
+    tl.store(stats + channels + channel, squares / total, mask=exists)
+    if running_mean is not None:
+        _update(running_mean, mean, momentum, channel, exists)
+        _update(running_var, squares / (total - 1.0), momentum, channel, exists)
+
+
+@triton.jit
+def _update(running, batch, momentum, channel, exists):
+    """In float64, so that 16 bits are rounded once."""
+    before = tl.load(running + channel, mask=exists).to(tl.float64)
+    after = before + momentum * (batch - before)
+    tl.store(running + channel, narrow(after, running.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _total_kernel(
+    parts,
+    sums,
+    stats,
+    grad_weight,
+    grad_bias,
+    channels,
+    splits,
+    eps: "fp64",  # noqa: F821
+    DOUBLE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The programs' sums added up, and from products with ``x - center`` to products with ``x - mean``."""
+    acc: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    first = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
+    second = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        mask = (split < splits)[:, None] & exists[None, :]
+        row = parts + split.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
+        first += tl.load(row, mask=mask, other=0.0)
+        second += tl.load(row + channels, mask=mask, other=0.0)
+    mean = tl.load(stats + channel, mask=exists, other=0.0)
+    gradients = tl.sum(first, 0)
+    products = tl.sum(second, 0) - (mean - mean.to(acc).to(tl.float64)) * gradients
+    tl.store(sums + channel, gradients, mask=exists)
+    tl.store(sums + channels + channel, products, mask=exists)
+    if grad_bias is not None:
+        tl.store(grad_bias + channel, narrow(gradients, grad_bias.dtype.element_ty), mask=exists)
+    if grad_weight is not None:
+        variance = tl.load(stats + channels + channel, mask=exists, other=1.0)
+        slope = products * inverse_root(variance + eps, acc)
+        tl.store(grad_weight + channel, narrow(slope, grad_weight.dtype.element_ty), mask=exists)
+
+
+class Parts:
+    """Two float64 sums for each channel and program, and how they become those of all."""
+
+    def __init__(self, channels: Channels):
+        self.channels = channels
+        self.splits = channels.splits(SUMS)
+        n = self.splits * 2 * channels.channels
+        memory = channels.input.new_empty(n + self.splits, dtype=torch.float64)
+        self.sums, self.counts = memory[:n], memory[n:]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.channels.blocks * self.splits,)
+
+    def merge(
+        self, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
+    ) -> Tensor:
+        """Statistics out of means and sums of squared deviations; the running ones are updated in place."""
+        stats = self._result()
+        self._launch(
+            _merge_kernel, self.sums, self.counts, stats, running_mean, running_var, after=(momentum,)
+        )
+        return stats
+
+    def total(
+        self, stats: Tensor, eps: float, grad_weight: Tensor | None = None, grad_bias: Tensor | None = None
+    ) -> Tensor:
+        """Sums out of sums; the gradients of the parameters are made on the way."""
+        sums = self._result()
+        double = self.channels.input.dtype == torch.float64
+        self._launch(
+            _total_kernel, self.sums, sums, stats, grad_weight, grad_bias, after=(eps,), DOUBLE=double
+        )
+        return sums
+
+    def _result(self) -> Tensor:
+        return self.channels.input.new_empty((2, self.channels.channels), dtype=torch.float64)
+
+    def _launch(self, kernel, *tensors, after, **constants) -> None:
+        n = self.channels.channels
+        at_once = min(MERGE_SPLITS, triton.next_power_of_2(self.splits))
+        width = max(min(MERGE_SUMS // at_once, triton.next_power_of_2(n)), MERGE_CHANNELS)
+        constants |= {"CHANNELS": width, "SPLITS": at_once}
+        grid = (triton.cdiv(n, width),)
+        launch(kernel, grid, *tensors, n, self.splits, *after, num_warps=MERGE_WARPS, **constants)

@@ -1,0 +1,188 @@
+"""How the kernels that work on whole channels walk a tensor.
+
+A tensor ``(N, C, *)`` is ``rows`` of channels in a channels_last format, ``(N * pixels, C)``, and planes
+in the contiguous one, ``(N, C, inner)``. A program has a block of channels and every ``splits``-th tile of
+them. A tile is ``UNROLL x ROWS x COLUMNS`` elements, where columns are adjacent in memory: rows by channels,
+or batch by channels by pixels. Its layout has the first axis within a thread, so that these are as many
+independent loads of 16 bytes, and what is summed along it stays in registers.
+"""
+
+from __future__ import annotations
+
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops._library import memory_format, suggests_channels_last
+
+WARPS = 4
+#: Bytes that a thread moves with one instruction.
+ACCESS = 16
+#: Independent loads of a thread, for each tensor that is read.
+UNROLL = 4
+#: Columns in channels_last: with a whole line of memory in each row, many channels leave enough rows to each
+#: program that its sums are few beside what it read.
+LINE = 128
+
+
+class Work(NamedTuple):
+    """How many programs a kernel has at most, and how many tiles each at least."""
+
+    programs: int
+    tiles: int
+
+
+#: Sums: enough for 132 processors, and little to add up. A lane adds at most `LANE_TILES` tiles.
+SUMS = Work(1024, 8)
+#: One output for each input: more of them, so that the last ones to end leave little idle.
+EACH = Work(4096, 4)
+LANE_TILES = 256
+
+
+class Channels:
+    """A tensor's format, and launch arguments that go with it.
+
+    Attributes:
+        shape: ``rows, channels, inner, tiles, blocks``; the second in channels_last, else the third, as a
+            multiple of ``VECTOR``, so that the compiler knows what it is divisible by.
+        constants: the ``tl.constexpr`` ones.
+    """
+
+    def __init__(self, input: Tensor):
+        batch, self.channels = input.shape[:2]
+        inner = prod(input.shape[2:])
+        channels_last = suggests_channels_last(input)
+        self.format = memory_format(input.dim() - 2, channels_last)
+        # With one pixel the formats are the same, and rows over channels are the longer ones.
+        last = channels_last or inner == 1
+        self.count = batch * inner
+        self.input = input.contiguous(memory_format=self.format)
+
+        vector = ACCESS // input.element_size()
+        slab = 32 * WARPS * vector
+        if last:
+            rows, width = self.count, self.channels
+            columns = min(triton.next_power_of_2(max(width, 1)), LINE // input.element_size())
+            per_tile = slab // columns * UNROLL
+        else:
+            rows, width = batch, inner
+            columns = _columns(inner, 32 * vector, slab)
+            per_tile = UNROLL
+        unit = gcd(width, vector)
+        # The rows of small tensors are not padded to a whole tile.
+        unroll = min(UNROLL, triton.next_power_of_2(max(rows * UNROLL // per_tile, 1)))
+        self.tile_rows = slab // columns
+        if last:
+            self.blocks = triton.cdiv(width, columns)
+            self.tiles = triton.cdiv(rows, self.tile_rows * unroll)
+            self.shape = (rows, width // unit, 1, self.tiles, self.blocks)
+        else:
+            self.tile_rows = min(self.tile_rows, triton.next_power_of_2(self.channels))
+            self.blocks = triton.cdiv(self.channels, self.tile_rows)
+            self.tiles = triton.cdiv(rows, unroll) * triton.cdiv(inner, columns)
+            self.shape = (rows, self.channels, inner // unit, self.tiles, self.blocks)
+        self.constants = {
+            "LAST": last,
+            "VECTOR": unit,
+            "UNROLL": unroll,
+            "ROWS": self.tile_rows,
+            "COLUMNS": columns,
+        }
+
+    def splits(self, work: Work) -> int:
+        """How many programs share a block of channels."""
+        most = triton.cdiv(self.tiles, work.tiles)
+        return max(min(work.programs // max(self.blocks, 1), most), triton.cdiv(self.tiles, LANE_TILES), 1)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the input's shape as it lies."""
+        return tensor.contiguous(memory_format=self.format)
+
+    def empty(self) -> Tensor:
+        return torch.empty_like(self.input, memory_format=self.format)
+
+
+def _columns(inner: int, least: int, most: int) -> int:
+    """The power of two of which least is beyond the end of a plane; the largest of equals."""
+    if inner <= least:
+        return triton.next_power_of_2(max(inner, 1))
+    sizes = []
+    while most >= least:
+        sizes.append(most)
+        most //= 2
+    return min(sizes, key=lambda size: triton.cdiv(inner, size) * size)
+
+
+@triton.jit
+def program(
+    channels,
+    inner,
+    blocks,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What is the same for all of a program's tiles.
+
+    Returns:
+        Channels and pixels as they are; the first tile; the channels of this block and which of them exist,
+        along a tile's axis; a tile's rows or images, and columns; where its elements lie from the first one.
+    """
+    split = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    u = tl.arange(0, UNROLL)[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    if LAST:
+        channels *= VECTOR
+        row = u * ROWS + row
+        channel = block * COLUMNS + column
+        within = row.to(tl.int64) * channels + channel
+        return channels, inner, split, channel, channel < channels, row, column, within
+    else:
+        inner *= VECTOR
+        channel = block * ROWS + row
+        within = (u.to(tl.int64) * channels + channel) * inner + column
+        return channels, inner, split, channel, channel < channels, u, column, within
+
+
+@triton.jit
+def tile(
+    i,
+    rows,
+    channels,
+    inner,
+    exists,
+    row,
+    column,
+    within,
+    LAST: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Where the elements of tile ``i`` lie, which of them exist, and how many each channel has."""
+    if LAST:
+        first = tl.cast(i, tl.int64) * (UNROLL * ROWS)
+        some = tl.minimum(rows - first, UNROLL * ROWS).to(tl.int32)
+        return first * channels + within, (row < some) & exists, some
+    else:
+        across = (inner + (COLUMNS - 1)) // COLUMNS
+        n = tl.cast(i // across, tl.int64) * UNROLL
+        pixel = tl.cast(i % across, tl.int64) * COLUMNS
+        images = tl.minimum(rows - n, UNROLL).to(tl.int32)
+        pixels = tl.minimum(inner - pixel, COLUMNS).to(tl.int32)
+        at = n * channels * inner + pixel + within
+        return at, (row < images) & exists & (column < pixels), images * pixels
+
+
+@triton.jit
+def add_lanes(lanes, LAST: tl.constexpr):
+    """Each channel's sum of lanes ``(1, ROWS, COLUMNS)``, in float64."""
+    return tl.sum(lanes.to(tl.float64), axis=1 if LAST else 2, keep_dims=True)
