@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 
 from pooling_ext.backends import explain, use_backend
 from pooling_ext.testing.launches import CASES, PHASES, LaunchCase
+from pooling_ext.triton import interpreted
 
 from .report import Grid, ratio, size
 from .suite import DTYPES, LAYOUTS, ROOT, make_console
@@ -76,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         for case in chosen:
             console.print(case.name, highlight=False)
         return 0
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    if not interpreted():  # which Triton asks once, when it is imported
+        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     counts = []
     for case in chosen:
         for dtype in args.dtypes:

@@ -142,10 +142,12 @@ def _key(launch: Launch) -> str:
 def main() -> None:
     target = TARGETS[sys.argv[1]]
     for case, phase, launch in launches():
-        facts = compile_for(target, launch)
-        print(
-            json.dumps({"case": case, "phase": phase, "kernel": launch.kernel.__name__, **facts}), flush=True
-        )
+        facts = {"case": case, "phase": phase, "kernel": launch.kernel.__name__}
+        try:
+            facts |= compile_for(target, launch)
+        except Exception as error:  # the others are of interest too
+            facts["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":
