@@ -69,6 +69,9 @@ def backend(request: pytest.FixtureRequest):
     A GPU's backend has the GPU as torch's default device, so that a test makes its tensors there.
     """
     name, _, device = request.param.partition("-")
+    if name == "default":
+        yield name
+        return
     if name == "cpu":
         require_native()
     if name == "triton" and find_spec("triton") is None:

@@ -105,7 +105,10 @@ def _spread_cells(
     TILE: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """A tile of cells. Input ``a * stride + r`` is place ``k`` of window ``a + (r + padding - k * dilation) / stride``."""
+    """A tile of cells.
+
+    Input ``a * stride + r`` is place ``k`` of window ``a + (r + padding - k * dilation) / stride``.
+    """
     cells_d = tl.cdiv(in_d, STRIDE[0])
     cells_h = tl.cdiv(in_h, STRIDE[1])
     cells_w = tl.cdiv(in_w, STRIDE[2])
@@ -126,7 +129,7 @@ def _spread_cells(
         outer = outer.to(tl.int64)
     for tile in tl.range(STRIP):
         cell_h = first_h + tile * TILE[1] + h_at
-        from_ = (((outer * out_d + cell_d) * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
+        offsets = (((outer * out_d + cell_d) * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
         for rd in tl.static_range(STRIDE[0]):
             d = cell_d * STRIDE[0] + rd
             d_ok = (item < items) & (d < in_d)
@@ -136,47 +139,28 @@ def _spread_cells(
                 for rw in tl.static_range(STRIDE[2]):
                     w = cell_w * STRIDE[2] + rw
                     ok = h_ok & (w < in_w)
-                    total = tl.zeros(from_.shape, accumulator(grad, "sum"))
-                    for kd in tl.static_range(KERNEL[0]):
-                        for kh in tl.static_range(KERNEL[1]):
-                            for kw in tl.static_range(KERNEL[2]):
-                                to_d: tl.constexpr = rd + PADDING[0] - kd * DILATION[0]
-                                to_h: tl.constexpr = rh + PADDING[1] - kh * DILATION[1]
-                                to_w: tl.constexpr = rw + PADDING[2] - kw * DILATION[2]
-                                if to_d % STRIDE[0] == 0 and to_h % STRIDE[1] == 0 and to_w % STRIDE[2] == 0:
-                                    od = cell_d + to_d // STRIDE[0]
-                                    oh = cell_h + to_h // STRIDE[1]
-                                    ow = cell_w + to_w // STRIDE[2]
-                                    there = ok & in_input(od, out_d) & in_input(oh, out_h) & in_input(ow, out_w)
-                                    step = (to_d // STRIDE[0] * out_h + to_h // STRIDE[1]) * out_w + to_w // STRIDE[2]
-                                    if INDICES:
-                                        mine = ((d * in_h + h) * in_w + w)[:, None]
-                                    else:
-                                        mine = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
-                                    factor = 1.0
-                                    if places is None:
-                                        factor = _share(
-                                            od,
-                                            oh,
-                                            ow,
-                                            in_d,
-                                            in_h,
-                                            in_w,
-                                            out_d,
-                                            out_h,
-                                            out_w,
-                                            DIVISOR,
-                                            INCLUDE_PAD,
-                                            KERNEL,
-                                            STRIDE,
-                                            PADDING,
-                                            AFTER,
-                                            ADAPTIVE,
-                                            total.dtype,
-                                        )
-                                    total += _part(
-                                        grad, places, step * channels, from_, there[:, None] & c_ok, mine, factor, total.dtype
-                                    )
+                    total = tl.zeros(offsets.shape, accumulator(grad, "sum"))
+                    for place in tl.static_range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
+                        if _covers(place, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
+                            up_d = _ahead(0, place, rd, KERNEL, STRIDE, PADDING, DILATION)
+                            up_h = _ahead(1, place, rh, KERNEL, STRIDE, PADDING, DILATION)
+                            up_w = _ahead(2, place, rw, KERNEL, STRIDE, PADDING, DILATION)
+                            od = cell_d + up_d
+                            oh = cell_h + up_h
+                            ow = cell_w + up_w
+                            there = ok & in_input(od, out_d) & in_input(oh, out_h) & in_input(ow, out_w)
+                            step = ((up_d * out_h + up_h) * out_w + up_w) * channels
+                            mine = place
+                            if INDICES:
+                                mine = ((d.to(tl.int64) * in_h + h) * in_w + w)[:, None]
+                            factor = 1.0
+                            if places is None:
+                                d_count = _count(od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                                h_count = _count(oh, in_h, out_h, 1, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                                w_count = _count(ow, in_w, out_w, 2, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                                factor = _factor(d_count * h_count * w_count, DIVISOR, total.dtype)
+                            mask = there[:, None] & c_ok
+                            total += _part(grad, places, step, offsets, mask, mine, factor, total.dtype)
                     to = (((outer * in_d + d) * in_h + h) * in_w + w)[:, None] * channels + c
                     tl.store(result + to, total.to(result.dtype.element_ty), mask=ok[:, None] & c_ok)
 
@@ -245,28 +229,13 @@ def _spread_windows(
                 mine = ((kd * KERNEL[1] + kh) * KERNEL[2] + kw)[:, None]
             factor = 1.0
             if places is None:
-                factor = _share(
-                    od,
-                    oh,
-                    ow,
-                    in_d,
-                    in_h,
-                    in_w,
-                    out_d,
-                    out_h,
-                    out_w,
-                    DIVISOR,
-                    INCLUDE_PAD,
-                    KERNEL,
-                    STRIDE,
-                    PADDING,
-                    AFTER,
-                    ADAPTIVE,
-                    total.dtype,
-                )
-            from_ = (((outer * out_d + od) * out_h + oh) * out_w + ow)[:, None] * channels + c
+                d_count = _count(od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                h_count = _count(oh, in_h, out_h, 1, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                w_count = _count(ow, in_w, out_w, 2, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                factor = _factor(d_count * h_count * w_count, DIVISOR, total.dtype)
+            offsets = (((outer * out_d + od) * out_h + oh) * out_w + ow)[:, None] * channels + c
             there = (ok & d_ok & h_ok & w_ok)[:, None] & c_ok
-            total += _part(grad, places, 0, from_, there, mine, factor, total.dtype)
+            total += _part(grad, places, 0, offsets, there, mine, factor, total.dtype)
         to = (((outer * in_d + d) * in_h + h) * in_w + w)[:, None] * channels + c
         tl.store(result + to, total.to(result.dtype.element_ty), mask=ok[:, None] & c_ok)
 
@@ -285,31 +254,30 @@ def _part(grad, places, step, offsets, ok, mine, factor, ACC: tl.constexpr):
     return part
 
 
+@triton.constexpr_function
+def _offset(axis, place, r, KERNEL, PADDING, DILATION):
+    """From the first place of window 0 to input ``r`` of cell 0, less ``place``'s own distance from there."""
+    k = place // math.prod(KERNEL[axis + 1 :]) % KERNEL[axis]
+    return r + PADDING[axis] - k * DILATION[axis]
+
+
+@triton.constexpr_function
+def _covers(place, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
+    """Whether input (rd, rh, rw) of every cell is ``place`` of some window."""
+    rest = (_offset(axis, place, r, KERNEL, PADDING, DILATION) for axis, r in enumerate((rd, rh, rw)))
+    return all(offset % step == 0 for offset, step in zip(rest, STRIDE, strict=True))
+
+
+@triton.constexpr_function
+def _ahead(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+    """How many windows that one is ahead of the cell, along an axis."""
+    return _offset(axis, place, r, KERNEL, PADDING, DILATION) // STRIDE[axis]
+
+
 @triton.jit
-def _share(
-    od,
-    oh,
-    ow,
-    in_d,
-    in_h,
-    in_w,
-    out_d,
-    out_h,
-    out_w,
-    DIVISOR: tl.constexpr,
-    INCLUDE_PAD: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    AFTER: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """By what an average multiplies an element of window (od, oh, ow)."""
+def _factor(count, DIVISOR: tl.constexpr, ACC: tl.constexpr):
+    """By what an average multiplies the elements of its window."""
     if DIVISOR == 0:
-        count = _count(od, in_d, out_d, KERNEL[0], STRIDE[0], PADDING[0], AFTER[0], ADAPTIVE, INCLUDE_PAD)
-        count *= _count(oh, in_h, out_h, KERNEL[1], STRIDE[1], PADDING[1], AFTER[1], ADAPTIVE, INCLUDE_PAD)
-        count *= _count(ow, in_w, out_w, KERNEL[2], STRIDE[2], PADDING[2], AFTER[2], ADAPTIVE, INCLUDE_PAD)
         # Windows that are not there must not divide by 0.
         divisor = tl.maximum(count, 1).to(ACC)[:, None]
     else:
@@ -322,6 +290,7 @@ def _count(
     o,
     size,
     out,
+    AXIS: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
@@ -329,9 +298,9 @@ def _count(
     ADAPTIVE: tl.constexpr,
     INCLUDE_PAD: tl.constexpr,
 ):
-    start = window_start(o, size, out, STRIDE, PADDING, ADAPTIVE)
-    places = window_places(o, size, out, KERNEL, ADAPTIVE)
-    return window_count(start, places, size, PADDING, AFTER, INCLUDE_PAD)
+    start = window_start(o, size, out, STRIDE[AXIS], PADDING[AXIS], ADAPTIVE)
+    places = window_places(o, size, out, KERNEL[AXIS], ADAPTIVE)
+    return window_count(start, places, size, PADDING[AXIS], AFTER[AXIS], INCLUDE_PAD)
 
 
 @triton.jit

@@ -155,7 +155,7 @@ def _pool_windows(
                             ok &= kw < w_places
                         step = ((kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w + kw * DILATION[2]) * channels
                         v = tl.load(x + step + (origin[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
-                        place: tl.constexpr = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
+                        place = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
                         best, where = _meet(best, where, v, place, places, REDUCTION, NORM, MAGNITUDE)
         else:
             for place in tl.range(KERNEL[0] * KERNEL[1] * KERNEL[2]):

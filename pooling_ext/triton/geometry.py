@@ -24,13 +24,13 @@ from ..windows import Windows, adaptive_kernel
 Ints = tuple[int, int, int]
 
 #: What one program writes, in bytes of values, and the bytes of channels in it: one line of cache.
-TILE_BYTES = 8192
+TILE_BYTES = 4096
 CHANNEL_BYTES = 128
 #: The widest tile in channels_last; in the contiguous format a tile may be as wide as it has elements.
 COLUMNS = 16
 #: Tiles below one another go to one program, which reads their common rows once, as long as there are so many
 #: programs that all processors of a large GPU have some.
-STRIP = 8
+STRIP = 16
 ENOUGH_PROGRAMS = 1024
 WARPS = 8
 #: More places in a window than this are walked by a loop instead of being unrolled.

@@ -134,7 +134,7 @@ def _pool_planes(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``steps`` blocks of one part of the planes. ``winners``: the places of ``x``'s values, if it has parts' results."""
+    """``steps`` blocks of one part of the planes; with ``winners``, ``x`` holds parts' results, and that their places."""
     ACC: tl.constexpr = accumulator(x, REDUCTION)
     blocks = tl.cdiv(count, BLOCK[1])
     block = tl.program_id(0) // parts

@@ -20,7 +20,7 @@ def accumulator(pointer, reduction):
 
 @triton.jit
 def wins(v, best):
-    """Whether ``v``, which comes later, takes the place of ``best``: the first of equals stays, NaN beats all."""
+    """Whether ``v``, which comes later, replaces ``best``: the first of equals stays, NaN beats all."""
     better = v > best
     if v.dtype.is_floating():
         better |= v != v
