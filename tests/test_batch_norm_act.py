@@ -6,6 +6,7 @@ import pytest
 import torch
 from batch_norm_cases import arguments, assert_results, composition, copies, expected, results
 from helpers import (
+    BACKENDS,
     FLOATS,
     assert_same,
     dtype_id,
@@ -30,12 +31,13 @@ LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 # --- values and gradients -------------------------------------------------------------------------
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced", "offset"])
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 @RESIDUAL
 @TRAINING
-def test_layouts_and_dtypes(training, residual, activation, layout, dtype):
+def test_layouts_and_dtypes(backend, training, residual, activation, layout, dtype):
     tensors = arguments((3, 37, 5, 9), dtype, layout, residual)
     x = tensors["input"]
     grad = torch.randn(x.shape).to(dtype)
@@ -47,6 +49,7 @@ def test_layouts_and_dtypes(training, residual, activation, layout, dtype):
         assert actual[name].dtype == dtype and actual[name].shape == x.shape
 
 
+@BACKENDS
 @pytest.mark.parametrize(
     "shape",
     [
@@ -70,7 +73,7 @@ def test_layouts_and_dtypes(training, residual, activation, layout, dtype):
 )
 @LAYOUT
 @TRAINING
-def test_shapes(training, layout, shape):
+def test_shapes(backend, training, layout, shape):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = arguments(shape, dtype, layout, residual=True)
         grad = torch.randn(shape).to(dtype)
@@ -81,25 +84,28 @@ def test_shapes(training, layout, shape):
         assert_results(actual, expected(tensors, grad, training=training), scale)
 
 
+@BACKENDS
 @pytest.mark.parametrize("missing", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
 @LAYOUT
 @RESIDUAL
 @TRAINING
-def test_without_weight_or_bias(training, residual, layout, missing):
+def test_without_weight_or_bias(backend, training, residual, layout, missing):
     tensors = arguments((3, 5, 4, 6), torch.float32, layout, residual)
     tensors |= dict.fromkeys(missing)
     actual = results(F.batch_norm_act, tensors, training=training)
     assert_results(actual, expected(tensors, training=training))
 
 
-def test_without_running_statistics():
+@BACKENDS
+def test_without_running_statistics(backend):
     tensors = arguments((3, 5, 4, 6)) | {"running_mean": None, "running_var": None}
     assert_results(results(F.batch_norm_act, tensors, training=True), expected(tensors, training=True))
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", ["channels_last", "expanded", "sliced", "permuted"])
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
-def test_gradients_and_residuals_in_other_layouts(input_layout, layout):
+def test_gradients_and_residuals_in_other_layouts(backend, input_layout, layout):
     tensors = arguments((3, 5, 4, 6), torch.float32, input_layout, residual=True)
     tensors["residual"] = with_layout(tensors["residual"], layout)
     grad = with_layout(torch.randn(3, 5, 4, 6), layout)
@@ -107,9 +113,10 @@ def test_gradients_and_residuals_in_other_layouts(input_layout, layout):
     assert_results(actual, expected(tensors, grad, training=True))
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @TRAINING
-def test_parameters_in_16_bits(training, dtype):
+def test_parameters_in_16_bits(backend, training, dtype):
     """As a model has them after .bfloat16(): they are widened, and their gradients rounded."""
     tensors = arguments((3, 5, 4, 6), dtype, residual=True, parameters=dtype)
     actual = results(F.batch_norm_act, tensors, training=training)
@@ -129,7 +136,8 @@ def test_a_residual_of_another_dtype_is_promoted(training, other):
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
 
 
-def test_relu_of_the_residual_before_the_rounding():
+@BACKENDS
+def test_relu_of_the_residual_before_the_rounding(backend):
     """z is tiny and negative before it is rounded: nothing passes, in the output or the gradient."""
     x = torch.full((2, 1, 2, 2), 3.0, dtype=torch.bfloat16, requires_grad=True)
     mean, var = torch.full((1,), 3.0), torch.ones(1)
@@ -140,11 +148,12 @@ def test_relu_of_the_residual_before_the_rounding():
     assert x.grad is not None and x.grad.flatten().tolist() == [0.0, 1.0, 0.0, 0.0] * 2
 
 
+@BACKENDS
 @pytest.mark.parametrize("wanted", [("input",), ("weight",), ("bias",), ("residual",), ("weight", "bias")])
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 @RESIDUAL
 @TRAINING
-def test_gradients_of_some_inputs_only(training, residual, activation, wanted):
+def test_gradients_of_some_inputs_only(backend, training, residual, activation, wanted):
     if "residual" in wanted and not residual:
         return
     tensors = arguments((3, 5, 4, 6), residual=residual)
@@ -178,10 +187,11 @@ def test_what_is_saved(residual):
 # --- statistics -----------------------------------------------------------------------------------
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0])
 @LAYOUT
-def test_running_statistics(layout, momentum, dtype):
+def test_running_statistics(backend, layout, momentum, dtype):
     tensors = arguments((3, 5, 4, 6), dtype, layout)
     ours, theirs = copies(tensors), copies(tensors)
     for _ in range(3):
@@ -192,7 +202,8 @@ def test_running_statistics(layout, momentum, dtype):
         torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=rtol)
 
 
-def test_running_statistics_are_left_alone_in_eval():
+@BACKENDS
+def test_running_statistics_are_left_alone_in_eval(backend):
     tensors = arguments((3, 5, 4, 6))
     fresh = copies(tensors)
     F.batch_norm_act(**fresh, training=False)
@@ -222,8 +233,9 @@ MODULES = [
 ]
 
 
+@BACKENDS
 @pytest.mark.parametrize("options", MODULES, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "-")
-def test_as_a_module_does(options):
+def test_as_a_module_does(backend, options):
     """Outputs, buffers and counter over steps of training and then in eval."""
     theirs = nn.BatchNorm2d(5, **options)
     if theirs.affine:
@@ -259,10 +271,11 @@ def test_frozen_statistics_of_a_module_in_training():
     assert bn.num_batches_tracked is not None and bn.num_batches_tracked.item() == 0
 
 
+@BACKENDS
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4), (0, 3)], ids=str)
 @RESIDUAL
 @TRAINING
-def test_nothing_to_normalise(training, residual, shape):
+def test_nothing_to_normalise(backend, training, residual, shape):
     """As PyTorch: an empty result, statistics as they were, gradients of zero."""
     tensors = arguments(shape, residual=residual)
     fresh = copies(tensors)
@@ -276,8 +289,9 @@ def test_nothing_to_normalise(training, residual, shape):
         assert_same(fresh[name], tensors[name], name)
 
 
+@BACKENDS
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3), (1, 3, 1)], ids=str)
-def test_one_value_per_channel(shape):
+def test_one_value_per_channel(backend, shape):
     tensors = arguments(shape)
     fresh = copies(tensors)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -309,12 +323,13 @@ def _far_away(kind: str, shape) -> torch.Tensor:
     raise AssertionError(kind)
 
 
+@BACKENDS
 @pytest.mark.native
 @pytest.mark.parametrize("kind", ["mean", "channels", "zeros-first", "outlier", "trend"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("shape", [(4, 19, 40, 40), (64, 3, 7, 7)], ids=str)
 @LAYOUT
-def test_large_means(layout, shape, dtype, kind):
+def test_large_means(backend, layout, shape, dtype, kind):
     """The error is that of rounding float64's result, plus some of float32's in the terms of its sum.
 
     Those are few where every channel has one mean; the other kinds mislead the statistics, to 64 at most,
@@ -344,9 +359,10 @@ def test_large_means(layout, shape, dtype, kind):
     torch.testing.assert_close(var.double(), torch.var(wide, (0, 2, 3)), rtol=rtol, atol=0)
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @LAYOUT
-def test_gradients_with_large_means(layout, dtype):
+def test_gradients_with_large_means(backend, layout, dtype):
     require_native()
     tensors = arguments((4, 19, 20, 20), dtype, layout)
     tensors["input"] = with_layout((torch.randn(4, 19, 20, 20) + 1e3).to(dtype), layout)
@@ -358,6 +374,7 @@ def test_gradients_with_large_means(layout, dtype):
 # --- special values -------------------------------------------------------------------------------
 
 
+@BACKENDS
 @pytest.mark.parametrize(
     "where, value",
     [(where, sign * float("inf")) for where in ("input", "residual", "bias") for sign in (1, -1)]
@@ -366,7 +383,7 @@ def test_gradients_with_large_means(layout, dtype):
 )
 @LAYOUT
 @TRAINING
-def test_nan_and_infinity(training, layout, where, value):
+def test_nan_and_infinity(backend, training, layout, where, value):
     """They reach what they reach in PyTorch's operators."""
     tensors = arguments((3, 5, 4, 6), torch.float32, layout, residual=True)
     tensors[where] = tensors[where].clone()
@@ -380,13 +397,15 @@ def test_nan_and_infinity(training, layout, where, value):
         )
 
 
-def test_overflow_to_infinity():
+@BACKENDS
+def test_overflow_to_infinity(backend):
     x = torch.tensor([6e4, -6e4, 1.0, 2.0], dtype=torch.float16).reshape(4, 1)
     output = F.batch_norm_act(x, torch.zeros(1), torch.full((1,), 0.25), eps=0.0, activation="identity")
     assert output.flatten().tolist() == [float("inf"), -float("inf"), 2.0, 4.0]
 
 
-def test_a_channel_of_one_value():
+@BACKENDS
+def test_a_channel_of_one_value(backend):
     """A variance of zero: the output is the bias, and the gradient finite."""
     tensors = arguments((3, 5, 4, 6))
     tensors["input"] = torch.full((3, 5, 4, 6), 1234.5)
@@ -428,9 +447,10 @@ def test_independent_of_the_number_of_threads():
     assert len(set(result.stdout.split())) == 1
 
 
+@BACKENDS
 @LAYOUT
 @RESIDUAL
-def test_twice_gives_the_same_bits(residual, layout):
+def test_twice_gives_the_same_bits(backend, residual, layout):
     tensors = arguments((5, 19, 20, 20), torch.float32, layout, residual)
     grad = torch.randn(5, 19, 20, 20)
     first = results(F.batch_norm_act, tensors, grad, training=True)

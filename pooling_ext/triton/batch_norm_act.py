@@ -95,10 +95,10 @@ def _act_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, _, _ = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     # The last tile first: what the statistics read last may still be in the cache.
     for i in range(split, tiles, splits):
-        at, mask, _ = tile(
+        at, mask, n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         x = tl.load(input + at, mask=mask).to(acc)
@@ -140,11 +140,11 @@ def _sums_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, _, _ = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     gradients = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     products = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     for i in range(split, tiles, splits):
-        at, mask, _ = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
+        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
         g = tl.load(grad + at, mask=mask, other=0.0).to(acc)
         x = tl.load(input + at, mask=mask, other=0.0).to(acc)
         if output is not None:
@@ -192,7 +192,7 @@ def _backward_kernel(
     if sums is not None:
         slope, offset = slopes(sums, scale, away, inverse, channels, channel, exists, count, acc)
     for i in range(split, tiles, splits):
-        at, mask, _ = tile(
+        at, mask, n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         g = tl.load(grad + at, mask=mask).to(acc)

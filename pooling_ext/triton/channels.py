@@ -36,8 +36,9 @@ class Work(NamedTuple):
     tiles: int
 
 
-#: Sums: enough for 132 processors, and little to add up. A lane adds at most `LANE_TILES` tiles.
-SUMS = Work(1024, 8)
+#: Sums: four for each of 132 processors, which has room for as many at once, and little to add up. A lane adds
+#: at most `LANE_TILES` tiles.
+SUMS = Work(528, 8)
 #: One output for each input: more of them, so that the last ones to end leave little idle.
 EACH = Work(4096, 4)
 LANE_TILES = 256
