@@ -107,24 +107,26 @@ def run(args: argparse.Namespace) -> int:
 def measure(case: LaunchCase, dtype: str, layout: str, batch: int | None = None) -> Iterator[Count]:
     """Count every phase of ``case``, run by Triton's interpreter on a batch of ``batch`` images."""
     batch = batch or case.batch
+    tensors = case.tensors(batch, DTYPES[dtype], LAYOUTS[layout], "cpu")
+    pooled = case.run(PHASES[0], tensors)()
     with use_backend("triton"):
-        tensors = case.tensors(batch, DTYPES[dtype], LAYOUTS[layout], "cpu")
-        found = explain(case.run(PHASES[0], tensors))
+        with counted():
+            found = explain(case.run(PHASES[0], tensors))
         if {decision.backend for decision in found.decisions} != {"triton"}:
             raise RuntimeError(f"{case}: there is no Triton kernel for it:\n{found}")
         for phase in PHASES:
-            call = case.run(phase, tensors)
+            with use_backend("cpu"):  # what goes before is not counted, and soon done
+                call = case.run(phase, tensors)
             with counted() as traffic:
-                output = call()
-            if phase == PHASES[0]:
-                pooled = output
+                call()
             yield _count(case, dtype, layout, phase, batch, int(case.least(phase, tensors, pooled)), traffic)
 
 
 def _count(
     case: LaunchCase, dtype: str, layout: str, phase: str, batch: int, least: int, traffic: Traffic
 ) -> Count:
-    return Count(case.name, dtype, layout, phase, batch, least, traffic.nbytes, traffic.sector_bytes)
+    moved, sectors = round(traffic.nbytes), round(traffic.sector_bytes)
+    return Count(case.name, dtype, layout, phase, batch, least, moved, sectors)
 
 
 def table(counts: list[Count]) -> Grid:

@@ -6,12 +6,15 @@ there is counted once, and what two programs touch is counted twice, as if nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from pooling_ext.triton.launching import Launch, watched
 
 #: Of a program's cache; an SM has some 200 KB for the few programs that it runs at a time.
 CACHE_BYTES = 48 * 1024
@@ -20,42 +23,33 @@ CACHE_BYTES = 48 * 1024
 SECTOR = 32
 
 
+#: Programs of a launch that are run and counted, where it has more.
+SAMPLE = 24
+
+
 @dataclass
 class Traffic:
     """Bytes moved, and the same in whole sectors of 32 bytes."""
 
-    read: int = 0
-    written: int = 0
-    sectors_read: int = 0
-    sectors_written: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.read + self.written
-
-    @property
-    def sector_bytes(self) -> int:
-        return SECTOR * (self.sectors_read + self.sectors_written)
+    nbytes: float = 0.0
+    sector_bytes: float = 0.0
 
 
 class _Cache:
-    """The addresses that one program read, or wrote, of late."""
+    """The addresses that one program read, or wrote, of late, of elements of one size."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.elements: list[np.ndarray] = []
-        self.size = 1
         self.pending = 0
-        self.nbytes = self.sectors = 0
+        self.nbytes = self.sector_bytes = 0
 
-    def touch(self, addresses: np.ndarray, size: int) -> None:
-        if size != self.size:
-            self.flush()
-            self.size = size
+    def touch(self, addresses: np.ndarray) -> None:
         self.elements.append(addresses)
-        self.pending += addresses.size * size
+        self.pending += addresses.size * self.size
         if self.pending > CACHE_BYTES:  # it may be less: the same elements again
             unique = np.unique(np.concatenate(self.elements))
-            self.elements, self.pending = [unique], unique.size * size
+            self.elements, self.pending = [unique], unique.size * self.size
             if self.pending > CACHE_BYTES:
                 self.flush()
 
@@ -63,52 +57,68 @@ class _Cache:
         if self.elements:
             unique = np.unique(np.concatenate(self.elements))
             self.nbytes += unique.size * self.size
-            self.sectors += np.unique(unique // np.uint64(SECTOR)).size
+            self.sector_bytes += np.unique(unique // np.uint64(SECTOR)).size * SECTOR
         self.elements, self.pending = [], 0
 
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count what kernels move while the context lasts; they must run in Triton's interpreter."""
+    """Count what kernels move while the context lasts; they must run in Triton's interpreter.
+
+    Of a launch of many programs a random few are run, and counted for all: results are not to be used.
+    """
     from triton.runtime import interpreter
 
     builder: Any = interpreter.interpreter_builder
     traffic = Traffic()
-    # Tensors of several dtypes take turns, each with a share of the cache.
-    reads: dict[int, _Cache] = {}
-    writes: dict[int, _Cache] = {}
+    caches: dict[tuple[str, int], _Cache] = {}  # for reading and for writing, by the elements' size
+    random = np.random.default_rng(0)
 
-    def touch(caches: dict[int, _Cache], pointers: Any, mask: Any) -> None:
+    def touch(kind: str, pointers: Any, mask: Any) -> None:
         size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
         addresses, wanted = np.broadcast_arrays(pointers.data, mask.data)
-        caches.setdefault(size, _Cache()).touch(addresses[wanted.astype(bool)].astype(np.uint64), size)
+        cache = caches.setdefault((kind, size), _Cache(size))
+        cache.touch(addresses[wanted.astype(bool)].astype(np.uint64))
 
     def load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        touch(reads, pointers, mask)
+        touch("read", pointers, mask)
         return masked_load(pointers, mask, *rest)
 
     def store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        touch(writes, pointers, mask)
+        touch("written", pointers, mask)
         return masked_store(pointers, value, mask, *rest)
 
-    def next_program(*index: int) -> None:
-        finish()
-        set_grid_idx(*index)
+    def sample(launch: Launch) -> bool:
+        grid = (*launch.grid, 1, 1)[:3]
+        programs = math.prod(grid)
+        chosen = np.arange(programs)
+        if programs > SAMPLE:
+            chosen = random.choice(programs, SAMPLE, replace=False)
+        places = np.stack(np.unravel_index(chosen, grid), 1).tolist()
 
-    def finish() -> None:
-        for cache in (*reads.values(), *writes.values()):
+        def next_program(index: int, *_: int) -> None:
+            for cache in caches.values():
+                cache.flush()
+            set_grid_idx(*places[index])
+
+        builder.set_grid_dim = lambda *_: set_grid_dim(*grid)
+        builder.set_grid_idx = next_program
+        try:
+            launch.kernel[(len(places),)](**launch.arguments, **launch.options)
+        finally:
+            del builder.set_grid_dim, builder.set_grid_idx
+        for cache in caches.values():
             cache.flush()
+            traffic.nbytes += cache.nbytes * programs / len(places)
+            traffic.sector_bytes += cache.sector_bytes * programs / len(places)
+        caches.clear()
+        return True
 
     masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
-    set_grid_idx = builder.set_grid_idx
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
     builder.create_masked_load, builder.create_masked_store = load, store
-    builder.set_grid_idx = next_program
     try:
-        yield traffic
+        with watched(sample):
+            yield traffic
     finally:
-        del builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
-        finish()
-        traffic.read = sum(cache.nbytes for cache in reads.values())
-        traffic.sectors_read = sum(cache.sectors for cache in reads.values())
-        traffic.written = sum(cache.nbytes for cache in writes.values())
-        traffic.sectors_written = sum(cache.sectors for cache in writes.values())
+        del builder.create_masked_load, builder.create_masked_store

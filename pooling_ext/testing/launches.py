@@ -14,7 +14,7 @@ import pooling_ext.functional as F
 
 from .. import triton
 from ..backends import use_backend
-from ..triton.launching import Launch, record
+from ..triton.launching import Launch, watched
 
 FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"
 PHASES = (FORWARD, TRAINING, BACKWARD)
@@ -174,10 +174,16 @@ CASES: tuple[LaunchCase, ...] = (
 @contextmanager
 def recorded_on_meta() -> Iterator[list[Launch]]:
     """Collect the launches that calls with meta tensors would make: nothing is run or allocated."""
+    launches: list[Launch] = []
+
+    def record(launch: Launch) -> bool:
+        launches.append(launch)
+        return True
+
     library = torch.library.Library("pooling_ext", "IMPL")
     try:
         triton.register(library, "Meta")
-        with use_backend("triton"), record() as launches:
+        with use_backend("triton"), watched(record):
             yield launches
     finally:
         library._destroy()

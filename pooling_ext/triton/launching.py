@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-
-import torch
 
 
 class Launch(NamedTuple):
@@ -27,7 +25,9 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-_recorded: list[Launch] | None = None
+#: Sees each launch before it happens, and makes it unless that returns True.
+Watcher = Callable[[Launch], bool]
+_watcher: Watcher | None = None
 
 
 def launch(
@@ -48,25 +48,21 @@ def launch(
     """
     if 0 in grid:
         return
-    if _recorded is not None:
+    if _watcher is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, args, strict=True)) | constants
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        _recorded.append(Launch(kernel, grid, arguments, frozenset(constants), options))
-        if any(isinstance(arg, torch.Tensor) and arg.is_meta for arg in args):
+        if _watcher(Launch(kernel, grid, arguments, frozenset(constants), options)):
             return
     kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect the launches of all calls in the context.
-
-    Kernels given meta tensors do not run, so that launches at any size can be looked at, and compiled.
-    """
-    global _recorded
-    before, _recorded = _recorded, []
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Show ``watcher`` every launch while the context lasts; what it returns True for does not run."""
+    global _watcher
+    before, _watcher = _watcher, watcher
     try:
-        yield _recorded
+        yield
     finally:
-        _recorded = before
+        _watcher = before
