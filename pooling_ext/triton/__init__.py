@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 #: Which module has the kernels of which low-level operators.
-MODULES: dict[str, tuple[str, ...]] = {}
+MODULES: dict[str, tuple[str, ...]] = {
+    "conv": ("conv_bias_act", "conv_stats", "conv_input_grad"),
+}
 
 
 @cache
