@@ -1,9 +1,9 @@
 """Convolution with what stands beside it in a network fused into its prologue and epilogue.
 
-Three low-level operators, out of which :func:`conv_bn_act` can be made: for inference with the bias, an addition
-and ReLU as the output is written; for training with the statistics of the output, for the batch norm that follows; and
-the gradient of the input, with ReLU's mask and the sums of the batch norm before. They take 2-d convolutions
-of one group and give results in channels_last.
+Three low-level operators, out of which :func:`conv_bn_act` can be made: for inference with the bias, an
+addition and ReLU as the output is written; for training with the statistics of the output, for the batch
+norm that follows; and the gradient of the input, with ReLU's mask and the sums of the batch norm before.
+They take 2-d convolutions of one group and give results in channels_last.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class Geometry(NamedTuple):
         """Whether each output is made of one pixel of the input, which there always is."""
         return self.kernel_size == (1, 1) and self.padding == (0, 0)
 
+    @property
+    def window(self) -> dict[str, int]:
+        """The size and place of the windows, by the names that kernels give them."""
+        fields = {"KERNEL": self.kernel_size, "PADDING": self.padding, "DILATION": self.dilation}
+        return {f"{name}_{axis}": pair[i] for name, pair in fields.items() for i, axis in enumerate("HW")}
+
 
 def geometry(
     input_size: Sequence[int],
@@ -79,26 +85,24 @@ def geometry(
     features, given, *kernel_size = weight.shape
     if given != channels:
         raise ArgumentError(
-            f"weight must have shape (out, {channels}, height, width) for {name} of {channels} channels, but got "
-            f"{tuple(weight.shape)}; groups other than 1 are not supported"
+            f"weight must have shape (out, {channels}, height, width) for {name} of {channels} channels, "
+            f"but got {tuple(weight.shape)}; groups other than 1 are not supported"
         )
     output_size = [
         (extent + 2 * pad - reach * (kernel - 1) - 1) // step + 1
-        for extent, kernel, step, pad, reach in zip(
-            size, kernel_size, stride, padding, dilation, strict=True
-        )
+        for extent, kernel, step, pad, reach in zip(size, kernel_size, stride, padding, dilation, strict=True)
     ]
     if min(output_size) < 1:
         raise ArgumentError(
-            f"weight's windows must fit into {name} with its padding, but kernel size {tuple(kernel_size)} with "
-            f"dilation {list(dilation)} and padding {list(padding)} do not for {name} of {tuple(input_size)}"
+            f"weight's windows must fit into {name} with its padding, but kernel size {tuple(kernel_size)} "
+            f"with dilation {list(dilation)} and padding {list(padding)} is more than {tuple(size)}"
         )
     pairs = ((a, b) for a, b in (size, output_size, kernel_size, stride, padding, dilation))
     return Geometry(batch, channels, features, *pairs)
 
 
 def check_like(name: str, value: Tensor, shape: Sequence[int], other: str, like: Tensor) -> None:
-    """Raise ArgumentError unless ``value`` has ``shape`` and the dtype and device of ``like``, named ``other``."""
+    """Raise ArgumentError unless ``value`` has ``shape`` and ``other``'s dtype and device, ``like``'s."""
     if tuple(value.shape) != tuple(shape):
         raise ArgumentError(f"{name} must have shape {tuple(shape)}, but got {tuple(value.shape)}")
     if value.dtype != like.dtype or value.device != like.device:
@@ -106,6 +110,13 @@ def check_like(name: str, value: Tensor, shape: Sequence[int], other: str, like:
             f"{name} must have {other}'s dtype and device, {like.dtype} on {like.device}, but got "
             f"{value.dtype} on {value.device}"
         )
+
+
+def check_dtypes(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raise ArgumentError unless there are kernels for ``value``'s dtype, and ``weight`` has it too."""
+    if value.dtype not in DTYPES:
+        raise ArgumentError(f"{name} must be float32, bfloat16 or float16, but got {value.dtype}")
+    check_like("weight", weight, weight.shape, name, value)
 
 
 def check_vector(name: str, value: Tensor | None, channels: int) -> None:
@@ -124,9 +135,11 @@ def check_stats(name: str, stats: Tensor, channels: int) -> None:
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised tensor in channels_last."""
-    return torch.empty(
-        tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _output(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
@@ -143,11 +156,12 @@ conv_bias_act = _library.define(
     vmap=False,
 )
 
-#: ``conv(input, weight) + bias`` and its statistics, as batch_norm_stats has them. Where ``stats`` are given the
-#: convolution is that of batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu), padded with zeros.
+#: ``conv(input, weight) + bias`` and its statistics, as batch_norm_stats has them. Where ``stats`` are
+#: given the convolution is that of batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu),
+#: padded with zeros.
 conv_stats = _library.define(
-    "conv_stats(Tensor input, Tensor weight, Tensor? bias, Tensor? stats, Tensor? bn_weight, Tensor? bn_bias, "
-    f"float eps, bool relu, {GEOMETRY})",
+    "conv_stats(Tensor input, Tensor weight, Tensor? bias, Tensor? stats, Tensor? bn_weight, "
+    f"Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",
     "(Tensor, Tensor)",
     lambda input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation: (
         _output(input, weight, stride, padding, dilation),
@@ -157,8 +171,8 @@ conv_stats = _library.define(
 )
 
 #: The gradient of a convolution's input, of ``input_size``. Where ``input`` and ``stats`` are given the
-#: convolution's input was batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu): the gradient is that
-#: of what ReLU was given, and its sums are those of batch_norm_act_sums. Else there are no sums.
+#: convolution's input was batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu): the gradient
+#: is that of what ReLU was given, and its sums are those of batch_norm_act_sums. Else there are no sums.
 conv_input_grad = _library.define(
     "conv_input_grad(Tensor grad, Tensor weight, SymInt[] input_size, Tensor? input, Tensor? stats, "
     f"Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",

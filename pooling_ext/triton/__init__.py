@@ -20,7 +20,8 @@ import torch
 
 #: Which module has the kernels of which low-level operators.
 MODULES: dict[str, tuple[str, ...]] = {
-    "conv": ("conv_bias_act", "conv_stats", "conv_input_grad"),
+    "conv": ("conv_bias_act", "conv_stats"),
+    "conv_input_grad": ("conv_input_grad",),
 }
 
 

@@ -1,7 +1,8 @@
-"""From the numbers that each tile of a kernel leaves for each channel to those of the whole tensor, in float64.
+"""Each channel's numbers over a whole tensor from those that a kernel's tiles leave, in float64.
 
-Tiles' means and squared deviations are combined with Chan, Golub and LeVeque's update ("Updating Formulae and a
-Pairwise Algorithm for Computing Sample Variances", 1979), sums are added; in an order that depends on the tiles alone.
+Tiles' means and squared deviations are combined with Chan, Golub and LeVeque's update ("Updating Formulae
+and a Pairwise Algorithm for Computing Sample Variances", 1979), sums are added; in an order that depends on
+the tiles alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _combine_kernel(
     """Combine TILES of ``partials``, (tiles, 2, C), into one of ``output``, all float64 but ``partials``.
 
     Args:
-        stats: None, or (2, C): the sums' deviations are from its means as float32, to be made ones from its means.
+        stats: None, or (2, C), from whose means as float32 the sums' deviations are, but are to be from them.
         unit: the elements in each tile but perhaps the last, of ``total``.
         MEANS: they are means and squared deviations, not sums.
         LAST: the result is the final one, so variances.
@@ -81,6 +82,13 @@ def _combine_kernel(
     tl.store(at + C, two, mask=ok)
 
 
+def new_partials(like: Tensor, tiles: int, channels: int) -> Tensor:
+    """Where a kernel leaves two numbers of each tile and channel of a tensor of the dtype of ``like``."""
+    # float32 holds the mean of a tile of 16-bit values to far more than their rounding.
+    wide = torch.float64 if like.dtype == torch.float32 else torch.float32
+    return like.new_empty((tiles, 2, channels), dtype=wide)
+
+
 def _combine(partials: Tensor, stats: Tensor | None, unit: int, total: int, means: bool) -> Tensor:
     tiles, _, channels = partials.shape
     if tiles == 0:
@@ -113,8 +121,8 @@ def combine_means(partials: Tensor, unit: int, total: int) -> Tensor:
     """The statistics of ``total`` elements of each channel, as batch_norm_stats has them.
 
     Args:
-        partials: ``(tiles, 2, C)``: means and sums of squared deviations of tiles of ``unit`` elements (the last
-            of what is left).
+        partials: ``(tiles, 2, C)``: means and sums of squared deviations of tiles of ``unit`` elements (the
+            last of what is left).
 
     Returns:
         ``(2, C)`` float64: means and biased variances; zeros where there are no elements.
@@ -136,7 +144,7 @@ def combine_sums(partials: Tensor, stats: Tensor) -> Tensor:
 
 
 @triton.jit
-def _affine_kernel(stats, weight, bias, affine, C, eps, BLOCK_C: tl.constexpr):
+def _affine_kernel(stats, weight, bias, affine, C, eps: fp64, BLOCK_C: tl.constexpr):  # noqa: F821
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = channel < C
     mean = tl.load(stats + channel, mask=ok, other=0.0)

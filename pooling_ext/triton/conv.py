@@ -1,32 +1,34 @@
-"""Convolution as a matrix product whose left matrix is gathered as it is multiplied (implicit GEMM; see gemm.py).
+"""Convolution as a matrix product whose left matrix is gathered as it is multiplied (implicit GEMM; see
+gemm.py).
 
-Tensors are in channels_last, so that a row of a tile is a run of a pixel's channels. The product steps through the
-window's places and, within each, through the channels; where there are few channels a step takes several places.
-1x1 windows are matmul.py's.
+Tensors are in channels_last, so that a row of a tile is a run of a pixel's channels. The product steps
+through the window's places and, within each, through the channels; where there are few channels a step
+takes several places. 1x1 windows are matmul.py's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ops.conv import DTYPES, Geometry, check_like, check_stats, check_vector, empty, geometry
-from .combining import affine_of, combine_means, combine_sums
-from .conv_configs import Config, Problem, card, configurations, default
-from .gemm import finish_grad, finish_output, grouped_tile, normalised, pixels, product
+from ..ops.conv import (
+    Geometry,
+    channels_last,
+    check_dtypes,
+    check_like,
+    check_stats,
+    check_vector,
+    empty,
+    geometry,
+)
+from .combining import affine_of, combine_means, new_partials
+from .conv_configs import Config, card, default, folds, forward_problem
+from .gemm import finish_output, grouped_tile, normalised, pixels, product
 from .launching import launch
 from .matmul import matmul_kernel
-
-#: With fewer channels than this, or half as many that do not divide evenly, a step takes several places of a window.
-FEW_CHANNELS = 16
 
 
 @triton.jit
@@ -132,14 +134,14 @@ def _forward(
     statistics: bool,
     config: Config | None,
 ) -> tuple[Tensor, Tensor | None]:
-    problem = _forward_problem(geometry, input.dtype)
+    problem = forward_problem(geometry, input.dtype)
     config = config or default(problem, card(input.device))
-    input, weight = _channels_last(input), _channels_last(weight)
-    residual = None if residual is None else _channels_last(residual)
+    input, weight = channels_last(input), channels_last(weight)
+    residual = None if residual is None else channels_last(residual)
     output = empty(input, geometry.output_shape)
     m, n = problem.m, problem.n
     tiles = triton.cdiv(m, config.block_m)
-    partials = _partials(input, tiles, n) if statistics else None
+    partials = new_partials(input, tiles, n) if statistics else None
     grid = (tiles * triton.cdiv(n, config.block_n), 1, 1)
     strides = {"STRIDE_H": geometry.stride[0], "STRIDE_W": geometry.stride[1]}
     common = {"RELU": relu, "EVEN_K": problem.k % config.block_k == 0, "PRECISION": problem.precision}
@@ -152,7 +154,7 @@ def _forward(
             GRAD=False,
             **strides,
             **common,
-            **_options(config),
+            **config.options,
         )
     else:
         launch(
@@ -160,11 +162,11 @@ def _forward(
             grid,
             *(input, weight, output, bias, residual, affine, partials),
             *(m, n, geometry.channels, *geometry.size, *geometry.output_size),
-            FOLDED=geometry.channels if _few(geometry) else 0,
+            FOLDED=geometry.channels if folds(geometry) else 0,
             **strides,
-            **_window(geometry),
+            **geometry.window,
             **common,
-            **_options(config),
+            **config.options,
         )
     return output, None if partials is None else combine_means(partials, config.block_m, m)
 
@@ -197,7 +199,7 @@ def conv_bias_act(
         ArgumentError: an argument does not go with the others.
     """
     found = geometry(input.shape, weight, stride, padding, dilation)
-    _check_dtypes(input, weight, "input")
+    check_dtypes("input", input, weight)
     check_vector("bias", bias, found.features)
     if residual is not None:
         check_like("residual", residual, found.output_shape, "input", input)
@@ -220,8 +222,8 @@ def conv_stats(
 ) -> tuple[Tensor, Tensor]:
     """``conv(input, weight) + bias`` and its statistics.
 
-    With ``stats`` it is the convolution of ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``,
-    which is not stored.
+    With ``stats`` it is the convolution of
+    ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is not stored.
 
     Args:
         input, weight, bias, stride, padding, dilation, config: as for :func:`conv_bias_act`.
@@ -229,14 +231,14 @@ def conv_stats(
         bn_weight, bn_bias: ``(C,)`` or None for ones and zeros.
 
     Returns:
-        ``(N, O, H_out, W_out)`` in channels_last; and float64 ``(2, O)``: means and biased variances of what is
-        stored there (zeros for an empty batch).
+        ``(N, O, H_out, W_out)`` in channels_last; and float64 ``(2, O)``: means and biased variances of what
+        is stored there (zeros for an empty batch).
 
     Raises:
         ArgumentError: an argument does not go with the others.
     """
     found = geometry(input.shape, weight, stride, padding, dilation)
-    _check_dtypes(input, weight, "input")
+    check_dtypes("input", input, weight)
     check_vector("bias", bias, found.features)
     affine = None
     if stats is not None:

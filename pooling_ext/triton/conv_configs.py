@@ -1,16 +1,22 @@
 """Which tiles the convolutions' kernels may work in: a table, and what of it suits a problem.
 
-The tables are what is known to compile without spills; which entry is fastest only a card can tell. ``default`` is
-a guess to begin with, and a tuner measures ``configurations``.
+The tables are what is known to compile without spills; which entry is fastest only a card can tell.
+``default`` is a guess to begin with, and a tuner measures ``configurations``.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from ..ops.conv import Geometry, geometry
+
+#: With fewer channels than this (or twice as many that do not divide evenly) a step takes several places of a
+#: window.
+FEW_CHANNELS = 16
 
 
 class Config(NamedTuple):
@@ -45,7 +51,7 @@ class Problem(NamedTuple):
     Attributes:
         m: pixels.
         n: channels of the result.
-        k: the extent over which the kernel steps by block_k: channels of the operand, or elements of its windows.
+        k: what the kernel steps through by block_k: channels of the operand, or elements of its windows.
         dtype: of the operands.
         precision: "ieee" or "tf32" for float32.
     """
@@ -58,13 +64,13 @@ class Problem(NamedTuple):
 
 
 _HALF = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
     Config(128, 256, 64, 8, 3),
     Config(256, 128, 64, 8, 3),
-    Config(128, 128, 64, 8, 3),
     Config(128, 128, 64, 4, 3),
-    Config(128, 128, 32, 4, 4),
     Config(256, 64, 64, 8, 3),
-    Config(128, 64, 64, 4, 4),
+    Config(128, 64, 64, 4, 3),
     Config(128, 64, 32, 4, 4),
     Config(64, 256, 64, 4, 3),
     Config(64, 128, 64, 4, 4),
@@ -108,12 +114,14 @@ class Card(NamedTuple):
     shared_memory: int
 
 
-#: What there is to choose from where kernels are compiled for a card that is not there: any of them can run it.
+#: What there is to choose from where kernels are compiled for a card that is not there: all can run it.
 ANY_CARD = Card(108, 64 * 1024)
 
 
 @cache
 def card(device: torch.device) -> Card:
+    if device.type == "cpu":
+        return ANY_CARD._replace(processors=1)  # the interpreter
     if device.type != "cuda":
         return ANY_CARD
     properties = torch.cuda.get_device_properties(device)
@@ -169,22 +177,23 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def folds(geometry: Geometry) -> bool:
-    return geometry.channels < (FEW_CHANNELS if geometry.channels % 8 == 0 else 2 * FEW_CHANNELS)
+def folds(conv: Geometry) -> bool:
+    """Whether a step of conv.py's kernel takes several places of a window."""
+    return conv.channels < (FEW_CHANNELS if conv.channels % 8 == 0 else 2 * FEW_CHANNELS)
 
 
-def forward_problem(geometry: Geometry, dtype: torch.dtype) -> Problem:
-    places = geometry.kernel_size[0] * geometry.kernel_size[1]
-    k = geometry.channels * places if not geometry.pointwise and folds(geometry) else geometry.channels
-    pixels = geometry.batch * geometry.output_size[0] * geometry.output_size[1]
-    return Problem(pixels, geometry.features, k, dtype, precision_of(dtype))
+def forward_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+    k = conv.channels
+    if folds(conv) and not conv.pointwise:
+        k *= conv.kernel_size[0] * conv.kernel_size[1]
+    pixels = conv.batch * conv.output_size[0] * conv.output_size[1]
+    return Problem(pixels, conv.features, k, dtype, precision_of(dtype))
 
 
-def input_grad_problem(geometry: Geometry, dtype: torch.dtype) -> Problem:
-    """With a stride, the pixels of one of the kinds that conv_input_grad_kernel has."""
-    high, wide = map(triton.cdiv, geometry.size, geometry.stride)
-    pixels = geometry.batch * high * wide
-    return Problem(pixels, geometry.channels, geometry.features, dtype, precision_of(dtype))
+def input_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+    """With a stride, ``m`` is of the pixels of one of the kinds that conv_input_grad.py's kernel has."""
+    high, wide = map(triton.cdiv, conv.size, conv.stride)
+    return Problem(conv.batch * high * wide, conv.channels, conv.features, dtype, precision_of(dtype))
 
 
 def configs_of(operator: str, *args: Any) -> tuple[Config, ...]:
@@ -192,7 +201,7 @@ def configs_of(operator: str, *args: Any) -> tuple[Config, ...]:
 
     Args:
         operator: "conv_bias_act", "conv_stats" or "conv_input_grad".
-        args: what it is to be called with. Its function in this module takes ``config`` besides.
+        args: what it is to be called with. Its function in ``triton/<operator>.py`` takes ``config`` besides.
     """
     names = [argument.name for argument in getattr(torch.ops.pooling_ext, operator).default._schema.arguments]
     call = dict(zip(names, args, strict=True))

@@ -1,6 +1,32 @@
+"""The gradient of a convolution's input: the product of the output's gradient and the weights, as in conv.py.
+
+Every pixel of the input gathers from the windows that it is in, so that nothing is added up in memory. With
+a stride pixels are in windows at different places (Dumoulin and Visin, "A guide to convolution arithmetic
+for deep learning", 2016, section 4); those at the same ones are made together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..ops.conv import channels_last, check_dtypes, check_like, check_stats, check_vector, empty, geometry
+from .combining import affine_of, combine_sums, new_partials
+from .conv_configs import Config, card, default, input_grad_problem
+from .gemm import finish_grad, grouped_tile, pixels, product
+from .launching import launch
+from .matmul import matmul_kernel
+
+
 @triton.jit
 def _first_place(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr):
-    """The first place of a window with which ``at - place * DILATION`` is a multiple of STRIDE; KERNEL if none."""
+    """The first place with which ``at - place * DILATION`` is a multiple of STRIDE, or KERNEL."""
     place = KERNEL
     for candidate in tl.static_range(STEP - 1, -1, -1):
         if candidate < KERNEL:
@@ -127,14 +153,14 @@ def conv_input_grad(
         stats: with ``input``, as for :func:`conv_stats`, as ``bn_weight`` and ``bn_bias``.
 
     Returns:
-        ``input_size`` in channels_last; and float64 ``(2, C)``: its sums over each channel, and those of its products with
-        ``input - mean``, or nothing (of no size) without ``input``.
+        ``input_size`` in channels_last; and float64 ``(2, C)``: its sums over each channel, and those of its
+        products with ``input - mean``, or nothing (of no size) without ``input``.
 
     Raises:
         ArgumentError: an argument does not go with the others.
     """
     found = geometry(input_size, weight, stride, padding, dilation, "input_size")
-    _check_dtypes(grad, weight, "grad")
+    check_dtypes("grad", grad, weight)
     check_like("grad", grad, found.output_shape, "weight", weight)
     if (input is None) != (stats is None):
         raise ArgumentError("input and stats must be given together")
@@ -145,14 +171,14 @@ def conv_input_grad(
         check_vector("bn_weight", bn_weight, found.channels)
         check_vector("bn_bias", bn_bias, found.channels)
         affine = affine_of(stats, bn_weight, bn_bias, eps)
-        input = _channels_last(input)
+        input = channels_last(input)
 
-    problem = _input_grad_problem(found, grad.dtype)
+    problem = input_grad_problem(found, grad.dtype)
     config = config or default(problem, card(grad.device))
-    grad, weight = _channels_last(grad), _channels_last(weight)
+    grad, weight = channels_last(grad), channels_last(weight)
     output = empty(grad, found.input_shape)
     tiles = triton.cdiv(problem.m, config.block_m) * found.stride[0] * found.stride[1]
-    partials = None if affine is None else _partials(grad, tiles, found.channels)
+    partials = None if affine is None else new_partials(grad, tiles, found.channels)
     grid = (tiles * triton.cdiv(problem.n, config.block_n), 1, 1)
     strides = {"STRIDE_H": found.stride[0], "STRIDE_W": found.stride[1]}
     common = {
@@ -169,7 +195,7 @@ def conv_input_grad(
             GRAD=True,
             **strides,
             **common,
-            **_options(config),
+            **config.options,
         )
     else:
         steps = [step // math.gcd(step, d) for step, d in zip(found.stride, found.dilation, strict=True)]
@@ -181,9 +207,9 @@ def conv_input_grad(
             STEP_H=steps[0],
             STEP_W=steps[1],
             **strides,
-            **_window(found),
+            **found.window,
             **common,
-            **_options(config),
+            **config.options,
         )
     if partials is None or stats is None:
         return output, grad.new_empty(0, dtype=torch.float64)

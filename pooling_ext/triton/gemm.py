@@ -1,10 +1,10 @@
 """What the kernels that multiply matrices share: the order of tiles, the prologue and the epilogues.
 
-A convolution is the product of a matrix with a row for each pixel of the output and a column for each element of
-a window, which is gathered tile by tile and never stored, and the weights' (implicit GEMM: Chetlur et al., "cuDNN:
-Efficient Primitives for Deep Learning", 2014). A tile of the product is in registers when it is complete: what comes
-next in the network is done to it there, for no memory traffic (epilogue), as what comes before is done to a tile
-of the input on its way to the product (prologue).
+A convolution is the product of a matrix with a row for each pixel of the output and a column for each
+element of a window, which is gathered tile by tile and never stored, and the weights' (implicit GEMM:
+Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014). A tile of the product is in
+registers when it is complete: what comes next in the network is done to it there, for no memory traffic
+(epilogue), as what comes before is done to a tile of the input on its way to the product (prologue).
 
 A batch norm comes to the kernels as ``affine``, float32 of shape (3, C): y = (x - center) * scale + shift.
 """
@@ -58,9 +58,9 @@ def normalised(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
     center = tl.load(affine + channel, mask=channel_ok, other=0.0)
     scale = tl.load(affine + C + channel, mask=channel_ok, other=0.0)
     shift = tl.load(affine + 2 * C + channel, mask=channel_ok, other=0.0)
-    y = (x.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
+    y = tl.fma(x.to(tl.float32) - center[None, :], scale[None, :], shift[None, :])
     if RELU:
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.where(y < 0.0, 0.0, y)
     return y.to(x.dtype)
 
 
@@ -88,7 +88,7 @@ def finish_output(
     rows,
     RELU: tl.constexpr,
 ):
-    """Add ``bias`` and ``residual``, apply ReLU, store, and take the mean and squared deviations of what is stored.
+    """Add ``bias`` and ``residual``, apply ReLU, store, and take means and deviations of what is stored.
 
     Args:
         sums: float32 tile of the product.
@@ -104,7 +104,7 @@ def finish_output(
     if residual is not None:
         sums += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        sums = tl.where(sums < 0.0, 0.0, sums)
     y = sums.to(output.dtype.element_ty)
     tl.store(output + at, y, mask=mask)
     if partials is not None:
@@ -116,7 +116,9 @@ def finish_output(
         deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
         total = tl.sum(deviation, 0)
         squares = tl.sum(deviation * deviation, 0) - total * (total / count)
-        _store_partials(partials, tile, column, column_ok, N, mean.to(wide) + (total / count).to(wide), squares)
+        _store_partials(
+            partials, tile, column, column_ok, N, mean.to(wide) + (total / count).to(wide), squares
+        )
 
 
 @triton.jit
@@ -148,10 +150,9 @@ def finish_grad(
         if RELU:
             scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
             shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
-            sums = tl.where(deviation * scale[None, :] + shift[None, :] > 0, sums, 0.0)
+            z = tl.fma(deviation, scale[None, :], shift[None, :])
+            sums = tl.where(z <= 0.0, 0.0, sums)  # NaN lets it through, as in PyTorch
         grad = sums.to(output.dtype.element_ty)
         tl.store(output + at, grad, mask=mask)
         grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)
-        _store_partials(
-            partials, tile, column, column_ok, N, tl.sum(grad, 0), tl.sum(grad * deviation, 0)
-        )
+        _store_partials(partials, tile, column, column_ok, N, tl.sum(grad, 0), tl.sum(grad * deviation, 0))

@@ -1,7 +1,8 @@
 """The 1x1 convolution: the product of the matrix of its input's pixels, in channels_last, and the weights.
 
-With a stride it takes every so many pixels, by their addresses. The gradient of its input, with stride 1, is the
-product of the output's gradient and the weights transposed, which is the same kernel with another epilogue.
+With a stride it takes every so many pixels, by their addresses. The gradient of its input, with stride 1,
+is the product of the output's gradient and the weights transposed, which is the same kernel with another
+epilogue.
 """
 
 from __future__ import annotations
