@@ -144,7 +144,7 @@ def combine_sums(partials: Tensor, stats: Tensor) -> Tensor:
 
 
 @triton.jit
-def _affine_kernel(stats, weight, bias, affine, C, eps: fp64, BLOCK_C: tl.constexpr):  # noqa: F821
+def _affine_kernel(stats, weight, bias, affine, C, eps, BLOCK_C: tl.constexpr):
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = channel < C
     mean = tl.load(stats + channel, mask=ok, other=0.0)

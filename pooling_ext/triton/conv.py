@@ -119,8 +119,21 @@ def conv_kernel(
         sums = product(tile, weights, sums, PRECISION)
 
     offset = (first + tl.arange(0, BLOCK_M)) * N
-    relu: tl.constexpr = RELU and affine is None
-    finish_output(sums, output, offset, row_ok, n, n_ok, N, bias, residual, partials, tile_m, rows, relu)
+    finish_output(
+        sums,
+        output,
+        offset,
+        row_ok,
+        n,
+        n_ok,
+        N,
+        bias,
+        residual,
+        partials,
+        tile_m,
+        rows,
+        RELU and affine is None,
+    )
 
 
 def _forward(

@@ -1,7 +1,8 @@
-"""Which tiles the convolutions' kernels may work in: a table, and what of it suits a problem.
+"""Which tiles the convolutions' kernels may work in: tables, and what of them suits a problem.
 
-The tables are what is known to compile without spills; which entry is fastest only a card can tell.
-``default`` is a guess to begin with, and a tuner measures ``configurations``.
+Which entry is fastest only a card can tell: a tuner measures what ``configs_of`` lists, and passes one as
+``config``. Until then a call takes ``default``, one that is known to compile without spills. The largest
+tiles spill with the epilogues that need most registers.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ def precision_of(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's convolutions are told to. Other dtypes have one way."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def folds(conv: Geometry) -> bool:

@@ -28,7 +28,7 @@ from .matmul import matmul_kernel
 def _first_place(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr):
     """The first place with which ``at - place * DILATION`` is a multiple of STRIDE, or KERNEL."""
     place = KERNEL
-    for candidate in tl.static_range(STEP - 1, -1, -1):
+    for candidate in tl.static_range(STEP - 1, -1, -1):  # pyright: ignore[reportGeneralTypeIssues]
         if candidate < KERNEL:
             fits = (at + candidate * DILATION * (STRIDE - 1)) % STRIDE == 0
             place = tl.where(fits, candidate, place)

@@ -83,7 +83,18 @@ def matmul_kernel(
             sums, output, number * N, row_ok, n, n_ok, N, beside, beside_affine, partials, tile_m, RELU
         )
     else:
-        relu: tl.constexpr = RELU and a_affine is None
         finish_output(
-            sums, output, number * N, row_ok, n, n_ok, N, bias, beside, partials, tile_m, rows, relu
+            sums,
+            output,
+            number * N,
+            row_ok,
+            n,
+            n_ok,
+            N,
+            bias,
+            beside,
+            partials,
+            tile_m,
+            rows,
+            RELU and a_affine is None,
         )
