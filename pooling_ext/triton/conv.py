@@ -57,6 +57,7 @@ def conv_kernel(
     DILATION_W: tl.constexpr,
     FOLDED: tl.constexpr,
     RELU: tl.constexpr,
+    PROLOGUE_RELU: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,7 +68,7 @@ def conv_kernel(
     """Write M pixels of N channels; ``weight`` is (N, KERNEL_H, KERNEL_W, C).
 
     Args:
-        affine: the batch norm that ``x`` is yet to pass, with RELU, or None.
+        affine: the batch norm that ``x`` is yet to pass, with PROLOGUE_RELU, or None.
         FOLDED: C, where a step takes several places of a window; else 0.
         EVEN_K: no step goes past the channels' end, or where it is folded the window's.
     """
@@ -114,7 +115,7 @@ def conv_kernel(
         tile = tl.load(x_at, mask=inside, other=0.0)
         weights = tl.load(weight_at, mask=weight_mask, other=0.0)
         if affine is not None:
-            tile = normalised(tile, affine, channel, k_ok, C, RELU)
+            tile = normalised(tile, affine, channel, k_ok, C, PROLOGUE_RELU)
             tile = tl.where(inside, tile, 0.0)  # the padding is of what is normalised
         sums = product(tile, weights, sums, PRECISION)
 
@@ -132,7 +133,7 @@ def conv_kernel(
         partials,
         tile_m,
         rows,
-        RELU and affine is None,
+        RELU,
     )
 
 
@@ -157,7 +158,12 @@ def _forward(
     partials = new_partials(input, tiles, n) if statistics else None
     grid = (tiles * triton.cdiv(n, config.block_n), 1, 1)
     strides = {"STRIDE_H": geometry.stride[0], "STRIDE_W": geometry.stride[1]}
-    common = {"RELU": relu, "EVEN_K": problem.k % config.block_k == 0, "PRECISION": problem.precision}
+    common = {
+        "RELU": relu and affine is None,
+        "PROLOGUE_RELU": relu and affine is not None,
+        "EVEN_K": problem.k % config.block_k == 0,
+        "PRECISION": problem.precision,
+    }
     if geometry.pointwise:
         launch(
             matmul_kernel,
@@ -259,7 +265,8 @@ def conv_stats(
         check_vector("bn_weight", bn_weight, found.channels)
         check_vector("bn_bias", bn_bias, found.channels)
         affine = affine_of(stats, bn_weight, bn_bias, eps)
-    relu = relu and affine is not None
-    output, output_stats = _forward(found, input, weight, bias, None, affine, relu, True, config)
+    output, output_stats = _forward(
+        found, input, weight, bias, None, affine, relu and affine is not None, True, config
+    )
     assert output_stats is not None
     return output, output_stats

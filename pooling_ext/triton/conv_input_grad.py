@@ -51,6 +51,9 @@ def conv_input_grad_kernel(
     width,
     out_height,
     out_width,
+    weight_step_k,
+    weight_step_place,
+    weight_step_n,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -76,7 +79,7 @@ def conv_input_grad_kernel(
 
     Args:
         tiles: of pixels, of all kinds; as many of each as the one with the most pixels needs.
-        weight: (K, KERNEL_H, KERNEL_W, N).
+        weight: the element of channel k of ``grad``, place (row by row) and n has these steps.
         x, affine: None, or the input of the batch norm and ReLU before, and that.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP)
@@ -119,12 +122,23 @@ def conv_input_grad_kernel(
             mask, weight_mask = mask & (k < K)[None, :], weight_mask & (k < K)[:, None]
         grad_at = (grad_rows - (back_h.to(tl.int64) * out_width + back_w) * K)[:, None] + k[None, :]
         place = (first_h + place_h * STEP_H) * KERNEL_W + first_w + place_w * STEP_W
-        weight_at = weight + ((k.to(tl.int64) * (KERNEL_H * KERNEL_W) + place) * N)[:, None] + n[None, :]
+        weight_at = (weight + place * weight_step_place) + (k.to(tl.int64) * weight_step_k)[:, None]
+        weight_at += (n.to(tl.int64) * weight_step_n)[None, :]
         tile = tl.load(grad_at, mask=mask, other=0.0)
         weights = tl.load(weight_at, mask=weight_mask, other=0.0)
         sums = product(tile, weights, sums, PRECISION)
 
     finish_grad(sums, output, offset, row_ok, n, n_ok, N, x, affine, partials, tile_m, RELU)
+
+
+def _laid_out(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """The weights, and their steps in memory along the first axis, a window's places and the second."""
+    features, channels, *kernel_size = weight.shape
+    places = math.prod(kernel_size)
+    if weight.dtype != torch.float32:
+        return channels_last(weight), (places * channels, channels, 1)
+    # Matrix instructions take the second operand either way only in 16 bits.
+    return weight.permute(1, 2, 3, 0).contiguous(), (1, features, places * features)
 
 
 def conv_input_grad(
@@ -175,7 +189,7 @@ def conv_input_grad(
 
     problem = input_grad_problem(found, grad.dtype)
     config = config or default(problem, card(grad.device))
-    grad, weight = channels_last(grad), channels_last(weight)
+    grad, (weight, steps) = channels_last(grad), _laid_out(weight)
     output = empty(grad, found.input_shape)
     tiles = triton.cdiv(problem.m, config.block_m) * found.stride[0] * found.stride[1]
     partials = None if affine is None else new_partials(grad, tiles, found.channels)
@@ -191,21 +205,22 @@ def conv_input_grad(
             matmul_kernel,
             grid,
             *(grad, weight, output, None, input, None, affine, partials),
-            *(problem.m, problem.n, problem.k, 1, problem.n, *found.output_size, *found.size),
+            *(problem.m, problem.n, problem.k, steps[2], steps[0], *found.output_size, *found.size),
             GRAD=True,
+            PROLOGUE_RELU=False,
             **strides,
             **common,
             **config.options,
         )
     else:
-        steps = [step // math.gcd(step, d) for step, d in zip(found.stride, found.dilation, strict=True)]
+        every = [step // math.gcd(step, d) for step, d in zip(found.stride, found.dilation, strict=True)]
         launch(
             conv_input_grad_kernel,
             grid,
             *(grad, weight, output, input, affine, partials, found.batch, tiles),
-            *(problem.n, problem.k, *found.size, *found.output_size),
-            STEP_H=steps[0],
-            STEP_W=steps[1],
+            *(problem.n, problem.k, *found.size, *found.output_size, *steps),
+            STEP_H=every[0],
+            STEP_W=every[1],
             **strides,
             **found.window,
             **common,

@@ -36,6 +36,7 @@ def matmul_kernel(
     STRIDE_W: tl.constexpr,
     GRAD: tl.constexpr,
     RELU: tl.constexpr,
+    PROLOGUE_RELU: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,7 +50,7 @@ def matmul_kernel(
         a: pixels of K channels: (images, height, width, K), of which a stride leaves M.
         b: element (n, k) is at ``n * b_step_n + k * b_step_k``.
         beside: of the output's shape, or None: the residual, or with GRAD the input of the batch norm before.
-        a_affine: the batch norm that ``a`` is yet to pass, with RELU, or None.
+        a_affine: the batch norm that ``a`` is yet to pass, with PROLOGUE_RELU, or None.
         beside_affine: with GRAD that of ``beside``.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
@@ -75,7 +76,7 @@ def matmul_kernel(
         a_tile = tl.load(a_rows[:, None] + k[None, :], mask=a_mask, other=0.0)
         b_tile = tl.load(b_columns[None, :] + (k.to(tl.int64) * b_step_k)[:, None], mask=b_mask, other=0.0)
         if a_affine is not None:
-            a_tile = normalised(a_tile, a_affine, k, k < K, K, RELU)
+            a_tile = normalised(a_tile, a_affine, k, k < K, K, PROLOGUE_RELU)
         sums = product(a_tile, b_tile, sums, PRECISION)
 
     if GRAD:
@@ -96,5 +97,5 @@ def matmul_kernel(
             partials,
             tile_m,
             rows,
-            RELU and a_affine is None,
+            RELU,
         )
