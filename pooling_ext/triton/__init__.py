@@ -29,6 +29,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         "batch_norm_act_sums",
         "batch_norm_act_backward",
     ),
+    "conv": ("conv_bias_act", "conv_stats"),
+    "conv_input_grad": ("conv_input_grad",),
 }
 
 

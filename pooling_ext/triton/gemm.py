@@ -1,0 +1,158 @@
+"""What the kernels that multiply matrices share: the order of tiles, the prologue and the epilogues.
+
+A convolution is the product of a matrix with a row for each pixel of the output and a column for each
+element of a window, which is gathered tile by tile and never stored, and the weights' (implicit GEMM:
+Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014). A tile of the product is in
+registers when it is complete: what comes next in the network is done to it there, for no memory traffic
+(epilogue), as what comes before is done to a tile of the input on its way to the product (prologue).
+
+A batch norm comes to the kernels as ``affine``, float32 of shape (3, C): y = (x - center) * scale + shift.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import interpreted
+
+#: The interpreter holds bfloat16 as integers, and multiplies those.
+_WIDEN = tl.constexpr(interpreted())
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The place of a program's tile: down the rows of a group of tiles first, then to the next column.
+
+    So programs that run at the same time share rows of both matrices in the L2 cache.
+    """
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = tile - group * (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def pixels(first, BLOCK_M: tl.constexpr, height, width):
+    """Image (64-bit), row and column of BLOCK_M pixels from the 64-bit number ``first``."""
+    image = first // (height * width)
+    place = (first - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK_M)
+    within = place // (height * width)
+    place -= within * (height * width)
+    row = place // width
+    return image + within, row, place - row * width
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """``sums + a @ b`` in float32."""
+    if _WIDEN and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def normalised(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
+    """The batch norm and ReLU of a tile, rounded as if it had been stored. NaN stays NaN."""
+    center = tl.load(affine + channel, mask=channel_ok, other=0.0)
+    scale = tl.load(affine + C + channel, mask=channel_ok, other=0.0)
+    shift = tl.load(affine + 2 * C + channel, mask=channel_ok, other=0.0)
+    y = tl.fma(x.to(tl.float32) - center[None, :], scale[None, :], shift[None, :])
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _store_partials(partials, tile, column, column_ok, N, first, second):
+    """Write a tile's two numbers of each column, where combining.py looks for them."""
+    at = partials + tile.to(tl.int64) * (2 * N) + column
+    tl.store(at, first.to(partials.dtype.element_ty), mask=column_ok)
+    tl.store(at + N, second.to(partials.dtype.element_ty), mask=column_ok)
+
+
+@triton.jit
+def finish_output(
+    sums,
+    output,
+    offset,
+    row_ok,
+    column,
+    column_ok,
+    N,
+    bias,
+    residual,
+    partials,
+    tile,
+    rows,
+    RELU: tl.constexpr,
+):
+    """Add ``bias`` and ``residual``, apply ReLU, store, and take means and deviations of what is stored.
+
+    Args:
+        sums: float32 tile of the product.
+        offset: of each of its rows in the output, 64-bit.
+        column: the tile's columns, of N.
+        partials: None, or for each tile the columns' means and sums of squared deviations.
+        tile, rows: the number of the tile, and how many rows of it there are.
+    """
+    if bias is not None:
+        sums += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    mask = row_ok[:, None] & column_ok[None, :]
+    at = offset[:, None] + column[None, :]
+    if residual is not None:
+        sums += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        sums = tl.where(sums < 0.0, 0.0, sums)
+    y = sums.to(output.dtype.element_ty)
+    tl.store(output + at, y, mask=mask)
+    if partials is not None:
+        wide: tl.constexpr = partials.dtype.element_ty
+        count = rows.to(tl.float32)
+        y = y.to(tl.float32)
+        # Deviations from a mean that is rounded, and then corrected for that.
+        mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
+        deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
+        total = tl.sum(deviation, 0)
+        squares = tl.sum(deviation * deviation, 0) - total * (total / count)
+        _store_partials(
+            partials, tile, column, column_ok, N, mean.to(wide) + (total / count).to(wide), squares
+        )
+
+
+@triton.jit
+def finish_grad(
+    sums,
+    output,
+    offset,
+    row_ok,
+    column,
+    column_ok,
+    N,
+    x,
+    affine,
+    partials,
+    tile,
+    RELU: tl.constexpr,
+):
+    """Store a gradient, where ``x`` is given that of what its batch norm's ReLU was given, with its sums.
+
+    The sums, over the tile's rows, are of what is stored and of its products with ``x - center``.
+    """
+    mask = row_ok[:, None] & column_ok[None, :]
+    at = offset[:, None] + column[None, :]
+    if x is None:
+        tl.store(output + at, sums.to(output.dtype.element_ty), mask=mask)
+    else:
+        center = tl.load(affine + column, mask=column_ok, other=0.0)
+        deviation = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - center[None, :]
+        if RELU:
+            scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
+            shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
+            z = tl.fma(deviation, scale[None, :], shift[None, :])
+            sums = tl.where(z <= 0.0, 0.0, sums)  # NaN lets it through, as in PyTorch
+        grad = sums.to(output.dtype.element_ty)
+        tl.store(output + at, grad, mask=mask)
+        grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)
+        _store_partials(partials, tile, column, column_ok, N, tl.sum(grad, 0), tl.sum(grad * deviation, 0))

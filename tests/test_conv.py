@@ -1,0 +1,473 @@
+"""The convolutions with fused prologues and epilogues, which only Triton has.
+
+Data are small integers wherever that is possible: sums are exact then, and results are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from helpers import LAYOUTS, dtype_id, integers, with_layout
+from torch import Tensor
+
+from pooling_ext import ArgumentError
+from pooling_ext.ops.conv import conv_bias_act, conv_input_grad, conv_stats
+from pooling_ext.testing import reference
+from pooling_ext.testing.tolerances import assert_close
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+)
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+EPS = 2.0**-10
+
+
+class Conv(NamedTuple):
+    """A convolution; ``window`` is its stride, padding and dilation."""
+
+    shape: tuple[int, int, int, int]
+    features: int
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def window(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.stride), list(self.padding), list(self.dilation)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return integers((self.features, self.shape[1], *self.kernel_size), dtype, -2, 2)
+
+    def input(self, dtype: torch.dtype) -> Tensor:
+        return integers(self.shape, dtype, -3, 3)
+
+    def output(self, dtype: torch.dtype) -> Tensor:
+        """Integers of the output's shape."""
+        shape = self.expected(torch.zeros(self.shape), torch.zeros_like(self.weight(torch.float32))).shape
+        return integers(shape, dtype, -3, 3)
+
+    def expected(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None else bias.double()
+        return TF.conv2d(input.double(), weight.double(), bias, self.stride, self.padding, self.dilation)
+
+
+CONVS = {
+    "1x1": Conv((2, 64, 7, 5), 32),
+    "1x1 stride": Conv((2, 17, 9, 6), 24, stride=(2, 2)),
+    "1x1 padding": Conv((2, 3, 4, 5), 5, padding=(1, 0)),
+    "3x3": Conv((2, 64, 6, 7), 48, (3, 3), padding=(1, 1)),
+    "3x3 stride": Conv((2, 17, 9, 8), 20, (3, 3), (2, 2), (1, 1)),
+    "3x3 dilation": Conv((1, 32, 7, 7), 16, (3, 3), padding=(2, 2), dilation=(2, 2)),
+    "3x3 stride dilation": Conv((1, 16, 9, 10), 17, (3, 3), (2, 2), (2, 2), (2, 2)),
+    "3x3 stride odd dilation": Conv((1, 3, 11, 9), 4, (3, 3), (2, 2), (3, 2), (3, 1)),
+    "5x5 stride": Conv((2, 32, 8, 7), 16, (5, 5), (2, 2), (2, 2)),
+    "7x7 stem": Conv((2, 3, 13, 11), 16, (7, 7), (2, 2), (3, 3)),
+    "1x3 asymmetric": Conv((1, 16, 5, 9), 16, (1, 3), (1, 2), (0, 1)),
+    "2x2 with gaps": Conv((2, 5, 8, 7), 3, (2, 2), (3, 3)),
+    "one pixel": Conv((3, 16, 1, 1), 1),
+}
+
+
+def cases(names: Iterable[str], half: Iterable[str]) -> Any:
+    """Parametrises a test with the convolutions ``names`` in float32, and ``half`` in 16 bits."""
+    pairs = [(name, torch.float32) for name in names]
+    pairs += [(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in half]
+    ids = [f"{name}-{dtype_id(dtype)}" for name, dtype in pairs]
+    return pytest.mark.parametrize("conv, dtype", [(CONVS[name], dtype) for name, dtype in pairs], ids=ids)
+
+
+@pytest.fixture(autouse=True)
+def allow_tf32():
+    """Sets whether convolutions may; they may not."""
+
+    def allow(value: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = value
+
+    before = torch.backends.cudnn.allow_tf32
+    allow(False)
+    yield allow
+    allow(before)
+
+
+def channel_stats(x: Tensor) -> Tensor:
+    x = x.double()
+    return torch.stack((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)))
+
+
+def exact_norm(channels: int) -> dict[str, Tensor]:
+    """A batch norm of which all is exact in float32, with shifts that ReLU lets through."""
+    variance = torch.full((channels,), 1.0 - EPS)
+    return {
+        "stats": torch.stack((integers((channels,), torch.float64, -2, 2), variance.double())),
+        "bn_weight": torch.tensor([1.0, -1.0, 2.0, 0.5])[torch.arange(channels) % 4],
+        "bn_bias": integers((channels,), torch.float32, -1, 3),
+    }
+
+
+def normalise(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) -> Tensor:
+    """The reference's batch norm, in float64."""
+    mean, var = norm["stats"]
+    weight, bias = norm["bn_weight"].double(), norm["bn_bias"].double()
+    return reference.batch_norm_act(x.double(), mean, var, weight, bias, False, eps, None, relu)
+
+
+def assert_rounded(actual: Tensor, expected: Tensor) -> None:
+    """It is ``expected``, rounded once; Triton's interpreter rounds to bfloat16 towards zero."""
+    assert_close(actual, expected, exact=actual.dtype != torch.bfloat16 or actual.is_cuda)
+
+
+def assert_stats(stats: Tensor, stored: Tensor) -> None:
+    """They are those of what is stored: deviations and their squares are summed in float32, in tiles."""
+    (mean, var), (expected_mean, expected_var) = stats, channel_stats(stored)
+    assert mean.shape == expected_mean.shape and stats.dtype == torch.float64
+    torch.testing.assert_close(var, expected_var, rtol=1e-5, atol=1e-9)
+    away = (mean - expected_mean).abs()
+    assert (away <= 1e-6 * expected_var.sqrt() + 1e-7 * expected_mean.abs()).all()
+
+
+@TRITON
+@cases(CONVS, CONVS)
+def test_forward(backend, conv, dtype):
+    x, weight = conv.input(dtype), conv.weight(dtype)
+    actual = conv_bias_act(x, weight, None, None, *conv.window, False)
+    assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
+    assert_rounded(actual, conv.expected(x, weight))
+
+
+@TRITON
+@ALL_DTYPES
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
+def test_epilogue(backend, name, dtype):
+    conv = CONVS[name]
+    x, weight, residual = conv.input(dtype), conv.weight(dtype), 20 * conv.output(dtype)
+    for bias in (None, integers((conv.features,), torch.float32, -9, 9), integers((conv.features,), dtype)):
+        for added in (None, residual):
+            for relu in (False, True):
+                actual = conv_bias_act(x, weight, bias, added, *conv.window, relu)
+                expected = conv.expected(x, weight, bias)
+                expected = expected if added is None else expected + added.double()
+                assert_rounded(actual, expected.relu() if relu else expected)
+
+
+@TRITON
+@cases(CONVS, ("1x1", "3x3 stride"))
+def test_statistics(backend, conv, dtype):
+    x, weight, bias = conv.input(dtype), conv.weight(dtype), integers((conv.features,), torch.float32)
+    actual, stats = conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
+    assert_rounded(actual, conv.expected(x, weight, bias))
+    assert_stats(stats, actual)
+
+
+@TRITON
+@cases(("1x1", "1x1 padding", "1x1 stride", "3x3", "3x3 stride", "7x7 stem"), ("1x1 stride", "3x3"))
+def test_prologue(backend, conv, dtype):
+    """What is padded is the result of the prologue, with zeros."""
+    x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
+    for relu in (False, True):
+        actual, stats = conv_stats(x, weight, None, *norm.values(), EPS, relu, *conv.window)
+        assert_rounded(actual, conv.expected(normalise(x, norm, relu), weight))
+        assert_stats(stats, actual)
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_id)
+def test_statistics_of_a_large_mean(backend, dtype):
+    """Means of 1000 with deviations of 1, in the input of the prologue too."""
+    conv = Conv((4, 16, 20, 21), 16)
+    x, bias = torch.randn(conv.shape).to(dtype), torch.full((16,), 1000.0)
+    weight = (torch.randn(16, 16, 1, 1) / 4).to(dtype)
+    y, stats = conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
+    assert_close(y, conv.expected(x, weight, bias))
+    expected = channel_stats(y)
+    torch.testing.assert_close(stats[0], expected[0], rtol=1e-9 if dtype == torch.float32 else 1e-7, atol=0)
+    torch.testing.assert_close(stats[1], expected[1], rtol=2e-6, atol=0)
+
+    norm = {"stats": stats, "bn_weight": torch.rand(16) + 0.5, "bn_bias": torch.randn(16)}
+    z, _ = conv_stats(y, weight, None, *norm.values(), EPS, True, *conv.window)
+    assert_close(z, conv.expected(normalise(y, norm, True).to(dtype), weight), scale=4.0)
+
+
+@TRITON
+def test_statistics_of_many_tiles(backend):
+    """So many that they are combined in two rounds; the last tile is not full."""
+    from pooling_ext.triton import combining
+
+    for tiles, unit in ((combining.TILES + 37, 4), (combining.TILES, 4), (1, 4)):
+        count = tiles * unit - 3
+        x = 5.0 + torch.randn(tiles * unit, 3, dtype=torch.float64)
+        x[count:] = 0
+        means, squares = [], []
+        for tile in x[:count].split(unit):
+            means.append(tile.mean(0))
+            squares.append((tile - tile.mean(0)).square().sum(0))
+        partials = torch.stack((torch.stack(means), torch.stack(squares)), 1)
+        stats = combining.combine_means(partials, unit, count)
+        expected = torch.stack((x[:count].mean(0), x[:count].var(0, unbiased=False)))
+        torch.testing.assert_close(stats, expected, rtol=1e-12, atol=0)
+
+        sums = combining.combine_sums(partials, torch.zeros(2, 3, dtype=torch.float64))
+        torch.testing.assert_close(sums, partials.sum(0), rtol=1e-12, atol=1e-12)
+
+
+def input_grad(conv: Conv, grad: Tensor, weight: Tensor, x: Tensor | None = None, **norm: Any) -> Any:
+    """(gradient, sums) in float64, by autograd."""
+    leaf = torch.zeros(conv.shape, dtype=torch.float64) if x is None else x.double()
+    leaf.requires_grad_()
+    if x is None:
+        (result,) = torch.autograd.grad(conv.expected(leaf, weight), leaf, grad.double())
+        return result, None
+    relu = norm.pop("relu")
+    before = normalise(leaf, norm, False)
+    before.retain_grad()
+    conv.expected(before.relu() if relu else before, weight).backward(grad.double())
+    assert before.grad is not None
+    deviation = leaf.detach() - norm["stats"][0].view(1, -1, 1, 1)
+    result = before.grad
+    return result, torch.stack((result.sum((0, 2, 3)), (result * deviation).sum((0, 2, 3))))
+
+
+@TRITON
+@cases(CONVS, ("1x1", "1x1 stride", "3x3", "3x3 stride", "2x2 with gaps"))
+def test_input_grad(backend, conv, dtype):
+    grad, weight = conv.output(dtype), conv.weight(dtype)
+    nothing = (None, None, None, None, EPS, True)
+    actual, sums = conv_input_grad(grad, weight, conv.shape, *nothing, *conv.window)
+    assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
+    assert sums.numel() == 0
+    assert_rounded(actual, input_grad(conv, grad, weight)[0])
+
+
+@TRITON
+@cases(("1x1", "1x1 stride", "3x3", "3x3 stride", "5x5 stride", "2x2 with gaps"), ("1x1", "3x3 stride"))
+def test_input_grad_epilogue(backend, conv, dtype):
+    grad, weight, x = conv.output(dtype), conv.weight(dtype), conv.input(dtype)
+    norm = exact_norm(conv.shape[1])
+    for relu in (False, True):
+        options = (*norm.values(), EPS, relu)
+        actual, sums = conv_input_grad(grad, weight, conv.shape, x, *options, *conv.window)
+        expected, _ = input_grad(conv, grad, weight, x, relu=relu, **norm)
+        assert_rounded(actual, expected)
+        # The sums are of what is stored.
+        deviation = x.double() - norm["stats"][0].view(1, -1, 1, 1)
+        stored = actual.double()
+        expected_sums = torch.stack((stored.sum((0, 2, 3)), (stored * deviation).sum((0, 2, 3))))
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=0)
+
+
+@TRITON
+def test_a_step_of_training(backend):
+    """conv, batch norm, ReLU, conv: with none but the convolutions' results stored, as autograd has it."""
+    first, second = (
+        Conv((2, 8, 9, 10), 24, (3, 3), (1, 1), (1, 1)),
+        Conv((2, 24, 9, 10), 16, (3, 3), (2, 2), (1, 1)),
+    )
+    x, one, two = torch.randn(first.shape), torch.randn(24, 8, 3, 3) / 8, torch.randn(16, 24, 3, 3) / 14
+    bn_weight, bn_bias, bias = torch.rand(24) + 0.5, torch.randn(24), torch.randn(24) * 300
+    grad = torch.randn(second.output(torch.float32).shape)
+
+    y, stats = conv_stats(x, one, bias, None, None, None, EPS, True, *first.window)
+    z, _ = conv_stats(y, two, None, stats, bn_weight, bn_bias, EPS, True, *second.window)
+    gated, sums = conv_input_grad(grad, two, y.shape, y, stats, bn_weight, bn_bias, EPS, True, *second.window)
+    grad_weight, grad_bias = sums[1] * (stats[1] + EPS).rsqrt(), sums[0]
+
+    leaves = [t.double().requires_grad_() for t in (bn_weight, bn_bias)]
+    expected = TF.batch_norm(y.double(), None, None, *leaves, True, 0.0, EPS).relu()
+    expected = second.expected(expected, two)
+    wanted = torch.autograd.grad(expected, leaves, grad.double())
+    assert_close(z, expected.detach(), scale=16.0)
+    assert_close(grad_weight.float(), wanted[0], scale=64.0)
+    assert_close(grad_bias.float(), wanted[1], scale=64.0)
+    assert (gated == 0).any() and gated.isfinite().all()
+
+
+@TRITON
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
+def test_layouts(backend, name, layout):
+    conv = CONVS[name]
+    x, residual, grad = (
+        with_layout(t, layout) for t in (conv.input(torch.float32), *(conv.output(torch.float32),) * 2)
+    )
+    weight = with_layout(conv.weight(torch.float32), "permuted" if layout == "permuted" else "contiguous")
+    actual = conv_bias_act(x, weight, None, residual, *conv.window, False)
+    assert_rounded(actual, conv.expected(x, weight) + residual.double())
+    norm = exact_norm(conv.shape[1])
+    actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
+    assert_rounded(actual, input_grad(conv, grad, weight, x, relu=True, **norm)[0])
+
+
+@TRITON
+def test_nan(backend):
+    """It passes ReLU, in the epilogue and the prologue, and ReLU's gradient."""
+    conv = Conv((1, 16, 3, 3), 16)
+    x, weight = torch.ones(conv.shape), torch.eye(16).view(16, 16, 1, 1)
+    x[0, 3, 1, 1] = torch.nan
+    norm = {"stats": torch.stack((torch.zeros(16), torch.ones(16))).double()}
+    expected = torch.zeros(conv.shape, dtype=torch.bool)
+    expected[0, :, 1, 1] = True
+    actual = conv_bias_act(x, weight, None, None, *conv.window, True)
+    assert torch.equal(actual.isnan(), expected)
+    actual, _ = conv_stats(x, weight, None, norm["stats"], None, None, EPS, True, *conv.window)
+    assert torch.equal(actual.isnan(), expected)
+    grad = torch.ones(conv.shape)
+    actual, _ = conv_input_grad(grad, weight, x.shape, x, norm["stats"], None, None, EPS, True, *conv.window)
+    assert torch.equal(actual, grad)
+
+
+@TRITON
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
+def test_empty_batch(backend, name):
+    conv = CONVS[name]._replace(shape=(0, *CONVS[name].shape[1:]))
+    x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(conv.shape[1])
+    expected = conv.expected(x, weight)
+    y, stats = conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
+    assert y.shape == expected.shape
+    assert torch.equal(stats, torch.zeros(2, conv.features, dtype=torch.float64))
+    assert conv_bias_act(x, weight, None, y, *conv.window, True).shape == expected.shape
+    grad, sums = conv_input_grad(y, weight, conv.shape, x, *norm.values(), EPS, True, *conv.window)
+    assert grad.shape == conv.shape
+    assert torch.equal(sums, torch.zeros(2, conv.shape[1], dtype=torch.float64))
+
+
+@TRITON
+def test_operators_are_what_their_fakes_say(backend):
+    check = {"test_utils": ("test_schema", "test_faketensor")}
+    for name in ("1x1 stride", "3x3"):
+        conv = CONVS[name]
+        x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(conv.shape[1])
+        y, bias = conv.output(torch.float32), torch.zeros(conv.features)
+        torch.library.opcheck(conv_bias_act, (x, weight, bias, y, *conv.window, True), **check)
+        torch.library.opcheck(conv_stats, (x, weight, bias, *norm.values(), EPS, True, *conv.window), **check)
+        torch.library.opcheck(
+            conv_input_grad,
+            (y, weight, list(conv.shape), x, *norm.values(), EPS, True, *conv.window),
+            **check,
+        )
+
+
+X, WEIGHT = torch.zeros(2, 6, 5, 5), torch.zeros(4, 6, 3, 3)
+WINDOW = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+STATS = torch.zeros(2, 6, dtype=torch.float64)
+NO_NORM = {"stats": None, "bn_weight": None, "bn_bias": None, "eps": EPS, "relu": True}
+CALLS = {
+    "conv_bias_act": {"input": X, "weight": WEIGHT, "bias": None, "residual": None, "relu": True, **WINDOW},
+    "conv_stats": {"input": X, "weight": WEIGHT, "bias": None, **NO_NORM, **WINDOW},
+    "conv_input_grad": {
+        "grad": torch.zeros(2, 4, 3, 3),
+        "weight": WEIGHT,
+        "input_size": [2, 6, 5, 5],
+        "input": None,
+        **NO_NORM,
+        **WINDOW,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "operator, wrong, message",
+    [
+        ("conv_bias_act", {"input": X[0]}, r"input must be \(N, C, H, W\), but got \(6, 5, 5\)"),
+        ("conv_bias_act", {"weight": WEIGHT[:, :3]}, r"weight must .* groups other than 1 are not supported"),
+        ("conv_bias_act", {"weight": WEIGHT[0]}, r"weight must be \(out, in, height, width\)"),
+        ("conv_bias_act", {"weight": WEIGHT.half()}, "weight must have input's dtype and device"),
+        (
+            "conv_bias_act",
+            {"input": X.double(), "weight": WEIGHT.double()},
+            "input must be float32, bfloat16",
+        ),
+        ("conv_bias_act", {"bias": torch.zeros(6)}, r"bias must have shape \(4,\), but got \(6,\)"),
+        ("conv_bias_act", {"residual": torch.zeros(2, 4, 5, 5)}, r"residual must have shape \(2, 4, 3, 3\)"),
+        ("conv_bias_act", {"residual": torch.zeros(2, 4, 3, 3).half()}, "residual must have input's dtype"),
+        ("conv_bias_act", {"stride": [0, 1]}, r"stride must be two integers of at least 1, but got \[0, 1\]"),
+        ("conv_bias_act", {"padding": [1]}, "padding must be two integers of at least 0"),
+        ("conv_bias_act", {"dilation": [3, 1]}, "weight's windows must fit into input"),
+        ("conv_stats", {"stats": STATS.float()}, r"stats must be float64 of shape \(2, 6\)"),
+        ("conv_stats", {"stats": STATS, "bn_weight": torch.zeros(4)}, r"bn_weight must have shape \(6,\)"),
+        ("conv_stats", {"stats": STATS, "bn_bias": torch.zeros(4)}, r"bn_bias must have shape \(6,\)"),
+        ("conv_input_grad", {"grad": X}, r"grad must have shape \(2, 4, 3, 3\)"),
+        ("conv_input_grad", {"input": X}, "input and stats must be given together"),
+        ("conv_input_grad", {"input": X[:1], "stats": STATS}, r"input must have shape \(2, 6, 5, 5\)"),
+        ("conv_input_grad", {"input_size": [2, 5, 5, 5]}, "weight must have shape .* for input_size of 5"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_errors(backend, operator, wrong, message):
+    with pytest.raises(ArgumentError, match=message):
+        getattr(torch.ops.pooling_ext, operator)(**(CALLS[operator] | wrong))
+
+
+def call(operator: str, conv: Conv, dtype: torch.dtype, device: str | None = None) -> list[Any]:
+    """Arguments with everything fused that the operator can fuse."""
+    if device == "meta":
+        with torch.device("meta"):
+            x, weight = torch.empty(conv.shape, dtype=dtype), conv.weight(dtype)
+            y = torch.empty(conv.expected(x, weight).shape, dtype=dtype)
+            norm = [torch.empty(2, conv.shape[1], dtype=torch.float64), *(torch.empty(conv.shape[1]),) * 2]
+    else:
+        x, weight, y = conv.input(dtype), conv.weight(dtype), conv.output(dtype)
+        norm = list(exact_norm(conv.shape[1]).values())
+    if operator == "conv_bias_act":
+        return [x, weight, None, y, *conv.window, True]
+    if operator == "conv_stats":
+        return [x, weight, None, *norm, EPS, True, *conv.window]
+    return [y, weight, list(conv.shape), x, *norm, EPS, True, *conv.window]
+
+
+def functions() -> dict[str, Any]:
+    """The operators' functions, which take a configuration."""
+    pytest.importorskip("triton")
+    from pooling_ext.triton.conv import conv_bias_act, conv_stats
+    from pooling_ext.triton.conv_input_grad import conv_input_grad
+
+    return {"conv_bias_act": conv_bias_act, "conv_stats": conv_stats, "conv_input_grad": conv_input_grad}
+
+
+@TRITON
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
+def test_configurations(backend, name, operator):
+    """Every one that is said to suit gives what the others give; statistics differ in the last digits."""
+    from pooling_ext.triton.conv_configs import configs_of
+
+    arguments = call(operator, CONVS[name], torch.bfloat16)
+    configs = configs_of(operator, *arguments)
+    assert len(set(configs)) == len(configs) > 1
+    expected = getattr(torch.ops.pooling_ext, operator)(*arguments)
+    for config in (configs[0], configs[-1]._replace(group=3)):
+        actual = functions()[operator](*arguments, config=config)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+@ALL_DTYPES
+@pytest.mark.parametrize("tf32", [False, True])
+def test_configurations_of_large_problems(operator, dtype, tf32, allow_tf32):
+    """At ResNet-50's sizes, where nothing is run: there is a choice, and all of it fits any card."""
+    run = functions()[operator]
+    from pooling_ext.triton import conv_configs, launching
+
+    allow_tf32(tf32)
+    for conv in (
+        Conv((256, 64, 56, 56), 256),
+        Conv((256, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1)),
+        Conv((256, 512, 14, 14), 512, (3, 3), (2, 2), (1, 1)),
+    ):
+        arguments = call(operator, conv, dtype, "meta")
+        configs = conv_configs.configs_of(operator, *arguments)
+        assert len(configs) > 3
+        with launching.record() as launches:
+            run(*arguments)
+        (made,) = (one for one in launches if "BLOCK_M" in one.arguments)
+        m, n, k = (made.arguments[f"BLOCK_{axis}"] for axis in "MNK")
+        assert any((m, n, k) == config[:3] for config in configs)
+        assert made.arguments["PRECISION"] == ("tf32" if tf32 and dtype == torch.float32 else "ieee")
+        assert (
+            made.options["num_stages"] * (m + n) * k * dtype.itemsize <= conv_configs.ANY_CARD.shared_memory
+        )
+        assert made.grid[0] >= conv_configs.ANY_CARD.processors
