@@ -152,6 +152,11 @@ def choose(op: str, input: torch.Tensor) -> Backend:
     return backend
 
 
+def forced() -> str | None:
+    """The backend that :func:`use_backend` asks for."""
+    return _forced
+
+
 def _check_name(name: str | None) -> None:
     names = [backend.name for backend in BACKENDS]
     if name is not None and name not in names:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import backends
+from .ops import tuned_conv
 from .ops.batch_norm_act import _forward as _batch_norm_act
 
 _mkldnn = torch.ops.mkldnn
@@ -170,8 +171,8 @@ class PackedConv(Prepacked):
         geometry = self.padding, self.stride, self.dilation, self.groups
         if not self.packed:
             self._call = self._aten_residual if self.residual else self._aten
-            if weight.is_cuda and weight.dim() == 4 and not self.output_padding and self.activation == RELU:
-                self._call = self._cudnn
+            if weight.dim() == 4 and self.output_padding is None and self.activation in (None, RELU):
+                self._call = self._tuned
             return
         if self.residual is None:
             name, scalars, algorithm = self.activation or _NONE
@@ -244,18 +245,17 @@ class PackedConv(Prepacked):
     def _aten_residual(self, x: Tensor, residual: Tensor) -> Tensor:
         return self._finish(self._convolution(x), residual)
 
-    def _cudnn(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """cuDNN's convolutions with an epilogue, which do not take every shape and dtype."""
+    def _tuned(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """In the fastest way on a GPU."""
         x = _as(x, self.weight.dtype)
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        try:
-            if residual is None:
-                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-            if residual.shape == self.output_shape(x):
-                return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *geometry)
-        except RuntimeError:
-            self._call = self._aten_residual if self.residual else self._aten
-        return self._finish(self._convolution(x), residual)
+        fits = residual is None or (residual.dtype is x.dtype and residual.shape == self.output_shape(x))
+        if not (fits and tuned_conv.takes(x, self.weight)):
+            return self._finish(self._convolution(x), residual)
+        pairs = (tuple(value) for value in (self.stride, self.padding, self.dilation))
+        geometry = tuned_conv.Geometry(*pairs, self.groups)
+        return tuned_conv.conv_bias_act(
+            x, self.weight, self.bias, residual, geometry, self.activation == RELU
+        )
 
     def extra_repr(self) -> str:
         geometry = f"kernel={tuple(self.weight.shape[2:])}, stride={tuple(self.stride)}"

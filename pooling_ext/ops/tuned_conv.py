@@ -1,0 +1,239 @@
+"""Convolutions on a GPU, each call in the fastest of the ways there are: cuDNN's, and our kernels'.
+
+Which that is depends on the card, the shape and the dtype; :mod:`pooling_ext.tuning` measures it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from .. import backends, tuning
+from . import conv as _conv
+from .batch_norm_act import _stats as batch_norm_stats
+
+Way = Callable[..., Any]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is told besides its tensors, each for height and width."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+_chosen: dict[tuple, Way] = {}
+
+
+def conv_bias_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """``relu(conv(input, weight) + bias + residual)`` without gradients; without what is None or false.
+
+    Args:
+        input: ``(N, C, H, W)``, in channels_last at best; float32, bfloat16 or float16.
+        weight: ``(O, C / groups, KH, KW)``; the input's dtype.
+        bias: ``(O,)``; the input's dtype.
+        residual: the output's shape and dtype.
+
+    Returns:
+        ``(N, O, H_out, W_out)``.
+    """
+    return _fastest("conv_bias_act", _bias_act_ways, input, weight, bias, residual, geometry, relu)
+
+
+def conv_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """``conv(input, weight) + bias`` and its statistics, those of ``batch_norm_stats``; without gradients."""
+    return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry)
+
+
+def takes(input: Tensor, weight: Tensor) -> bool:
+    """Whether the functions here take these, and are of use: on a GPU, or where Triton interprets."""
+    return (
+        input.dim() == weight.dim() == 4
+        and input.dtype in _conv.DTYPES
+        and weight.dtype == input.dtype
+        and backends.choose("conv_bias_act", input) is not backends.ATEN
+        and not is_compiling()
+    )
+
+
+def _fastest(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Any:
+    key = (name, torch.backends.cudnn.allow_tf32, *map(_kind, args))
+    way = _chosen.get(key)
+    if way is None or backends.forced() is not None:
+        offered = ways(*args)
+        if backends.forced() is not None:
+            offered = {label: way for label, way in offered.items() if "cudnn" not in label} or offered
+        calls = {label: partial(way, *args) for label, way in offered.items()}
+        input = args[0]
+        best = next(iter(offered))
+        if input.is_cuda:
+            best = tuning.fastest(" ".join((name, *map(_written, args))), calls, input.device)
+        way = offered[best]
+        if backends.forced() is None and not (input.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _chosen[key] = way
+    return way(*args)
+
+
+def _kind(x: Any) -> Any:
+    """What calls that go the same way have in common."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _written(x: Any) -> str:
+    """The same, to be read in the tuner's file."""
+    if isinstance(x, Tensor):
+        layout = " channels_last" if x.is_contiguous(memory_format=torch.channels_last) else ""
+        return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}{layout},"
+    if isinstance(x, Geometry):
+        return f"stride {x.stride} padding {x.padding} dilation {x.dilation} groups {x.groups},"
+    return f"{x},"
+
+
+# --- the ways ------------------------------------------------------------------------------------
+
+
+def _bias_act_ways(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> dict[str, Way]:
+    ways: dict[str, Way] = {"cudnn, then the rest": _apart}
+    # In NCHW it is slow (pytorch#68506).
+    if relu and input.is_cuda and weight.is_contiguous(memory_format=torch.channels_last):
+        ways["cudnn, fused"] = _cudnn_fused
+    for config in _configs(geometry, "conv_bias_act", input, weight, bias, residual, *geometry[:3], relu):
+        ways[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
+    return ways
+
+
+def _apart(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    output = F.conv2d(input, weight, bias, *geometry)
+    if residual is not None:
+        output += residual
+    return F.relu_(output) if relu else output
+
+
+def _cudnn_fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    if residual is None:
+        return torch.cudnn_convolution_relu(input, weight, bias, *geometry)
+    if residual.data_ptr() == input.data_ptr():  # which cuDNN gets wrong (pytorch#62926)
+        residual = residual.clone()
+    return torch.cudnn_convolution_add_relu(input, weight, residual, 1.0, bias, *geometry)
+
+
+def _triton_bias_act(
+    config: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    from ..triton.conv import conv_bias_act
+
+    return conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, config=config)
+
+
+def _stats_ways(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> dict[str, Way]:
+    ways: dict[str, Way] = {"cudnn, then statistics": _convolved_then_stats}
+    none = (None, None, None, 0.0, False)
+    for config in _configs(geometry, "conv_stats", input, weight, bias, *none, *geometry[:3]):
+        ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
+    return ways
+
+
+def _convolved_then_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    output = F.conv2d(input, weight, bias, *geometry)
+    return output, batch_norm_stats(output)
+
+
+def _triton_stats(
+    config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    from ..triton.conv import conv_stats
+
+    none = (None, None, None, 0.0, False)
+    return conv_stats(input, weight, bias, *none, *geometry[:3], config=config)
+
+
+def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
+    """The configurations of our kernels; none where they do not take the call."""
+    if geometry.groups != 1:
+        return ()
+    if backends.choose(operator, args[0]) is not backends.TRITON:
+        return ()
+    from ..triton.conv_configs import configs_of
+
+    return configs_of(operator, *args)
+
+
+def _label(config: Any) -> str:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return f"{tile}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class ConvStats(Function):
+    """:func:`conv_stats` with gradients of the convolution; the statistics pass none on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        output, stats = conv_stats(input, weight, bias, geometry)
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.features = geometry, weight.shape[:1]
+        ctx.mark_non_differentiable(stats)
+        return output, stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        gradients = torch.ops.aten.convolution_backward(
+            grads[0], input, weight, list(ctx.features), stride, padding, dilation, False, [0, 0], groups,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *gradients, None

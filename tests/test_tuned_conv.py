@@ -1,0 +1,126 @@
+"""Convolutions in the fastest way: which ways there are, that they agree, and what is remembered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BACKENDS, dtype_id
+from torch import nn
+
+import pooling_ext
+from pooling_ext import prepacked, tuning
+from pooling_ext.ops import tuned_conv
+from pooling_ext.ops.tuned_conv import ConvStats, Geometry
+from pooling_ext.prepacked import RELU, PackedConv
+from pooling_ext.testing.tolerances import assert_close
+
+ON_TRITON = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+)
+GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
+
+
+def tensors(dtype=torch.float32, groups=1):
+    x = torch.randn(2, 8, 9, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(16, 8 // groups, 3, 3) / 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight, torch.randn(16).to(dtype), torch.randn(2, 16, 5, 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@ON_TRITON
+def test_every_way_gives_the_same(backend, groups, relu, dtype):
+    x, weight, bias, residual = tensors(dtype, groups)
+    geometry = GEOMETRY._replace(groups=groups)
+    assert tuned_conv.takes(x, weight)
+    for added in (None, residual):
+        expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+        expected = expected if added is None else expected + added.double()
+        expected = expected.relu() if relu else expected
+        args = x, weight, bias, added, geometry, relu
+        ways = tuned_conv._bias_act_ways(*args)
+        assert any(name.startswith("triton") for name in ways) == (groups == 1)
+        for name, way in ways.items():
+            if name.startswith("triton"):
+                assert_close(way(*args), expected, scale=4.0, what=name)
+            # Where it is not done at once the convolution is rounded, and the sum again.
+            torch.testing.assert_close(way(*args).double(), expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(tuned_conv.conv_bias_act(*args).double(), expected, rtol=0.02, atol=0.02)
+
+
+@ON_TRITON
+def test_statistics_and_gradients(backend):
+    x, weight, bias, _ = tensors()
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    output, stats = ConvStats.apply(*leaves, GEOMETRY)
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.conv2d(*exact, *GEOMETRY)
+    assert_close(output, expected.detach(), scale=4.0)
+    var, mean = torch.var_mean(output.detach().double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(stats, torch.stack((mean, var)), rtol=1e-5, atol=1e-6)
+    assert not stats.requires_grad
+    grad = torch.randn_like(output)
+    for found, right in zip(
+        torch.autograd.grad(output, leaves, grad),
+        torch.autograd.grad(expected, exact, grad.double()),
+        strict=True,
+    ):
+        assert_close(found, right, scale=16.0)
+
+
+def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
+    """On tensors that say they are on a GPU, with ways that note their use."""
+    monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(tuning, "card_name", lambda device: "a card")
+    monkeypatch.setattr(tuning, "milliseconds", lambda way, device: {"slow": 2.0, "fast": 1.0}[way()])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuned_conv, "_chosen", {})
+    tuning.forget()
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    x, weight, *_ = tensors()
+    x = x.as_subclass(OnGpu)
+    offered = []
+
+    def ways(*args):
+        offered.append(args)
+        return {"slow": lambda *args: "slow", "fast": lambda *args: "fast"}
+
+    for _ in range(3):
+        assert tuned_conv._fastest("conv", ways, x, weight, GEOMETRY) == "fast"
+    assert len(offered) == 1
+    assert tuned_conv._fastest("conv", ways, x, weight, GEOMETRY._replace(groups=2)) == "fast"
+    assert len(offered) == 2
+    text = (tmp_path / "tuning.json").read_text()
+    assert "conv 2x8x9x7 float32 channels_last, 16x8x3x3 float32 channels_last, stride (2, 2)" in text
+    tuning.forget()
+
+
+@pytest.mark.parametrize("residual", [None, "add"])
+@pytest.mark.parametrize("activation", [None, RELU])
+@BACKENDS
+def test_frozen_convolutions(backend, activation, residual, monkeypatch):
+    """Weights that are not packed for oneDNN go the tuned way where a backend has one."""
+    monkeypatch.setattr(prepacked, "packs", lambda device, dtype: False)
+    x, weight, bias, added = tensors()
+    layer = PackedConv(weight, bias, *GEOMETRY, activation, residual)
+    args = (x,) if residual is None else (x, added)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), *GEOMETRY)
+    expected = expected if residual is None else expected + added.double()
+    with torch.no_grad():
+        assert_close(layer(*args), expected.relu() if activation else expected, scale=4.0)
+    names = {decision.backend for decision in pooling_ext.explain(layer, *args).decisions}
+    assert names == ({"triton"} if backend == "triton" else {"aten"})
+
+
+def test_a_residual_of_another_shape_is_broadcast(monkeypatch):
+    monkeypatch.setattr(prepacked, "packs", lambda device, dtype: False)
+    x, weight, bias, _ = tensors()
+    layer = PackedConv(weight, bias, *GEOMETRY, RELU, "add")
+    added = torch.randn(1, 16, 1, 1)
+    expected = nn.functional.conv2d(x, weight, bias, *GEOMETRY) + added
+    torch.testing.assert_close(layer(x, added), expected.relu())
