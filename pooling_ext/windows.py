@@ -196,6 +196,11 @@ def _output_size(size, kernel, stride, before, after, dilation, ceil_mode):
     return count
 
 
+def adaptive_kernel(size: int, out: int) -> int:
+    """An upper bound of the adaptive windows' size along an axis, exact where they are all the same."""
+    return 1 if out == 0 else size // out if size % out == 0 else size // out + 2
+
+
 @_cached
 def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation, ceil_mode: bool) -> Windows:
     """Windows of fixed size, as in :func:`torch.nn.functional.max_pool2d`.

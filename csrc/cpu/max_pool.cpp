@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
                                            Ints stride, Ints padding, Ints dilation, bool indices) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     Forward call(input, windows);
-    // As _places_dtype in max_pool.py says.
+    // As places_dtype in max_pool.py says.
     constexpr int64_t kManyPlaces = int64_t(1) << 30;
     const int64_t window = call.job.p.window_places();
     STD_TORCH_CHECK(window < kManyPlaces || is_whole(call.job.p),

@@ -19,33 +19,29 @@ from torch.autograd import Function
 
 from .. import backends
 from ..autograd import Differentiable, needs_autograd
-from ..windows import Windows, adaptive_windows, fixed_windows
+from ..windows import Windows, adaptive_kernel, adaptive_windows, fixed_windows
 from . import _library
 from ._dispatch import public
 from .avg_pool import FLOATS
 
 INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
-backends.register("max_pool", cpu=FLOATS | INTEGERS)
+backends.register("max_pool", cpu=FLOATS | INTEGERS, triton=FLOATS | INTEGERS)
 
 
 #: Windows of so many places remember indices instead of offsets, which would not fit.
 _MANY_PLACES = 2**30
 
 
-def _places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
+def places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
     if indices:
         return torch.int64
+    """What the places of the maxima over ``windows`` are kept in."""
     sizes = windows.kernel_size
     if windows.adaptive:
         spatial = input.shape[input.dim() - len(windows.output_size) :]
-        sizes = tuple(_adaptive_kernel(n, out) for n, out in zip(spatial, windows.output_size, strict=True))
+        sizes = tuple(adaptive_kernel(n, out) for n, out in zip(spatial, windows.output_size, strict=True))
     places = math.prod(sizes)
     return torch.uint8 if places <= 255 else torch.int32 if places < _MANY_PLACES else torch.int64
-
-
-def _adaptive_kernel(size: int, out: int) -> int:
-    """An upper bound of the adaptive windows' size, exact where they are all the same."""
-    return 1 if out == 0 else size // out if size % out == 0 else size // out + 2
 
 
 _max_pool_values = _library.define(
@@ -57,7 +53,7 @@ _max_pool_values = _library.define(
 
 def _places_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     windows, indices = Windows(*args[:5]), args[5]
-    places = _library.empty(input, windows.output_size, _places_dtype(windows, input, indices))
+    places = _library.empty(input, windows.output_size, places_dtype(windows, input, indices))
     return _library.empty(input, windows.output_size), places
 
 

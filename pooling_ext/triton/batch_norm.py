@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channels import SUMS, Channels
 from .launching import launch
 
 #: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
@@ -171,18 +170,19 @@ def _total_kernel(
 
 
 class Parts:
-    """Two float64 sums for each channel and program, and how they become those of all."""
+    """Two float64 sums for each channel and program, and how they become those of all.
 
-    def __init__(self, channels: Channels):
-        self.channels = channels
-        self.splits = channels.splits(SUMS)
-        n = self.splits * 2 * channels.channels
-        memory = channels.input.new_empty(n + self.splits, dtype=torch.float64)
+    Args:
+        input: what they are of; its dtype and device.
+        splits: how many programs share a channel.
+    """
+
+    def __init__(self, input: Tensor, splits: int):
+        self.channels, self.splits = input.shape[1], splits
+        self.double = input.dtype == torch.float64
+        n = splits * 2 * self.channels
+        memory = input.new_empty(n + splits, dtype=torch.float64)
         self.sums, self.counts = memory[:n], memory[n:]
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return (self.channels.blocks * self.splits,)
 
     def merge(
         self, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
@@ -199,17 +199,15 @@ class Parts:
     ) -> Tensor:
         """Sums out of sums; the gradients of the parameters are made on the way."""
         sums = self._result()
-        double = self.channels.input.dtype == torch.float64
-        self._launch(
-            _total_kernel, self.sums, sums, stats, grad_weight, grad_bias, after=(eps,), DOUBLE=double
-        )
+        tensors = self.sums, sums, stats, grad_weight, grad_bias
+        self._launch(_total_kernel, *tensors, after=(eps,), DOUBLE=self.double)
         return sums
 
     def _result(self) -> Tensor:
-        return self.channels.input.new_empty((2, self.channels.channels), dtype=torch.float64)
+        return self.sums.new_empty((2, self.channels))
 
     def _launch(self, kernel, *tensors, after, **constants) -> None:
-        n = self.channels.channels
+        n = self.channels
         at_once = min(MERGE_SPLITS, triton.next_power_of_2(self.splits))
         width = max(min(MERGE_SUMS // at_once, triton.next_power_of_2(n)), MERGE_CHANNELS)
         constants |= {"CHANNELS": width, "SPLITS": at_once}

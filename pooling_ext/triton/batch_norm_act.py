@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import Parts, affine, slopes, store_parts, through
-from .channels import EACH, WARPS, Channels, add_lanes, program, tile
+from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
 from .launching import launch
 
 
@@ -208,17 +208,18 @@ def _backward_kernel(
 
 def stats_parts(view: Channels) -> Parts:
     """Each program's means and squared deviations."""
-    parts = Parts(view)
+    walk = view.all()
+    parts = Parts(view.input, walk.splits(SUMS))
     launch(
         _stats_kernel,
-        parts.grid,
+        (walk.blocks * parts.splits,),
         view.input,
         parts.sums,
         parts.counts,
-        *view.shape,
+        *walk.shape,
         parts.splits,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return parts
 
@@ -233,22 +234,23 @@ def act(
     relu: bool,
 ) -> Tensor:
     output = view.empty()
-    splits = view.splits(EACH)
+    walk = view.all()
+    splits = walk.splits(EACH)
     launch(
         _act_kernel,
-        (view.blocks * splits,),
+        (walk.blocks * splits,),
         view.input,
         None if residual is None else view.like(residual),
         output,
         stats,
         weight,
         bias,
-        *view.shape,
+        *walk.shape,
         splits,
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return output
 
@@ -264,11 +266,12 @@ def sums_parts(
     relu: bool,
 ) -> tuple[Tensor | None, Parts]:
     """The masked gradient where a residual went into the output, and each program's sums."""
-    parts = Parts(view)
+    walk = view.all()
+    parts = Parts(view.input, walk.splits(SUMS))
     masked = None if output is None else view.empty()
     launch(
         _sums_kernel,
-        parts.grid,
+        (walk.blocks * parts.splits,),
         view.like(grad),
         view.input,
         None if output is None else view.like(output),
@@ -277,12 +280,12 @@ def sums_parts(
         stats,
         weight,
         bias,
-        *view.shape,
+        *walk.shape,
         parts.splits,
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return masked, parts
 
@@ -299,10 +302,11 @@ def spread_gradient(
     relu: bool,
 ) -> Tensor:
     grad_input = view.empty()
-    splits = view.splits(EACH)
+    walk = view.all()
+    splits = walk.splits(EACH)
     launch(
         _backward_kernel,
-        (view.blocks * splits,),
+        (walk.blocks * splits,),
         view.like(grad),
         view.input,
         grad_input,
@@ -310,13 +314,13 @@ def spread_gradient(
         weight,
         bias,
         sums,
-        *view.shape,
+        *walk.shape,
         splits,
         int(count),
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return grad_input
 
