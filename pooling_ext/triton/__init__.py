@@ -27,6 +27,9 @@ MODULES: dict[str, tuple[str, ...]] = {
         "batch_norm_act",
         "batch_norm_act_sums",
         "batch_norm_act_backward",
+        "batch_norm_act_training",
+        "batch_norm_act_training_backward",
+        "batch_norm_update_running",
     ),
     "batch_norm_relu_max_pool": (
         "batch_norm_relu_max_pool",

@@ -7,6 +7,8 @@ the rounding left goes into the shift.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from .launching import launch
 
+#: Channels of a program that updates running statistics.
+RUNNING_CHANNELS = 128
 #: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
 #: how many sums in all.
 MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 8
@@ -84,11 +88,8 @@ def _merge_kernel(
     parts,
     counts,
     stats,
-    running_mean,
-    running_var,
     channels,
     splits,
-    momentum: "fp64",  # noqa: F821
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -117,17 +118,36 @@ def _merge_kernel(
     mean = first + offset
     tl.store(stats + channel, mean, mask=exists)
     tl.store(stats + channels + channel, squares / total, mask=exists)
-    if running_mean is not None:
-        _update(running_mean, mean, momentum, channel, exists)
-        _update(running_var, squares / (total - 1.0), momentum, channel, exists)
 
 
 @triton.jit
-def _update(running, batch, momentum, channel, exists):
-    """In float64, so that 16 bits are rounded once."""
-    before = tl.load(running + channel, mask=exists).to(tl.float64)
-    after = before + momentum * (batch - before)
-    tl.store(running + channel, narrow(after, running.dtype.element_ty), mask=exists)
+def _running_kernel(
+    running_mean,
+    running_var,
+    stats,
+    channels,
+    mean_step,
+    var_step,
+    factor: "fp64",  # noqa: F821
+    momentum: "fp64",  # noqa: F821
+    CHANNELS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    mean = tl.load(stats + channel, mask=exists)
+    variance = tl.load(stats + channels + channel, mask=exists) * factor
+    _update(running_mean + channel * mean_step, mean, momentum, exists)
+    _update(running_var + channel * var_step, variance, momentum, exists)
+
+
+@triton.jit
+def _update(running, batch, momentum, exists):
+    """As torch.lerp, and in float64, so that 16 bits are rounded once."""
+    before = tl.load(running, mask=exists).to(tl.float64)
+    difference = batch - before
+    low, high = before + momentum * difference, batch - difference * (1.0 - momentum)
+    after = tl.where(tl.abs(momentum + tl.zeros_like(before)) < 0.5, low, high)
+    tl.store(running, narrow(after, running.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -184,14 +204,10 @@ class Parts:
         memory = input.new_empty(n + splits, dtype=torch.float64)
         self.sums, self.counts = memory[:n], memory[n:]
 
-    def merge(
-        self, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
-    ) -> Tensor:
-        """Statistics out of means and sums of squared deviations; the running ones are updated in place."""
+    def merge(self) -> Tensor:
+        """Statistics out of means and sums of squared deviations."""
         stats = self._result()
-        self._launch(
-            _merge_kernel, self.sums, self.counts, stats, running_mean, running_var, after=(momentum,)
-        )
+        self._launch(_merge_kernel, self.sums, self.counts, stats)
         return stats
 
     def total(
@@ -206,10 +222,34 @@ class Parts:
     def _result(self) -> Tensor:
         return self.sums.new_empty((2, self.channels))
 
-    def _launch(self, kernel, *tensors, after, **constants) -> None:
+    def _launch(self, kernel: Any, *tensors: Tensor | None, after: tuple = (), **constants: Any) -> None:
         n = self.channels
         at_once = min(MERGE_SPLITS, triton.next_power_of_2(self.splits))
         width = max(min(MERGE_SUMS // at_once, triton.next_power_of_2(n)), MERGE_CHANNELS)
         constants |= {"CHANNELS": width, "SPLITS": at_once}
         grid = (triton.cdiv(n, width),)
         launch(kernel, grid, *tensors, n, self.splits, *after, num_warps=MERGE_WARPS, **constants)
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """A parameter as kernels read it."""
+    return None if values is None else values.contiguous()
+
+
+def batch_norm_update_running(
+    running_mean: Tensor, running_var: Tensor, stats: Tensor, count: float, momentum: float
+) -> None:
+    channels = running_mean.numel()
+    launch(
+        _running_kernel,
+        (triton.cdiv(channels, RUNNING_CHANNELS),),
+        running_mean,
+        running_var,
+        stats,
+        channels,
+        running_mean.stride(0),
+        running_var.stride(0),
+        float(count / (count - 1)),
+        float(momentum),
+        CHANNELS=RUNNING_CHANNELS,
+    )

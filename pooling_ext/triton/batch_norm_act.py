@@ -14,9 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import Parts, affine, slopes, store_parts, through
+from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_parts, through, vector
 from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
 from .launching import launch
+
+
+__all__ = [
+    "batch_norm_stats",
+    "batch_norm_act",
+    "batch_norm_act_sums",
+    "batch_norm_act_backward",
+    "batch_norm_act_training",
+    "batch_norm_act_training_backward",
+    "batch_norm_update_running",
+]
 
 
 @triton.jit
@@ -243,8 +254,8 @@ def act(
         None if residual is None else view.like(residual),
         output,
         stats,
-        weight,
-        bias,
+        vector(weight),
+        vector(bias),
         *walk.shape,
         splits,
         eps,
@@ -278,8 +289,8 @@ def sums_parts(
         masked,
         parts.sums,
         stats,
-        weight,
-        bias,
+        vector(weight),
+        vector(bias),
         *walk.shape,
         parts.splits,
         eps,
@@ -311,8 +322,8 @@ def spread_gradient(
         view.input,
         grad_input,
         stats,
-        weight,
-        bias,
+        vector(weight),
+        vector(bias),
         sums,
         *walk.shape,
         splits,
@@ -326,6 +337,8 @@ def spread_gradient(
 
 
 def batch_norm_stats(input: Tensor) -> Tensor:
+    if input.numel() == 0:
+        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
     return stats_parts(Channels(input)).merge()
 
 
@@ -368,3 +381,42 @@ def batch_norm_act_backward(
     relu: bool,
 ) -> Tensor:
     return spread_gradient(Channels(input), grad, stats, weight, bias, sums, count, eps, relu)
+
+
+def batch_norm_act_training(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    view = Channels(input)
+    if input.numel() == 0:
+        return view.empty(), input.new_zeros((2, view.channels), dtype=torch.float64)
+    stats = stats_parts(view).merge()
+    return act(view, stats, weight, bias, residual, eps, relu), stats
+
+
+def batch_norm_act_training_backward(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    view = Channels(input)
+    grad_weight, grad_bias = (
+        None if x is None else input.new_empty(x.shape, dtype=x.dtype) for x in (weight, bias)
+    )
+    masked, parts = sums_parts(view, grad, stats, weight, bias, output, eps, relu)
+    sums = parts.total(stats, eps, grad_weight, grad_bias)
+    if masked is not None:
+        grad, relu = masked, False
+    count = view.batch * view.inner
+    grad_input = spread_gradient(view, grad, stats, weight, bias, sums, count, eps, relu)
+    none = input.new_empty(0, dtype=torch.float64)
+    return (
+        grad_input,
+        input.new_empty(0) if masked is None else masked,
+        none if grad_weight is None else grad_weight,
+        none if grad_bias is None else grad_bias,
+    )

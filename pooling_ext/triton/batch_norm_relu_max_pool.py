@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _library
-from .batch_norm import Parts, affine, slopes, through
+from .batch_norm import Parts, affine, slopes, through, vector
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .geometry import (
     UNROLLED,
@@ -366,7 +366,12 @@ def _pool(
     output = _library.empty(input, windows[0])
     places = _library.empty(input, windows[0], torch.uint8) if with_places else None
     if output.numel():
-        stem.launch(_pool_kernel, (stem.input, output, places, stats, weight, bias), (eps,), *stem.g.out[1:])
+        stem.launch(
+            _pool_kernel,
+            (stem.input, output, places, stats, vector(weight), vector(bias)),
+            (eps,),
+            *stem.g.out[1:],
+        )
     return output, places
 
 
@@ -395,7 +400,14 @@ def batch_norm_relu_max_pool_sums(
     if input.numel() == 0:
         return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
     stem = _Stem(input, windows)
-    tensors = dense(grad, stem.last), dense(places, stem.last), stem.input, stats, weight, bias
+    tensors = (
+        dense(grad, stem.last),
+        dense(places, stem.last),
+        stem.input,
+        stats,
+        vector(weight),
+        vector(bias),
+    )
     parts = stem.launch(_sums_kernel, tensors, (eps,), *stem.g.out[1:], parts_of=3)
     assert parts is not None
     return parts.total(stats, eps)

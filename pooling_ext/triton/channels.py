@@ -72,7 +72,7 @@ class Walk:
             at_once = min(at_once, triton.next_power_of_2(max(channels, 1)))
         # The rows of small tensors are not padded to a whole tile.
         unroll = min(UNROLL, triton.next_power_of_2(max(rows // (at_once if last else 1), 1)))
-        unit = gcd(width, vector)
+        unit = gcd(width, vector) or 1
         if last:
             self.blocks = triton.cdiv(channels, columns)
             self.tiles = triton.cdiv(rows, at_once * unroll)
