@@ -35,7 +35,9 @@ def _forward_kernel(
     within += image.to(tl.int64) * rows * channels * inner
     total = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     for i in range(tiles):
-        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
+        at, mask, _n = tile(
+            i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
+        )
         z = tl.load(input + at, mask=mask, other=0.0).to(acc)
         z += tl.load(residual + at, mask=mask, other=0.0).to(acc)
         total += tl.sum(tl.where(z < 0.0, 0.0, z), 0, keep_dims=True)
@@ -68,7 +70,9 @@ def _backward_kernel(
     share = tl.load(grad + image.to(tl.int64) * channels + channel, mask=exists).to(acc)
     share = (share.to(tl.float64) / (rows * inner)).to(acc)
     for i in range(tiles):
-        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
+        at, mask, _n = tile(
+            i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
+        )
         z = tl.load(input + at, mask=mask).to(acc) + tl.load(residual + at, mask=mask).to(acc)
         tl.store(shared + at, through(z, share).to(shared.dtype.element_ty), mask=mask)
 

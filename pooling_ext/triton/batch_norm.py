@@ -1,8 +1,8 @@
 """What the kernels on batch normalisation share: its coefficients, and the sums of all programs.
 
 As on the CPU, ``y = (x - center) * scale + shift``: the center is the mean rounded to the type that
-kernels compute in, so that the difference loses nothing where the mean is large beside the deviation, and what
-the rounding left goes into the shift.
+kernels compute in, so that the difference loses nothing where the mean is large beside the deviation,
+and what the rounding left goes into the shift.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _running_kernel(
     channels,
     mean_step,
     var_step,
-    factor: "fp64",  # noqa: F821
-    momentum: "fp64",  # noqa: F821
+    factor: tl.float64,
+    momentum: tl.float64,
     CHANNELS: tl.constexpr,
 ):
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -159,7 +159,7 @@ def _total_kernel(
     grad_bias,
     channels,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     DOUBLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,

@@ -18,7 +18,6 @@ from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_
 from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
 from .launching import launch
 
-
 __all__ = [
     "batch_norm_stats",
     "batch_norm_act",
@@ -94,7 +93,7 @@ def _act_kernel(
     tiles,
     blocks,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -106,10 +105,10 @@ def _act_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, _rest, _inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     # The last tile first: what the statistics read last may still be in the cache.
     for i in range(split, tiles, splits):
-        at, mask, n = tile(
+        at, mask, _n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         x = tl.load(input + at, mask=mask).to(acc)
@@ -139,7 +138,7 @@ def _sums_kernel(
     tiles,
     blocks,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -151,11 +150,13 @@ def _sums_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, _rest, _inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     gradients = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     products = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     for i in range(split, tiles, splits):
-        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
+        at, mask, _n = tile(
+            i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
+        )
         g = tl.load(grad + at, mask=mask, other=0.0).to(acc)
         x = tl.load(input + at, mask=mask, other=0.0).to(acc)
         if output is not None:
@@ -187,7 +188,7 @@ def _backward_kernel(
     blocks,
     splits,
     count,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -203,7 +204,7 @@ def _backward_kernel(
     if sums is not None:
         slope, offset = slopes(sums, scale, away, inverse, channels, channel, exists, count, acc)
     for i in range(split, tiles, splits):
-        at, mask, n = tile(
+        at, mask, _n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         g = tl.load(grad + at, mask=mask).to(acc)

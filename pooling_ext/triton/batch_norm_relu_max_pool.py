@@ -1,8 +1,8 @@
 """Batch normalisation, ReLU and max pooling in Triton: the stem of a ResNet.
 
-Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share it
-finds in the first-level cache. Backward, the sums need only what the windows picked, and each input gathers the
-gradients of the windows that picked it. Windows with many places take the operators in turn.
+Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share
+it finds in the first-level cache. Backward, the sums need only what the windows picked, and each input
+gathers the gradients of the windows that picked it. Windows with many places take the operators in turn.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _pool_kernel(
     in_w,
     out_h,
     out_w,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
@@ -83,7 +83,7 @@ def _pool_kernel(
     c = first_c + tl.arange(0, TILE[3])[None, :]
     c_ok = c < channels
     channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
-    center, scale, shift, rest, inverse = affine(
+    center, scale, shift, _rest, _inverse = affine(
         stats, weight, bias, planes, channel, channel < planes, eps, acc
     )
     w = first_w + w_at
@@ -144,7 +144,7 @@ def _sums_kernel(
     out_h,
     out_w,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
@@ -163,7 +163,7 @@ def _sums_kernel(
     c = first_c + tl.arange(0, TILE[3])[None, :]
     c_ok = c < channels
     channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
-    center, scale, shift, rest, inverse = affine(
+    center, scale, shift, _rest, _inverse = affine(
         stats, weight, bias, planes, channel, channel < planes, eps, acc
     )
     w = first_w + w_at
@@ -207,19 +207,15 @@ def _sums_kernel(
 
 
 @triton.constexpr_function
-def _windows_of(r, axis, KERNEL, STRIDE, PADDING, DILATION):
-    """Of input ``r`` of every cell of ``STRIDE``: the places that it is of windows, and how far ahead these are."""
-    found = []
-    for place in range(KERNEL[axis]):
-        offset = r + PADDING[axis] - place * DILATION[axis]
-        if offset % STRIDE[axis] == 0:
-            found.append((place, offset // STRIDE[axis]))
-    return tuple(found)
+def _covers(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+    """Whether input ``r`` of every cell of ``STRIDE`` is ``place`` of some window along an axis."""
+    return (r + PADDING[axis] - place * DILATION[axis]) % STRIDE[axis] == 0
 
 
 @triton.constexpr_function
-def _count(found):
-    return len(found)
+def _ahead(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+    """How many windows that one is ahead of the cell."""
+    return (r + PADDING[axis] - place * DILATION[axis]) // STRIDE[axis]
 
 
 @triton.jit
@@ -240,7 +236,7 @@ def _backward_kernel(
     out_h,
     out_w,
     count,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
@@ -250,7 +246,7 @@ def _backward_kernel(
     TILE: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """A tile of cells of ``STRIDE``: which windows cover an input depends only on where in its cell it lies."""
+    """A tile of cells of ``STRIDE``: where in its cell an input lies says which windows cover it."""
     acc: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     first_item, first_h, first_w, first_c = program_tile(
         tl.cdiv(in_h, STRIDE[1]), tl.cdiv(in_w, STRIDE[2]), channels, TILE, STRIP
@@ -275,23 +271,25 @@ def _backward_kernel(
         cell_h = first_h + tile * TILE[1] + h_at
         window = ((item_at * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
         for rh in tl.static_range(STRIDE[1]):
-            rows: tl.constexpr = _windows_of(rh, 1, KERNEL, STRIDE, PADDING, DILATION)
             h = cell_h * STRIDE[1] + rh
             for rw in tl.static_range(STRIDE[2]):
-                columns: tl.constexpr = _windows_of(rw, 2, KERNEL, STRIDE, PADDING, DILATION)
                 w = cell_w * STRIDE[2] + rw
                 ok = item_ok & (h < in_h) & (w < in_w)
                 at = ((item_at * in_h + h) * in_w + w)[:, None] * channels + c
                 d = tl.load(x + at, mask=ok[:, None] & c_ok, other=0.0).to(acc) - center
                 g = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
-                for i in tl.static_range(_count(rows)):
-                    row_ok = ok & in_input(cell_h + rows[i][1], out_h)
-                    for j in tl.static_range(_count(columns)):
-                        there = (row_ok & in_input(cell_w + columns[j][1], out_w))[:, None] & c_ok
-                        from_cell = window + (rows[i][1] * out_w + columns[j][1]) * channels
-                        place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
-                        part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
-                        g += tl.where(place == rows[i][0] * KERNEL[2] + columns[j][0], part, 0.0)
+                for kh in tl.static_range(KERNEL[1]):
+                    if _covers(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION):
+                        up = _ahead(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION)
+                        row_ok = ok & in_input(cell_h + up, out_h)
+                        for kw in tl.static_range(KERNEL[2]):
+                            if _covers(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION):
+                                across = _ahead(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION)
+                                there = (row_ok & in_input(cell_w + across, out_w))[:, None] & c_ok
+                                from_cell = window + (up * out_w + across) * channels
+                                place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
+                                part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
+                                g += tl.where(place == kh * KERNEL[2] + kw, part, 0.0)
                 g = through(tl.fma(d, scale, shift), g)
                 result = g * scale
                 if sums is not None:

@@ -36,8 +36,8 @@ class Work(NamedTuple):
     tiles: int
 
 
-#: Sums: four for each of 132 processors, which has room for as many at once, and little to add up. A lane adds
-#: at most `LANE_TILES` tiles.
+#: Sums: four for each of 132 processors, which has room for as many at once, and little to add up. A lane
+#: adds at most `LANE_TILES` tiles.
 SUMS = Work(528, 8)
 #: One output for each input: more of them, so that the last ones to end leave little idle.
 EACH = Work(4096, 4)
