@@ -53,7 +53,7 @@ def spread_windows(
     tile, strip, programs, warps = tiling(items, *size[1:], g.channels, grad.element_size(), item_size)
     # How many windows cover an input, at most.
     covering = tuple(
-        (out + n - 1) // n + 1 if g.adaptive else triton.cdiv(d * (k - 1) + 1, s)
+        min(out, triton.cdiv(out, n) + 1 if g.adaptive else triton.cdiv(d * (k - 1) + 1, s))
         for n, out, k, s, d in zip(g.size, g.out, g.kernel, g.stride, g.dilation, strict=True)
     )
     launch(

@@ -158,16 +158,24 @@ def _pool_windows(
                         place = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
                         best, where = _meet(best, where, v, place, places, REDUCTION, NORM, MAGNITUDE)
         else:
-            for place in tl.range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
-                kd = place // (KERNEL[1] * KERNEL[2])
-                kh = place // KERNEL[2] % KERNEL[1]
-                kw = place % KERNEL[2]
+            first_kd, _ = first_place(d_start, d_places, in_d, DILATION[0])
+            first_kh, _ = first_place(h_start, h_places, in_h, DILATION[1])
+            first_kw, _ = first_place(w_start, w_places, in_w, DILATION[2])
+            # No more places than these are in the input.
+            most_h = tl.minimum(tl.cdiv(in_h, DILATION[1]), KERNEL[1])
+            most_w = tl.minimum(tl.cdiv(in_w, DILATION[2]), KERNEL[2])
+            for i in tl.range(tl.minimum(tl.cdiv(in_d, DILATION[0]), KERNEL[0]) * most_h * most_w):
+                kd = first_kd + i // (most_h * most_w)
+                kh = first_kh + i // most_w % most_h
+                kw = first_kw + i % most_w
+                d_at = d_start + kd * DILATION[0]
+                row = h_start + kh * DILATION[1]
+                column = w_start + kw * DILATION[2]
                 ok = h_ok & (kd < d_places) & (kh < h_places) & (kw < w_places)
-                ok &= in_input(d_start + kd * DILATION[0], in_d)
-                ok &= in_input(h_start + kh * DILATION[1], in_h)
-                ok &= in_input(w_start + kw * DILATION[2], in_w)
-                step = ((kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w + kw * DILATION[2]) * channels
-                v = tl.load(x + step + (origin[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
+                ok &= (d_at < in_d) & (row < in_h) & (column < in_w)
+                at = (((outer * in_d + d_at) * in_h + row) * in_w + column) * channels
+                v = tl.load(x + (at[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
+                place = ((kd * KERNEL[1] + kh) * KERNEL[2] + kw)[:, None]
                 best, where = _meet(best, where, v, place, places, REDUCTION, NORM, MAGNITUDE)
         if REDUCTION == MEAN:
             if DIVISOR == 0:
