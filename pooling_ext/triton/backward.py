@@ -1,8 +1,8 @@
 """Gradients of pooling over windows: each input gathers from the windows that cover it.
 
 Inputs are taken in cells of ``stride`` in each axis. Which windows cover an input, and at which of their
-places, depends only on where in its cell it lies, so for windows of fixed size there is nothing to search: see
-:func:`_spread_cells`. Windows with very many places, and adaptive ones, are looked up input by input.
+places, depends only on where in its cell it lies, so for windows of fixed size there is nothing to search:
+see :func:`_spread_cells`. Windows with very many places, and adaptive ones, are looked up input by input.
 Every sum is made by one thread in one order: nothing depends on timing.
 """
 

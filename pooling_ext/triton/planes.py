@@ -1,8 +1,8 @@
 """Reductions of whole planes, as global pooling makes them, and their gradients.
 
 Outputs come in groups of ``count`` that lie ``output_step`` apart in the input, each with ``size`` elements
-``element_step`` apart: one group of every plane with steps (size, 1) in the contiguous format, a group for each
-sample with steps (1, channels) in channels_last. A program reduces a block of ``[elements, outputs]``. Where
+``element_step`` apart: one group of every plane with steps (size, 1) in the contiguous format, a group for
+each sample with steps (1, channels) in channels_last. A program reduces a block of ``[elements, outputs]``. Where
 that makes too few programs, planes are cut into parts, and the parts' results are reduced by a second launch.
 """
 
@@ -148,7 +148,7 @@ def _pool_planes(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``steps`` blocks of one part of the planes. ``winners``: the places of ``x``, if it holds parts' results."""
+    """``steps`` blocks of one part of the planes. ``winners``: the places of ``x`` if it has parts' maxima."""
     ACC: tl.constexpr = accumulator(x, REDUCTION)
     blocks = tl.cdiv(count, BLOCK[1])
     block = tl.program_id(0) // parts
