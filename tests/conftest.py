@@ -65,10 +65,10 @@ def round_to_nearest():
     def rounding_cast(self, source, dtype):
         kinds = (source.dtype.scalar, dtype.scalar)
         if kinds == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy()
+            rounded = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
             return TensorHandle(rounded.view("uint16"), tl.bfloat16)
         if kinds == (tl.bfloat16, tl.float32):
-            exact = torch.from_numpy(source.data.view("int16")).view(torch.bfloat16).float().numpy()
+            exact = torch.tensor(source.data.view("int16")).view(torch.bfloat16).float().numpy()
             return TensorHandle(exact, tl.float32)
         return cast(self, source, dtype)
 

@@ -2,8 +2,8 @@
 
 Outputs come in groups of ``count`` that lie ``output_step`` apart in the input, each with ``size`` elements
 ``element_step`` apart: one group of every plane with steps (size, 1) in the contiguous format, a group for
-each sample with steps (1, channels) in channels_last. A program reduces a block of ``[elements, outputs]``. Where
-that makes too few programs, planes are cut into parts, and the parts' results are reduced by a second launch.
+each sample with steps (1, channels) in channels_last. A program reduces a block of ``[elements, outputs]``.
+Where that makes too few programs, planes are cut into parts, whose results a second launch reduces.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _pool_planes(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``steps`` blocks of one part of the planes. ``winners``: the places of ``x`` if it has parts' maxima."""
+    """``steps`` blocks of one part of the planes. ``winners``: where ``x``'s values, of parts, come from."""
     ACC: tl.constexpr = accumulator(x, REDUCTION)
     blocks = tl.cdiv(count, BLOCK[1])
     block = tl.program_id(0) // parts
