@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,6 +25,11 @@ from pooling_ext.windows import Windows, fixed_windows
 BACKENDS = pytest.mark.parametrize(
     "backend", ["cpu", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
 )
+#: The same for what PyTorch's operators do too where there are no compiled kernels ("default").
+POOLING_BACKENDS = pytest.mark.parametrize(
+    "backend", ["default", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+)
+RANKS = (1, 2, 3)
 NATIVE = _native.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,6 +49,51 @@ def require_native() -> None:
 def dtype_id(value: Any) -> str | None:
     """A readable test id for a dtype; None leaves the choice to pytest."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def sweep(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test with ``backend`` and every combination of ``axes``.
+
+    The interpreter is slow, so it takes two combinations of each value of the longest axis, which meet
+    every value of the others.
+    """
+    every = list(product(*axes.values()))
+    longest = max(map(len, axes.values()))
+    few = [
+        tuple(values[(i + i // longest * j) % len(values)] for j, values in enumerate(axes.values()))
+        for i in range(2 * longest)
+    ]
+    cases = [
+        pytest.param(backend, *case, id="-".join([backend, *map(case_id, case)]), marks=marks)
+        for backend, marks, cases in (
+            ("default", (), every),
+            ("triton", (), [case for i, case in enumerate(few) if case not in few[:i]]),
+            ("triton-cuda", pytest.mark.gpu, every),
+        )
+        for case in cases
+    ]
+    return pytest.mark.parametrize(("backend", *axes), cases, indirect=["backend"])
+
+
+def case_id(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def interpreted(backend: str) -> bool:
+    """Whether kernels are interpreted, a few thousand elements in a second: inputs should be small."""
+    return backend == "triton"
+
+
+def shape_of(backend: str, rank: int) -> tuple[int, ...]:
+    """Enough channels and columns to reach the CPU kernels' vector loops and their tails; Triton masks."""
+    if interpreted(backend):
+        return (2, 5, *{1: (19,), 2: (4, 11), 3: (3, 3, 5)}[rank])
+    return (2, 37, *{1: (75,), 2: (5, 38), 3: (3, 4, 21)}[rank])
+
+
+def here(x: Tensor) -> Tensor:
+    """``x`` where new tensors are made."""
+    return x.to(torch.get_default_device())
 
 
 def torch_op(name: str) -> Callable[..., Any]:

@@ -9,14 +9,19 @@ from helpers import (
     FLOATS,
     LAYOUTS,
     NATIVE,
+    POOLING_BACKENDS,
+    RANKS,
     assert_same,
     dtype_id,
     gradient,
+    here,
     in_format_of,
     integers,
     our_op,
     require_native,
+    shape_of,
     strides,
+    sweep,
     with_layout,
 )
 
@@ -29,6 +34,7 @@ PLANE = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 4.0, 9.0], [7.0, 8.0, 6.0]]])
 SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize(
     "kwargs, values",
     [
@@ -64,11 +70,12 @@ SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
         ),
     ],
 )
-def test_table(kwargs, values):
-    assert F.avg_pool2d(PLANE, **kwargs).tolist() == [values]
+def test_table(backend, kwargs, values):
+    assert F.avg_pool2d(here(PLANE), **kwargs).tolist() == [values]
 
 
-def test_table_1d_and_3d():
+@POOLING_BACKENDS
+def test_table_1d_and_3d(backend):
     line = torch.tensor([[3.0, 1.0, 4.0, 1.0, 5.0]])
     assert F.avg_pool1d(line, 2, 2, 1).tolist() == [[1.5, 2.5, 3.0]]
     assert F.avg_pool1d(line, 2, 2, 1, count_include_pad=False).tolist() == [[3.0, 2.5, 3.0]]
@@ -77,50 +84,52 @@ def test_table_1d_and_3d():
     assert F.avg_pool3d(cube, 2, divisor_override=7).item() == 4.0
 
 
-def test_table_backward():
-    _, grad = gradient(lambda x: F.avg_pool2d(x, 2, 1), PLANE, torch.tensor([[[4.0, 8.0], [12.0, 16.0]]]))
+@POOLING_BACKENDS
+def test_table_backward(backend):
+    incoming = torch.tensor([[[4.0, 8.0], [12.0, 16.0]]])
+    _, grad = gradient(lambda x: F.avg_pool2d(x, 2, 1), here(PLANE), incoming)
     assert grad.tolist() == [[[1, 3, 2], [4, 10, 6], [3, 7, 4]]]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_layouts_and_dtypes(rank, layout, dtype):
-    """Kernel 3, stride 2 over enough channels and columns to reach the vector loops and their tails."""
-    if dtype in (torch.bfloat16, torch.float16):
+@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS)
+def test_layouts_and_dtypes(backend, rank, layout, dtype):
+    if dtype in (torch.bfloat16, torch.float16) and backend == "default":
         # PyTorch sums these gradients in 16 bits, and has no 3-d operator for them on the CPU.
         require_native()
-    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype), layout)
+    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
     name = f"avg_pool{rank}d"
     windows = fixed_windows(rank, x.shape, 3, 2, 1, 1, False)
     output = our_op(name)(x, 3, 2, 1)
     assert output.dtype == dtype
     assert_close(output, reference.avg_pool(x, windows))
     # PyTorch itself loses the memory format in 3-d.
-    if rank == 2 or (rank == 3 and NATIVE):
+    if rank == 2 or (rank == 3 and (NATIVE or backend != "default")):
         assert strides(output) == strides(in_format_of(x, output))
     for grad_layout in ("contiguous", "channels_last", "expanded"):
         grad = with_layout(integers(output.shape, dtype), grad_layout)
         _, actual = gradient(lambda x: our_op(name)(x, 3, 2, 1), x, grad)
-        assert_close(actual, reference.avg_pool_backward(grad, SPATIAL[rank], windows), what=grad_layout)
+        assert_close(actual, reference.avg_pool_backward(grad, x.shape[2:], windows), what=grad_layout)
         assert actual.dtype == dtype
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_sums_are_accumulated_in_float32(dtype):
+def test_sums_are_accumulated_in_float32(backend, dtype):
     """2048 + 63 ones: in 16 bits every addition of one to 2048 is lost."""
     x = torch.ones(1, 1, 8, 8, dtype=dtype)
     x[..., 0, 0] = 2048
     assert F.avg_pool2d(x, 8).item() == torch.tensor(2111 / 64).to(dtype).item()
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-@pytest.mark.parametrize("padding", ["same", "valid", "per-side"])
-@pytest.mark.parametrize("count_include_pad", [True, False], ids=["count-pad", "leave-pad-out"])
-@pytest.mark.parametrize("divisor", [None, 5], ids=["own-divisor", "divisor-5"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-def test_padding_beyond_pytorch(rank, padding, count_include_pad, divisor, dtype):
-    x = integers((2, 3, *SPATIAL[rank]), dtype)
+@sweep(
+    rank=RANKS,
+    padding=["same", "valid", "per-side"],
+    count_include_pad=[True, False],
+    divisor=[None, 5],
+    dtype=[torch.float32, torch.float64],
+)
+def test_padding_beyond_pytorch(backend, rank, padding, count_include_pad, divisor, dtype):
+    x = integers(shape_of(backend, rank), dtype)
     pads = (2, 0, 1, 2, 0, 1)[: 2 * rank] if padding == "per-side" else padding
     extra = {} if rank == 1 else {"divisor_override": divisor}
     divisor = extra.get("divisor_override")
@@ -132,11 +141,12 @@ def test_padding_beyond_pytorch(rank, padding, count_include_pad, divisor, dtype
     output, grad = gradient(pool, x)
     assert_close(output, reference.avg_pool(x, windows, count_include_pad, divisor))
     ones = torch.ones_like(output)
-    assert_close(grad, reference.avg_pool_backward(ones, SPATIAL[rank], windows, count_include_pad, divisor))
+    assert_close(grad, reference.avg_pool_backward(ones, x.shape[2:], windows, count_include_pad, divisor))
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["floor", "ceil"])
-def test_per_side_padding_with_ceil_mode(ceil_mode):
+def test_per_side_padding_with_ceil_mode(backend, ceil_mode):
     x = integers((2, 3, 10, 13), torch.float64)
     windows = fixed_windows(2, x.shape, 4, 3, (3, 1, 0, 2), 1, ceil_mode)
     output = F.avg_pool2d(x, 4, 3, (3, 1, 0, 2), ceil_mode)
@@ -170,7 +180,8 @@ def test_gradient_is_exact_under_padding_in_channels_last():
         torch.testing.assert_close(actual, expected, check_stride=False)
 
 
-def test_unbatched_equals_batched():
+@POOLING_BACKENDS
+def test_unbatched_equals_batched(backend):
     x = torch.randn(3, 9, 9)
     assert_same(F.avg_pool2d(x, 3, 2, 1), F.avg_pool2d(x[None], 3, 2, 1)[0])
     _, one = gradient(lambda x: F.avg_pool2d(x, 3, 2, 1), x)

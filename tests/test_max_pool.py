@@ -10,11 +10,15 @@ from helpers import (
     INTEGERS,
     LAYOUTS,
     NATIVE,
+    POOLING_BACKENDS,
+    RANKS,
     assert_same,
-    dtype_id,
     gradient,
+    here,
     integers,
     our_op,
+    shape_of,
+    sweep,
     torch_op,
     with_layout,
 )
@@ -30,6 +34,7 @@ PLANE = torch.tensor(
 SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize(
     "kwargs, values, indices",
     [
@@ -63,19 +68,23 @@ SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
         pytest.param({"kernel_size": 3, "padding": "valid"}, [[9]], [[6]], id="valid"),
     ],
 )
-def test_table(kwargs, values, indices):
-    output, places = F.max_pool2d(PLANE, **kwargs, return_indices=True)
+def test_table(backend, kwargs, values, indices):
+    output, places = F.max_pool2d(here(PLANE), **kwargs, return_indices=True)
     assert output.tolist() == [values]
     assert places.tolist() == [indices]
-    assert F.max_pool2d(PLANE, **kwargs).tolist() == [values]
+    assert F.max_pool2d(here(PLANE), **kwargs).tolist() == [values]
 
 
-def test_table_backward():
-    _, grad = gradient(lambda x: F.max_pool2d(x, 3, 2, 1), PLANE, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+@POOLING_BACKENDS
+def test_table_backward(backend):
+    _, grad = gradient(
+        lambda x: F.max_pool2d(x, 3, 2, 1), here(PLANE), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    )
     assert grad.tolist() == [[[0, 1, 0, 0], [0, 0, 6, 0], [3, 0, 0, 0], [0, 0, 0, 0]]]
 
 
-def test_table_1d_and_3d():
+@POOLING_BACKENDS
+def test_table_1d_and_3d(backend):
     line = torch.tensor([[3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]])
     assert F.max_pool1d(line, 3, 2, 1).tolist() == [[3, 4, 9, 9]]
     cube = torch.arange(8.0).reshape(1, 2, 2, 2)
@@ -83,12 +92,9 @@ def test_table_1d_and_3d():
     assert (output.item(), indices.item()) == (7, 7)
 
 
-@pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_layouts_and_dtypes(rank, layout, dtype):
-    """Kernel 3, stride 2 over enough channels and columns to reach the vector loops and their tails."""
-    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype), layout)
+@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS + INTEGERS)
+def test_layouts_and_dtypes(backend, rank, layout, dtype):
+    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
     name = f"max_pool{rank}d"
     # PyTorch lacks some integer dtypes here, so it pools the same numbers in float64.
     expected, places = torch_op(name)(x.double(), 3, 2, 1, return_indices=True)
@@ -101,11 +107,9 @@ def test_layouts_and_dtypes(rank, layout, dtype):
     assert_same(both, (expected, places), "with indices", check_strides)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_backward_layouts_and_dtypes(rank, layout, dtype):
-    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype), layout)
+@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS)
+def test_backward_layouts_and_dtypes(backend, rank, layout, dtype):
+    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
     name = f"max_pool{rank}d"
     output = our_op(name)(x, 3, 2, 1)
     for grad_layout in ("contiguous", "channels_last", "expanded"):
@@ -113,7 +117,7 @@ def test_backward_layouts_and_dtypes(rank, layout, dtype):
         _, actual = gradient(lambda x: our_op(name)(x, 3, 2, 1), x, grad)
         indices = reference.max_pool(x, fixed_windows(rank, x.shape, 3, 2, 1, 1, False))[1]
         assert_close(
-            actual, reference.max_pool_backward(grad, indices, SPATIAL[rank]), exact=True, what=grad_layout
+            actual, reference.max_pool_backward(grad, indices, x.shape[2:]), exact=True, what=grad_layout
         )
         assert actual.dtype == dtype
 
@@ -128,11 +132,9 @@ def test_windows_around_one_byte_of_places(kernel):
     assert_same(actual, gradient(lambda x: TF.max_pool2d(x, kernel, 1), x))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-@pytest.mark.parametrize("padding", ["same", "valid", "per-side"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32], ids=dtype_id)
-def test_padding_beyond_pytorch(rank, padding, dtype):
-    x = integers((2, 3, *SPATIAL[rank]), dtype)
+@sweep(rank=RANKS, padding=["same", "valid", "per-side"], dtype=[torch.float32, torch.bfloat16, torch.int32])
+def test_padding_beyond_pytorch(backend, rank, padding, dtype):
+    x = integers(shape_of(backend, rank), dtype)
     pads = (2, 0, 1, 2, 0, 1)[: 2 * rank] if padding == "per-side" else padding
     windows = fixed_windows(rank, x.shape, 3, 2, pads, 1, False)
     expected, indices = reference.max_pool(x, windows)
@@ -141,7 +143,7 @@ def test_padding_beyond_pytorch(rank, padding, dtype):
     assert output.dtype == dtype
     assert torch.equal(places, indices)
     if padding == "same":
-        assert output.shape[2:] == tuple(-(-size // 2) for size in SPATIAL[rank])
+        assert output.shape[2:] == tuple(-(-size // 2) for size in x.shape[2:])
 
 
 def test_same_padding_is_asymmetric_when_it_must_be():
@@ -166,7 +168,8 @@ def test_indices_are_not_differentiable():
     assert indices.dtype == torch.int64
 
 
-def test_unbatched_equals_batched():
+@POOLING_BACKENDS
+def test_unbatched_equals_batched(backend):
     x = torch.randn(3, 9, 9)
     assert_same(F.max_pool2d(x, 3, 2, 1), F.max_pool2d(x[None], 3, 2, 1)[0])
     _, one = gradient(lambda x: F.max_pool2d(x, 3, 2, 1), x)
