@@ -9,13 +9,18 @@ from helpers import (
     INTEGERS,
     LAYOUTS,
     NATIVE,
+    POOLING_BACKENDS,
+    RANKS,
     assert_same,
-    dtype_id,
     gradient,
+    here,
     in_format_of,
     integers,
+    interpreted,
     our_op,
+    shape_of,
     strides,
+    sweep,
     torch_op,
     with_layout,
 )
@@ -29,15 +34,22 @@ SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
 LINE = torch.tensor([[1.0, 2.0, 6.0, 4.0, 5.0]])
 
 #: Equal windows, overlapping ones, one, as many as elements, more than elements, none.
-OUTPUTS = [
-    pytest.param({1: 1, 2: 1, 3: 1}, id="one"),
-    pytest.param({1: 7, 2: (3, 7), 3: (2, 3, 5)}, id="overlapping"),
-    pytest.param({1: 25, 2: (None, 19), 3: (None, 2, 7)}, id="equal"),
-    pytest.param({1: 80, 2: (7, 40), 3: (4, 5, 22)}, id="more-than-elements"),
-    pytest.param({1: 0, 2: (0, 3), 3: (2, 0, 3)}, id="none"),
-]
+OUTPUTS = {
+    "one": {1: 1, 2: 1, 3: 1},
+    "overlapping": {1: 7, 2: (3, 7), 3: (2, 3, 5)},
+    "equal": {1: 25, 2: (None, 19), 3: (None, 2, 7)},
+    "more-than-elements": {1: 80, 2: (7, 40), 3: (4, 5, 22)},
+    "none": {1: 0, 2: (0, 3), 3: (2, 0, 3)},
+}
+#: The same for smaller inputs.
+FEW_OUTPUTS = OUTPUTS | {
+    "overlapping": {1: 7, 2: (3, 4), 3: (2, 1, 3)},
+    "equal": {1: 19, 2: (2, None), 3: (None, 1, 5)},
+    "more-than-elements": {1: 20, 2: (7, 12), 3: (4, 3, 6)},
+}
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize(
     "out, averages, maxima, indices",
     [
@@ -57,23 +69,23 @@ OUTPUTS = [
         ),
     ],
 )
-def test_table(out, averages, maxima, indices):
-    torch.testing.assert_close(F.adaptive_avg_pool1d(LINE, out).tolist(), [averages])
-    output, places = F.adaptive_max_pool1d(LINE, out, return_indices=True)
+def test_table(backend, out, averages, maxima, indices):
+    line = here(LINE)
+    torch.testing.assert_close(F.adaptive_avg_pool1d(line, out).tolist(), [averages])
+    output, places = F.adaptive_max_pool1d(line, out, return_indices=True)
     assert output.tolist() == [maxima]
     assert places.tolist() == [indices]
-    assert F.adaptive_max_pool1d(LINE, out).tolist() == [maxima]
+    assert F.adaptive_max_pool1d(line, out).tolist() == [maxima]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("out", OUTPUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_average(rank, out, layout):
-    numbers = integers((2, 37, *SPATIAL[rank]), torch.float64)
+@sweep(rank=RANKS, out=list(OUTPUTS), layout=LAYOUTS)
+def test_average(backend, rank, out, layout):
+    numbers = integers(shape_of(backend, rank), torch.float64)
+    out = (FEW_OUTPUTS if interpreted(backend) else OUTPUTS)[out]
     x = with_layout(numbers, layout)
     windows = adaptive_windows(rank, x.shape, out[rank])
     expected = reference.avg_pool(x, windows)
-    expected_grad = reference.avg_pool_backward(torch.ones_like(expected), SPATIAL[rank], windows)
+    expected_grad = reference.avg_pool_backward(torch.ones_like(expected), x.shape[2:], windows)
     pool = our_op(f"adaptive_avg_pool{rank}d")
     for dtype in FLOATS:
         x = with_layout(numbers.to(dtype), layout)
@@ -81,7 +93,7 @@ def test_average(rank, out, layout):
         assert actual.dtype == dtype
         assert_close(actual, expected, what=f"{dtype}")
         # PyTorch itself loses the memory format in 3-d.
-        if rank == 2 or (rank == 3 and NATIVE):
+        if rank == 2 or (rank == 3 and (NATIVE or backend != "default")):
             assert strides(actual) == strides(in_format_of(x, expected))
         if actual.numel():
             _, grad = gradient(lambda x: pool(x, out[rank]), x)
@@ -89,15 +101,14 @@ def test_average(rank, out, layout):
             assert_close(grad, expected_grad, what=f"gradient in {dtype}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("out", OUTPUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_maximum(rank, out, layout):
-    numbers = integers((2, 37, *SPATIAL[rank]), torch.float64)
+@sweep(rank=RANKS, out=list(OUTPUTS), layout=LAYOUTS)
+def test_maximum(backend, rank, out, layout):
+    numbers = integers(shape_of(backend, rank), torch.float64)
+    out = (FEW_OUTPUTS if interpreted(backend) else OUTPUTS)[out]
     x = with_layout(numbers, layout)
     windows = adaptive_windows(rank, x.shape, out[rank])
     expected, indices = reference.max_pool(x, windows)
-    expected_grad = reference.max_pool_backward(torch.ones_like(expected), indices, SPATIAL[rank])
+    expected_grad = reference.max_pool_backward(torch.ones_like(expected), indices, x.shape[2:])
     pool = our_op(f"adaptive_max_pool{rank}d")
     for dtype in FLOATS:
         x = with_layout(numbers.to(dtype), layout)
@@ -107,21 +118,19 @@ def test_maximum(rank, out, layout):
         assert torch.equal(places, indices)
         assert torch.equal(pool(x, out[rank]), output)
         # PyTorch itself loses the memory format in 3-d.
-        if rank == 2 or (rank == 3 and NATIVE):
+        if rank == 2 or (rank == 3 and (NATIVE or backend != "default")):
             assert strides(output) == strides(in_format_of(x, expected))
         if output.numel():
             _, grad = gradient(lambda x: pool(x, out[rank]), x)
             assert_close(grad, expected_grad, exact=True, what=f"gradient in {dtype}")
 
 
-@pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_maximum_of_integers(rank, layout, dtype):
+@sweep(rank=RANKS, layout=LAYOUTS, dtype=INTEGERS)
+def test_maximum_of_integers(backend, rank, layout, dtype):
     """PyTorch has no adaptive pooling of integers."""
-    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype), layout)
-    expected, indices = reference.max_pool(x, adaptive_windows(rank, x.shape, 3))
-    output, places = our_op(f"adaptive_max_pool{rank}d")(x, 3, return_indices=True)
+    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
+    expected, indices = reference.max_pool(x, adaptive_windows(rank, x.shape, 2))
+    output, places = our_op(f"adaptive_max_pool{rank}d")(x, 2, return_indices=True)
     assert output.dtype == dtype
     assert_close(output, expected, exact=True)
     assert torch.equal(places, indices)

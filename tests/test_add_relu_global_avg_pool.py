@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import FLOATS, assert_same, dtype_id, integers, require_native, with_layout
+from helpers import BACKENDS, FLOATS, assert_same, dtype_id, integers, with_layout
 
 import pooling_ext
 import pooling_ext.functional as F
@@ -29,7 +29,8 @@ def reference_gradient(x, residual, grad):
     return shared.expand(x.shape).where(x.double() + residual.double() > 0, 0.0)
 
 
-def test_table():
+@BACKENDS
+def test_table(backend):
     x = torch.tensor([[[[1.0, -2.0], [3.0, 0.0]]]])
     residual = torch.tensor([[[[1.0, 1.0], [-3.0, 4.0]]]])
     output, grad, other = with_gradients(
@@ -39,13 +40,12 @@ def test_table():
     assert grad.tolist() == other.tolist() == [[[[2.0, 0.0], [0.0, 2.0]]]]
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last"])
-def test_layouts_and_dtypes(residual_layout, layout, dtype):
+def test_layouts_and_dtypes(backend, residual_layout, layout, dtype):
     """Small integers, whose sums are exact in every dtype; 64 pixels, so that means are too."""
-    if dtype in (torch.bfloat16, torch.float16):
-        require_native()
     x = with_layout(integers((3, 37, 4, 16), dtype), layout)
     residual = with_layout(integers((3, 37, 4, 16), dtype), residual_layout)
     grad = integers((3, 37, 1, 1), dtype)
@@ -57,6 +57,7 @@ def test_layouts_and_dtypes(residual_layout, layout, dtype):
     assert_close(second, wanted, exact=True)
 
 
+@BACKENDS
 @pytest.mark.parametrize(
     "shape",
     [
@@ -73,9 +74,7 @@ def test_layouts_and_dtypes(residual_layout, layout, dtype):
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_shapes(dtype, layout, shape):
-    if dtype == torch.bfloat16:
-        require_native()
+def test_shapes(backend, dtype, layout, shape):
     x = with_layout(torch.randn(shape).to(dtype), layout)
     residual = with_layout(torch.randn(shape).to(dtype), layout)
     if x.numel() == 0:
@@ -92,7 +91,8 @@ def test_shapes(dtype, layout, shape):
     assert_same(first, second, check_strides=False)
 
 
-def test_keepdim():
+@BACKENDS
+def test_keepdim(backend):
     x, residual = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     kept = F.add_relu_global_avg_pool(x, residual)
     assert kept.shape == (2, 3, 1, 1)
@@ -100,7 +100,8 @@ def test_keepdim():
     assert_same(flat, kept[:, :, 0, 0], check_strides=False)
 
 
-def test_an_empty_batch():
+@BACKENDS
+def test_an_empty_batch(backend):
     x = torch.randn(0, 3, 4, 4, requires_grad=True)
     output = F.add_relu_global_avg_pool(x, torch.randn(0, 3, 4, 4))
     assert output.shape == (0, 3, 1, 1)
@@ -108,8 +109,9 @@ def test_an_empty_batch():
     assert x.grad is not None and x.grad.shape == x.shape
 
 
+@BACKENDS
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_gradient_of_one_input_only(wanted):
+def test_gradient_of_one_input_only(backend, wanted):
     tensors = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
     tensors[wanted].requires_grad_()
     F.add_relu_global_avg_pool(*tensors).sum().backward()
@@ -117,7 +119,8 @@ def test_gradient_of_one_input_only(wanted):
     assert tensors[1 - wanted].grad is None
 
 
-def test_one_tensor_as_both():
+@BACKENDS
+def test_one_tensor_as_both(backend):
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     F.add_relu_global_avg_pool(x, x).sum().backward()
     assert_close(x.grad, 2 * reference_gradient(x, x, torch.ones(2, 3, 1, 1)))
@@ -133,9 +136,10 @@ def test_gradients_are_not_one_tensor_in_place():
     assert_same(residual.grad, before)
 
 
+@BACKENDS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_nan_and_infinity(layout, value):
+def test_nan_and_infinity(backend, layout, value):
     x = with_layout(torch.randn(2, 3, 4, 4), layout)
     residual = with_layout(torch.randn(2, 3, 4, 4), layout)
     x[1, 2, 3, 1] = value
@@ -164,6 +168,13 @@ def test_the_aten_backend():
     assert explanation.backend == "aten"
     ours = with_gradients(F.add_relu_global_avg_pool, x, residual, grad)
     torch.testing.assert_close(ours, aten)
+
+
+@BACKENDS
+def test_explain(backend):
+    x = torch.ones(1, 2, 3, 3)
+    explanation = pooling_ext.explain(F.add_relu_global_avg_pool, x, x)
+    assert explanation.backend == backend.partition("-")[0]
 
 
 @pytest.mark.native

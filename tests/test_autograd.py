@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import assert_same, gradient, integers, our_op, torch_op, with_layout
+from helpers import (
+    POOLING_BACKENDS,
+    assert_same,
+    gradient,
+    here,
+    integers,
+    interpreted,
+    our_op,
+    torch_op,
+    with_layout,
+)
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -70,15 +80,16 @@ FEW = [
 ]
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("function, x", CASES)
-def test_gradcheck(function, x):
+def test_gradcheck(backend, function, x):
     """Reverse mode and forward mode against differences, and both under vmap."""
     gradcheck(
         function,
-        (x.clone().requires_grad_(),),
+        (here(x.clone()).requires_grad_(),),
         check_forward_ad=True,
         check_batched_grad=True,
-        fast_mode=False,
+        fast_mode=interpreted(backend),
     )
 
 

@@ -10,15 +10,16 @@ from helpers import (
     LAYOUTS,
     NATIVE,
     POOLING_BACKENDS,
+    RANKS,
     assert_same,
     dtype_id,
     gradient,
     here,
     in_format_of,
     integers,
-    interpreted,
     our_op,
     require_native,
+    shape_of,
     strides,
     sweep,
     with_layout,
@@ -31,12 +32,6 @@ from pooling_ext.windows import fixed_windows
 
 PLANE = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 4.0, 9.0], [7.0, 8.0, 6.0]]])
 SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
-RANKS = (1, 2, 3)
-
-
-def shape_of(backend, rank):
-    """Enough channels and columns to reach the vector loops and their tails."""
-    return (2, 5, *{1: (19,), 2: (4, 11), 3: (3, 2, 5)}[rank]) if interpreted(backend) else (2, 37, *SPATIAL[rank])
 
 
 @POOLING_BACKENDS

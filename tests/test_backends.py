@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import INTEGERS, NATIVE, assert_same, dtype_id, gradient, our_op, run_python, torch_op
+from helpers import BACKENDS, INTEGERS, NATIVE, assert_same, dtype_id, gradient, our_op, run_python, torch_op
 from torch import nn
 
 import pooling_ext
@@ -47,6 +47,16 @@ def test_explain_takes_modules_and_whole_models():
     assert explanation.backend == "cpu"
     nothing = pooling_ext.explain(nn.ReLU(), X)
     assert nothing.backend is None and "no pooling_ext operator" in str(nothing)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "name", ["max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d"]
+)
+def test_explain_names_the_backend_that_was_asked_for(backend, name):
+    arguments = (2, 2) if name == "lp_pool2d" else (2,)
+    explanation = pooling_ext.explain(our_op(name), torch.ones(1, 2, 4, 4), *arguments)
+    assert explanation.backend == backend.partition("-")[0]
 
 
 def test_explain_leaves_no_trace():

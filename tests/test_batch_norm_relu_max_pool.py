@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from batch_norm_cases import arguments, assert_results, copies, expected, results
-from helpers import FLOATS, NATIVE, assert_same, dtype_id, in_format_of, strides, with_layout
+from helpers import BACKENDS, FLOATS, assert_same, dtype_id, in_format_of, strides, with_layout
 from torch import Tensor
 
 import pooling_ext
 import pooling_ext.functional as F
+from pooling_ext import backends
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -53,8 +54,10 @@ def two_operators(
 
 
 def compare(shape, dtype, layout, training, kind):
-    windows, fused = WINDOWS[kind], NATIVE and kind not in NOT_FUSED
+    windows = WINDOWS[kind]
     tensors = arguments(shape, dtype, layout)
+    ours = backends.choose("batch_norm_relu_max_pool", tensors["input"]) is not backends.ATEN
+    fused = ours and kind not in NOT_FUSED
     with torch.no_grad():
         output = F.batch_norm_relu_max_pool(**copies(tensors), training=training, **windows)
         pair = two_operators(**copies(tensors), training=training, **windows)
@@ -95,6 +98,29 @@ def test_as_two_operators(training, kind, layout, dtype):
     compare((2, 5, 17, 26), dtype, layout, training, kind)
 
 
+@BACKENDS
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [(kind, torch.float32) for kind in WINDOWS] + [("resnet", dtype) for dtype in FLOATS[1:]],
+    ids=dtype_id,
+)
+@LAYOUT
+def test_windows(backend, layout, kind, dtype):
+    compare((2, 3, 17, 26), dtype, layout, True, kind)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 3, 3), (3, 70, 5, 4), (1, 2, 120, 9), (1, 2, 4, 300), (40, 3, 3, 5)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+@LAYOUT
+def test_small_shapes(backend, layout, shape):
+    """Tiles of several images, and several tiles of one, in every direction."""
+    compare(shape, torch.bfloat16, layout, True, "resnet")
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -119,10 +145,11 @@ def test_shapes(kind, layout, shape):
     compare(shape, torch.float32, layout, True, kind)
 
 
+@BACKENDS
 @pytest.mark.parametrize("kind", ["resnet", "halves", "per-side"])
 @LAYOUT
 @TRAINING
-def test_against_float64(training, layout, kind):
+def test_against_float64(backend, training, layout, kind):
     windows = WINDOWS[kind]
     tensors = arguments((3, 7, 18, 21), torch.float32, layout)
 
@@ -140,18 +167,20 @@ def test_defaults_are_resnets():
     )
 
 
+@BACKENDS
 @LAYOUT
 @pytest.mark.parametrize("missing", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
 @TRAINING
-def test_without_weight_or_bias(training, missing, layout):
+def test_without_weight_or_bias(backend, training, missing, layout):
     tensors = arguments((2, 5, 9, 8), torch.float32, layout) | dict.fromkeys(missing)
     actual = results(F.batch_norm_relu_max_pool, tensors, training=training)
     after = lambda output: F.max_pool2d(output, 3, 2, 1)  # noqa: E731
     assert_results(actual, expected(tensors, training=training, after=after))
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_parameters_in_16_bits(dtype):
+def test_parameters_in_16_bits(backend, dtype):
     tensors = arguments((2, 5, 9, 8), dtype, parameters=dtype)
     actual = results(F.batch_norm_relu_max_pool, tensors, training=True)
     theirs = results(two_operators, tensors, training=True, **WINDOWS["resnet"])
@@ -160,9 +189,10 @@ def test_parameters_in_16_bits(dtype):
         torch.testing.assert_close(value, theirs[name], rtol=2e-2, atol=1e-2)
 
 
+@BACKENDS
 @pytest.mark.parametrize("wanted", [("input",), ("weight",), ("bias",), ("weight", "bias")], ids="-".join)
 @TRAINING
-def test_gradients_of_some_inputs_only(training, wanted):
+def test_gradients_of_some_inputs_only(backend, training, wanted):
     tensors = arguments((2, 5, 9, 8))
     everything = results(F.batch_norm_relu_max_pool, tensors, training=training)
     leaves = copies(tensors)
@@ -176,7 +206,8 @@ def test_gradients_of_some_inputs_only(training, wanted):
             assert value.grad is None
 
 
-def test_running_statistics():
+@BACKENDS
+def test_running_statistics(backend):
     tensors = arguments((2, 5, 9, 8))
     ours, theirs = copies(tensors), copies(tensors)
     F.batch_norm_relu_max_pool(**ours, training=True, momentum=0.3)
@@ -185,8 +216,9 @@ def test_running_statistics():
         assert_same(ours[name], theirs[name], name)
 
 
+@BACKENDS
 @TRAINING
-def test_an_empty_batch(training):
+def test_an_empty_batch(backend, training):
     leaves = copies(arguments((0, 3, 9, 9)))
     output = F.batch_norm_relu_max_pool(**leaves, training=training)
     assert output.shape == (0, 3, 5, 5)
@@ -195,10 +227,11 @@ def test_an_empty_batch(training):
     assert_same(leaves["weight"].grad, torch.zeros(3))
 
 
+@BACKENDS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @LAYOUT
 @TRAINING
-def test_nan_and_infinity(training, layout, value):
+def test_nan_and_infinity(backend, training, layout, value):
     tensors = arguments((2, 5, 9, 8), torch.float32, layout)
     tensors["input"][1, 2, 4, 3] = value
     actual = results(F.batch_norm_relu_max_pool, tensors, training=training)
@@ -211,9 +244,10 @@ def test_nan_and_infinity(training, layout, value):
         torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 
+@BACKENDS
 @LAYOUT
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "expanded", "sliced"])
-def test_gradients_in_other_layouts(grad_layout, layout):
+def test_gradients_in_other_layouts(backend, grad_layout, layout):
     tensors = arguments((2, 5, 9, 8), torch.float32, layout)
     grad = with_layout(torch.randn(2, 5, 5, 4), grad_layout)
     actual = results(F.batch_norm_relu_max_pool, tensors, grad, training=True)
@@ -285,10 +319,11 @@ def test_explain_and_the_aten_backend():
         torch.testing.assert_close(value, aten[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.native
-def test_explain_names_the_kernels():
+@BACKENDS
+def test_explain_names_the_kernels(backend):
     tensors = arguments((2, 5, 9, 8))
-    assert str(pooling_ext.explain(F.batch_norm_relu_max_pool, **tensors)) == "batch_norm_relu_max_pool: cpu"
+    name = backend.partition("-")[0]
+    assert pooling_ext.explain(F.batch_norm_relu_max_pool, **tensors).backend == name
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,15 @@ def _samples():
         passed = None if residual is None else sums
         back = (x, *affine, passed, 112.0, 1e-5, True)
         yield f"batch_norm_act_backward-{label}", ops.batch_norm_act_backward, back
+        yield (
+            f"batch_norm_act_training-{label}",
+            ops.batch_norm_act_training,
+            (x, weight, bias, residual, 1e-5, True),
+        )
+        back = (x, x, stats, weight, None, kept, 1e-5, True)
+        yield f"batch_norm_act_training_backward-{label}", ops.batch_norm_act_training_backward, back
+    running = torch.zeros(3), torch.ones(3, dtype=torch.bfloat16)
+    yield "batch_norm_update_running", ops.batch_norm_update_running, (*running, stats, 112.0, 0.1)
     stem = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
     pooled, places = ops.batch_norm_relu_max_pool_places(*affine, 1e-5, *stem)
     back = (pooled, places, *affine)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import (
+    BACKENDS,
     FLOATS,
     INTEGERS,
     LAYOUTS,
@@ -25,7 +26,7 @@ from helpers import (
     windows_of,
     with_layout,
 )
-from hypothesis import assume, event, given, note
+from hypothesis import assume, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +40,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 AVERAGED = FLOATS if NATIVE else (torch.float32, torch.float64)
 
 
+#: Every test of this file, by its name: strategies and body.
+SWEEPS: dict[str, tuple[Any, Any]] = {}
+#: Whether kernels are interpreted, which takes a second for a few thousand elements.
+small = False
+
+
+def sweep(*strategies):
+    """hypothesis.given, which remembers the test for other backends."""
+
+    def decorate(body):
+        SWEEPS[body.__name__] = strategies, body
+        return given(*strategies)(body)
+
+    return decorate
+
+
 class Case(NamedTuple):
     rank: int
     input: Tensor
@@ -50,11 +67,12 @@ def inputs(draw, dtypes, low=-8, high=8, rank=None) -> tuple[int, Tensor]:
     """A rank and an input of that rank, batched or not, in a random layout."""
     rank = draw(st.integers(1, 3)) if rank is None else rank
     # Now and then wide enough for several vectors and a tail.
-    widest = draw(st.sampled_from([4, 9, 40, 75]))
+    widest = draw(st.sampled_from([4, 9] if small else [4, 9, 40, 75]))
     sizes = [draw(st.integers(1, 6 if rank == 3 else 9)) for _ in range(rank - 1)] + [
         draw(st.integers(1, widest))
     ]
-    batch, channels = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 8, 17, 35]))
+    batch = draw(st.integers(1, 2 if small else 3))
+    channels = draw(st.sampled_from([1, 2, 3, 5] if small else [1, 2, 3, 8, 17, 35]))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from(dtypes))
     x = with_layout(integers((batch, channels, *sizes), dtype, low, high), draw(st.sampled_from(LAYOUTS)))
@@ -104,7 +122,7 @@ def grad_like(draw_from: Tensor) -> Tensor:
     return integers(draw_from.shape, draw_from.dtype)
 
 
-@given(cases(FLOATS, dilated=True))
+@sweep(cases(FLOATS, dilated=True))
 def test_max_pool(case):
     rank, x, arguments = case
     name = f"max_pool{rank}d"
@@ -131,7 +149,7 @@ def test_max_pool(case):
         assert_close(ours_grad, theirs_grad, exact=True)
 
 
-@given(cases(INTEGERS, dilated=True))
+@sweep(cases(INTEGERS, dilated=True))
 def test_max_pool_of_integers(case):
     rank, x, arguments = case
     name = f"max_pool{rank}d"
@@ -149,7 +167,7 @@ def refused(rank: int, x: Tensor, arguments: dict[str, Any]) -> bool:
     return rank == 3 and any(kernel > size for kernel, size in sizes)
 
 
-@given(cases(AVERAGED), st.booleans(), st.sampled_from([None, None, 1, 2, 3, -4, 7]))
+@sweep(cases(AVERAGED), st.booleans(), st.sampled_from([None, None, 1, 2, 3, -4, 7]))
 def test_avg_pool(case, count_include_pad, divisor):
     rank, x, arguments = case
     assume(not refused(*case))
@@ -168,7 +186,7 @@ def test_avg_pool(case, count_include_pad, divisor):
     assert_close(ours_grad, theirs_grad, scale=2)
 
 
-@given(cases(AVERAGED, low=1, high=6, padded=False), st.sampled_from([1, 2, 3, 4]), st.booleans())
+@sweep(cases(AVERAGED, low=1, high=6, padded=False), st.sampled_from([1, 2, 3, 4]), st.booleans())
 def test_lp_pool(case, norm, safe):
     rank, x, arguments = case
     assume(not refused(*case))
@@ -200,7 +218,7 @@ def adaptive_cases(draw, dtypes) -> tuple[int, Tensor, Any]:
     )
 
 
-@given(adaptive_cases(FLOATS))
+@sweep(adaptive_cases(FLOATS))
 def test_adaptive_max_pool(case):
     rank, x, out = case
     name = f"adaptive_max_pool{rank}d"
@@ -215,7 +233,7 @@ def test_adaptive_max_pool(case):
     assert_close(ours_grad, theirs_grad, exact=True)
 
 
-@given(adaptive_cases(AVERAGED))
+@sweep(adaptive_cases(AVERAGED))
 def test_adaptive_avg_pool(case):
     rank, x, out = case
     name = f"adaptive_avg_pool{rank}d"
@@ -228,7 +246,7 @@ def test_adaptive_avg_pool(case):
     assert_close(ours_grad, expected, scale=2)
 
 
-@given(cases(FLOATS, dilated=True, beyond=True))
+@sweep(cases(FLOATS, dilated=True, beyond=True))
 def test_max_pool_beyond_pytorch(case):
     rank, x, arguments = case
     name = f"max_pool{rank}d"
@@ -241,7 +259,7 @@ def test_max_pool_beyond_pytorch(case):
     assert_close(ours_grad, reference.max_pool_backward(grad, indices, tuple(x.shape[-rank:])), exact=True)
 
 
-@given(cases(AVERAGED, beyond=True), st.booleans(), st.sampled_from([None, None, 1, -4, 7]))
+@sweep(cases(AVERAGED, beyond=True), st.booleans(), st.sampled_from([None, None, 1, -4, 7]))
 def test_avg_pool_beyond_pytorch(case, count_include_pad, divisor):
     rank, x, arguments = case
     name = f"avg_pool{rank}d"
@@ -260,9 +278,18 @@ def test_avg_pool_beyond_pytorch(case, count_include_pad, divisor):
     assert_close(ours_grad, expected, scale=2)
 
 
-@given(cases(AVERAGED, low=1, high=6, beyond=True), st.sampled_from([1, 2, 3]))
+@sweep(cases(AVERAGED, low=1, high=6, beyond=True), st.sampled_from([1, 2, 3]))
 def test_lp_pool_beyond_pytorch(case, norm):
     rank, x, arguments = case
     name = f"lp_pool{rank}d"
     ours = our_op(name)(x, norm, **arguments, safe=True)
     assert_close(ours, reference.lp_pool(x, norm, windows_of(name, x, **arguments)), scale=2)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", SWEEPS)
+def test_on_backend(backend, name, monkeypatch):
+    """The tests above, a few cases of each."""
+    strategies, body = SWEEPS[name]
+    monkeypatch.setitem(globals(), "small", backend == "triton")
+    settings(max_examples=4)(given(*strategies)(body))()

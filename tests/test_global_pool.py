@@ -6,7 +6,19 @@ import math
 
 import pytest
 import torch
-from helpers import FLOATS, INTEGERS, LAYOUTS, dtype_id, gradient, integers, require_native, with_layout
+from helpers import (
+    FLOATS,
+    INTEGERS,
+    LAYOUTS,
+    POOLING_BACKENDS,
+    dtype_id,
+    gradient,
+    here,
+    integers,
+    require_native,
+    sweep,
+    with_layout,
+)
 
 import pooling_ext.functional as F
 from pooling_ext.testing import reference
@@ -16,13 +28,15 @@ from pooling_ext.windows import global_windows
 PLANES = torch.tensor([[[3.0, -1.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 0.0]]])
 
 
-def test_table():
-    assert F.global_avg_pool2d(PLANES).tolist() == [[[1.5]], [[1.25]]]
-    assert F.global_max_pool2d(PLANES).tolist() == [[[4]], [[2]]]
-    torch.testing.assert_close(F.global_lp_pool2d(PLANES, 2).flatten().tolist(), [26**0.5, 3.0])
-    assert F.global_lp_pool2d(PLANES, 1).flatten().tolist() == [6, 5]
-    assert F.global_lp_pool2d(PLANES, 1, safe=True).flatten().tolist() == [8, 5]
-    assert F.global_lp_pool2d(PLANES, math.inf).flatten().tolist() == [4, 2]
+@POOLING_BACKENDS
+def test_table(backend):
+    planes = here(PLANES)
+    assert F.global_avg_pool2d(planes).tolist() == [[[1.5]], [[1.25]]]
+    assert F.global_max_pool2d(planes).tolist() == [[[4]], [[2]]]
+    torch.testing.assert_close(F.global_lp_pool2d(planes, 2).flatten().tolist(), [26**0.5, 3.0])
+    assert F.global_lp_pool2d(planes, 1).flatten().tolist() == [6, 5]
+    assert F.global_lp_pool2d(planes, 1, safe=True).flatten().tolist() == [8, 5]
+    assert F.global_lp_pool2d(planes, math.inf).flatten().tolist() == [4, 2]
 
 
 @pytest.mark.parametrize("keepdim", [True, False], ids=["keepdim", "flat"])
@@ -38,9 +52,8 @@ def test_shapes(batched, keepdim):
         assert output.shape == shape
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [(7, 7), (1, 1), (1, 40), (13, 18)], ids=str)
-def test_against_reference(size, layout):
+@sweep(size=[(7, 7), (1, 1), (1, 40), (13, 18)], layout=LAYOUTS)
+def test_against_reference(backend, size, layout):
     numbers = integers((3, 37, *size), torch.float64)
     x = with_layout(numbers, layout)
     windows = global_windows(2, x.shape)
@@ -59,11 +72,9 @@ def test_against_reference(size, layout):
         assert_close(grad, largest_grad, exact=True, what=f"gradient of the maximum in {dtype}")
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("norm", [1, 2, 3, 2.5, math.inf], ids=str)
-@pytest.mark.parametrize("safe", [False, True], ids=["torch", "safe"])
-def test_lp_against_reference(safe, norm, dtype):
-    if dtype in (torch.bfloat16, torch.float16) and not safe:
+@sweep(safe=[False, True], norm=[1, 2, 3, 2.5, math.inf], dtype=FLOATS)
+def test_lp_against_reference(backend, safe, norm, dtype):
+    if dtype in (torch.bfloat16, torch.float16) and not safe and backend == "default":
         # PyTorch's own composition rounds to 16 bits at every step.
         require_native()
     x = (torch.rand(3, 5, 9, 8) + 0.5).to(dtype)
@@ -78,13 +89,15 @@ def test_lp_against_reference(safe, norm, dtype):
         assert_close(grad, expected, scale=8)
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("dtype", INTEGERS, ids=dtype_id)
-def test_maximum_of_integers(dtype):
+def test_maximum_of_integers(backend, dtype):
     x = integers((3, 5, 9, 8), dtype)
     assert torch.equal(F.global_max_pool2d(x, False), x.amax((-2, -1)))
 
 
-def test_a_long_sum_stays_accurate():
+@POOLING_BACKENDS
+def test_a_long_sum_stays_accurate(backend):
     """The mean of a plane with a large offset: errors must not grow with its size."""
     x = 1000 + torch.rand(1, 4, 512, 512)
     torch.testing.assert_close(

@@ -9,11 +9,16 @@ import torch
 from helpers import (
     FLOATS,
     LAYOUTS,
+    POOLING_BACKENDS,
+    RANKS,
     dtype_id,
     gradient,
+    here,
     integers,
     our_op,
     require_native,
+    shape_of,
+    sweep,
     torch_op,
     with_layout,
 )
@@ -28,6 +33,7 @@ PLANE = torch.tensor([[[3.0, 4.0, 0.0], [0.0, 0.0, 12.0], [-6.0, 8.0, 0.0]]])
 SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize(
     "norm, kwargs, values",
     [
@@ -47,12 +53,13 @@ SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
         pytest.param(2, {"kernel_size": 2, "padding": (1, 0, 1, 0)}, [[3, 4], [6, 208**0.5]], id="per-side"),
     ],
 )
-def test_table(norm, kwargs, values):
+def test_table(backend, norm, kwargs, values):
     expected = torch.tensor([values], dtype=torch.float32)
-    torch.testing.assert_close(F.lp_pool2d(PLANE, norm, **kwargs), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(F.lp_pool2d(here(PLANE), norm, **kwargs), expected, rtol=1e-6, atol=0)
 
 
-def test_odd_norm_of_a_negative_sum_is_nan_unless_safe():
+@POOLING_BACKENDS
+def test_odd_norm_of_a_negative_sum_is_nan_unless_safe(backend):
     x = torch.tensor([[-1.0, -2.0]])
     assert math.isnan(F.lp_pool1d(x, 3, 2).item())
     torch.testing.assert_close(F.lp_pool1d(x, 3, 2, safe=True).item(), 9 ** (1 / 3), rtol=1e-6, atol=0)
@@ -81,16 +88,13 @@ def test_signs_against_torch(norm):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["torch", "safe"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
-def test_layouts_and_dtypes(rank, layout, dtype, safe):
-    if dtype in (torch.bfloat16, torch.float16):
+@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS, safe=[False, True])
+def test_layouts_and_dtypes(backend, rank, layout, dtype, safe):
+    if dtype in (torch.bfloat16, torch.float16) and backend == "default":
         # PyTorch's own composition rounds to 16 bits at every step, and has no 3-d average there.
         require_native()
     # At 0 the safe gradient of norm 1 is 0, PyTorch's is 1.
-    x = with_layout(integers((2, 37, *SPATIAL[rank]), dtype, int(safe), 8), layout)
+    x = with_layout(integers(shape_of(backend, rank), dtype, int(safe), 8), layout)
     windows = fixed_windows(rank, x.shape, 3, 2, 0, 1, True)
     for norm in (1, 2, 3):
         output, grad = gradient(
@@ -103,8 +107,9 @@ def test_layouts_and_dtypes(rank, layout, dtype, safe):
         assert_close(grad, exact, scale=8)
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
-def test_safe_squares_do_not_overflow(dtype):
+def test_safe_squares_do_not_overflow(backend, dtype):
     """300 ** 2 is past float16's largest number, the norm is not."""
     x = torch.full((1, 1, 4, 4), 300.0, dtype=dtype)
     output = F.lp_pool2d(x, 2, 2, safe=True)
@@ -112,8 +117,9 @@ def test_safe_squares_do_not_overflow(dtype):
     assert torch.equal(output, torch.full((1, 1, 2, 2), 600.0, dtype=dtype))
 
 
+@POOLING_BACKENDS
 @pytest.mark.parametrize("norm", [1, 2, 3, 4, 1.5, 2.5, INF], ids=str)
-def test_safe_gradient_is_finite_at_zero(norm):
+def test_safe_gradient_is_finite_at_zero(backend, norm):
     x = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
     x[:, 0] = integers((4, 4), torch.float64, -2, 2)
     output, grad = gradient(lambda x: F.lp_pool2d(x, norm, 2, safe=True), x)

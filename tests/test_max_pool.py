@@ -11,12 +11,13 @@ from helpers import (
     LAYOUTS,
     NATIVE,
     POOLING_BACKENDS,
+    RANKS,
     assert_same,
     gradient,
     here,
     integers,
-    interpreted,
     our_op,
+    shape_of,
     sweep,
     torch_op,
     with_layout,
@@ -31,12 +32,6 @@ PLANE = torch.tensor(
     [[[1.0, 5.0, 2.0, 0.0], [3.0, 4.0, 9.0, 8.0], [7.0, 7.0, 6.0, 6.0], [-1.0, 2.0, 6.0, 6.5]]]
 )
 SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
-RANKS = (1, 2, 3)
-
-
-def shape_of(backend, rank):
-    """Enough channels and columns to reach the vector loops and their tails."""
-    return (2, 5, *{1: (19,), 2: (4, 11), 3: (3, 2, 5)}[rank]) if interpreted(backend) else (2, 37, *SPATIAL[rank])
 
 
 @POOLING_BACKENDS
@@ -82,7 +77,9 @@ def test_table(backend, kwargs, values, indices):
 
 @POOLING_BACKENDS
 def test_table_backward(backend):
-    _, grad = gradient(lambda x: F.max_pool2d(x, 3, 2, 1), here(PLANE), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    _, grad = gradient(
+        lambda x: F.max_pool2d(x, 3, 2, 1), here(PLANE), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    )
     assert grad.tolist() == [[[0, 1, 0, 0], [0, 0, 6, 0], [3, 0, 0, 0], [0, 0, 0, 0]]]
 
 

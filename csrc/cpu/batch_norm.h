@@ -13,13 +13,26 @@ namespace pooling_ext {
 // in, so that nothing is lost where the mean is large beside the deviation.
 struct Affine {
     double center, scale, shift;
+    double inverse;  // of the deviation
 };
 
 inline Affine affine_of(double mean, double variance, double weight, double bias, double eps,
                         bool is_double) {
     const double center = is_double ? mean : double(float(mean));
-    const double scale = weight / std::sqrt(variance + eps);
-    return {center, scale, bias - (mean - center) * scale};
+    const double inverse = 1 / std::sqrt(variance + eps), scale = weight * inverse;
+    return {center, scale, bias - (mean - center) * scale, inverse};
+}
+
+// What a backward pass through the statistics adds to a gradient: (x - center) * slope + offset.
+struct Through {
+    double slope, offset;
+};
+
+// From the mean of the gradient and of its product with x - mean, where `away` is mean - center.
+inline Through through_of(double gradient, double product, double away, double scale,
+                          double inverse) {
+    const double share = product * inverse * inverse;
+    return {-scale * share, scale * (away * share - gradient)};
 }
 
 // How a backward pass knows what ReLU let through: it need not (there is none), from the input, or
@@ -49,6 +62,12 @@ struct BatchNormJob {
     // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with
     // x - center. Two rows of `channels`, for each unit in channels-last.
     double* sums = nullptr;
+    // Train and TrainBackward, which make the coefficients of a channel by themselves: weight and
+    // bias of each channel, and two rows of the means and biased variances.
+    const double* weight = nullptr;
+    const double* bias = nullptr;
+    double* moments = nullptr;
+    double eps = 0;
 
     int64_t numel() const { return batch * channels * inner; }
 
@@ -61,7 +80,9 @@ struct BatchNormJob {
 
 // Stats: each channel's mean and deviations. Merge: from those of the units to those of all.
 // Act: the output. Sums: of a backward pass. Total: as Merge. Backward: the input's gradient.
-enum class Step { Stats, Merge, Act, Sums, Total, Backward };
+// Train and TrainBackward: all of a direction for one channel after the other, which is then read
+// from the cache the second time; in the contiguous format alone.
+enum class Step { Stats, Merge, Act, Sums, Total, Backward, Train, TrainBackward };
 
 // What a step is divided into: in channels-last, runs of rows, of which there are as many whatever
 // the number of threads, so that sums do not depend on it; else channels or planes.
@@ -74,7 +95,7 @@ struct Units {
     }
 
     Units(const BatchNormJob& job, Step step) {
-        constexpr int64_t kRows = 256, kLeast = 16, kMost = 32;
+        constexpr int64_t kRows = 256, kLeast = 32, kMost = 16;
         if (step == Step::Merge || step == Step::Total) {
             count = job.channels;
             size = Units(job, Step::Stats).count;
@@ -85,7 +106,7 @@ struct Units {
             if (job.undivided) at_once = rows;
             count = (rows + at_once - 1) / at_once;
             size = at_once * job.row();
-        } else if (step == Step::Stats || step == Step::Sums) {
+        } else if (step != Step::Act && step != Step::Backward) {
             count = job.channels;
             size = job.batch * job.inner;
         } else {
@@ -96,8 +117,8 @@ struct Units {
 };
 
 inline size_t scratch_bytes(const BatchNormJob& job) {
-    constexpr size_t vectors = 7, lanes = 128, slack = 4096;
-    const size_t row = job.channels_last ? job.row() : lanes;
+    constexpr size_t vectors = 7, slack = 4096;
+    const size_t row = job.channels_last ? job.row() : 0;
     return vectors * row * sizeof(double) + slack;
 }
 

@@ -5,13 +5,35 @@
 namespace pooling_ext {
 namespace {
 
-Tensor batch_norm_stats(const Tensor& input) {
-    BatchNormCall call(input);
+// What the kernels that make a channel's coefficients are given of all of them.
+struct ChannelArguments {
+    std::vector<double> weight, bias;
+
+    ChannelArguments(BatchNormJob& job, const Tensor& stats, const MaybeTensor& weights,
+                     const MaybeTensor& biases, double eps)
+        : weight(values_of(weights, job.channels, 1.0)),
+          bias(values_of(biases, job.channels, 0.0)) {
+        STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Double &&
+                            stats.numel() == 2 * job.channels && stats.is_contiguous(),
+                        "pooling_ext: stats must be two rows of float64");
+        job.weight = weight.data();
+        job.bias = bias.data();
+        job.moments = static_cast<double*>(stats.data_ptr());
+        job.eps = eps;
+    }
+};
+
+Tensor stats_of(BatchNormCall& call) {
     Tensor stats = call.run_sums(Step::Stats, Step::Merge);
     double* const variance = static_cast<double*>(stats.data_ptr()) + call.job.channels;
-    const double count = double(call.job.batch * call.job.inner);
+    const double count = call.count();
     for (int64_t c = 0; c < call.job.channels; ++c) variance[c] /= count;
     return stats;
+}
+
+Tensor batch_norm_stats(const Tensor& input) {
+    BatchNormCall call(input);
+    return stats_of(call);
 }
 
 Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
@@ -58,6 +80,96 @@ Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Te
     return result;
 }
 
+// In the contiguous format a channel is done with before the next one is read; in channels-last
+// channels lie together, and the tensor is passed over twice.
+std::tuple<Tensor, Tensor> batch_norm_act_training(const Tensor& input, const MaybeTensor& weight,
+                                                   const MaybeTensor& bias,
+                                                   const MaybeTensor& residual, double eps,
+                                                   bool relu) {
+    BatchNormCall call(input);
+    BatchNormJob& job = call.job;
+    Tensor output = call.empty_like_input();
+    if (residual) job.residual = call.like_input(*residual);
+    job.y = output.data_ptr();
+    job.relu = relu;
+    if (job.numel() == 0) {
+        Tensor stats = call.empty_sums();
+        double* const data = static_cast<double*>(stats.data_ptr());
+        std::fill(data, data + 2 * job.channels, 0.0);
+        return {output, stats};
+    }
+    if (job.channels_last) {
+        Tensor stats = stats_of(call);
+        const Affines affines(job, stats, weight, bias, eps, is_double(input));
+        call.run(Step::Act);
+        return {output, stats};
+    }
+    Tensor stats = call.empty_sums();
+    const ChannelArguments arguments(job, stats, weight, bias, eps);
+    call.run(Step::Train);
+    return {output, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& output, double eps, bool relu) {
+    BatchNormCall call(input);
+    BatchNormJob& job = call.job;
+    Tensor result = call.empty_like_input();
+    Tensor masked = output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
+    job.grad = call.like_input(grad);
+    job.y = result.data_ptr();
+    job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
+    if (output) {
+        job.output = call.like_input(*output);
+        job.masked = masked.data_ptr();
+    }
+    Tensor sums = call.empty_sums();
+    double* const data = static_cast<double*>(sums.data_ptr());
+    if (job.channels_last || job.numel() == 0) {
+        Affines affines(job, stats, weight, bias, eps, is_double(input));
+        call.run_sums(Step::Sums, Step::Total, sums);
+        affines.about_mean(sums);
+        affines.add_slopes(job, sums, call.count());
+        if (output) {
+            job.grad = job.masked;
+            job.mask = Mask::None;
+        }
+        affines.normalise(data + job.channels);
+        call.run(Step::Backward);
+    } else {
+        const ChannelArguments arguments(job, stats, weight, bias, eps);
+        job.sums = data;
+        call.run(Step::TrainBackward);
+    }
+    return {result, masked, vector_like(weight, data + job.channels, job.channels),
+            vector_like(bias, data, job.channels)};
+}
+
+// In float64, so that 16 bits are rounded once.
+void batch_norm_update_running(Tensor running_mean, Tensor running_var, const Tensor& stats,
+                               double count, double momentum) {
+    const int64_t channels = running_mean.numel();
+    const std::vector<double> moments = values_of(stats, 2 * channels, 0.0);
+    const auto update = [&](Tensor& running, const double* batch, double factor) {
+        STD_TORCH_CHECK(running.numel() == channels && running.dim() == 1,
+                        "pooling_ext: running statistics must have a value per channel");
+        const int64_t stride = running.strides()[0];
+        with_values(running, [&](auto* to) {
+            using Element = std::remove_pointer_t<decltype(to)>;
+            for (int64_t c = 0; c < channels; ++c) {
+                const double old = double(baseline::widen(to[c * stride])), now = batch[c] * factor;
+                // As torch.lerp.
+                const double mixed = std::abs(momentum) < 0.5 ? old + momentum * (now - old)
+                                                              : now - (now - old) * (1 - momentum);
+                to[c * stride] = baseline::narrow<Element>(baseline::Accumulator<Element>(mixed));
+            }
+        });
+    };
+    update(running_mean, moments.data(), 1.0);
+    update(running_var, moments.data() + channels, count / (count - 1));
+}
+
 }  // namespace
 }  // namespace pooling_ext
 
@@ -66,4 +178,8 @@ STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
     m.impl("batch_norm_act", TORCH_BOX(&pooling_ext::batch_norm_act));
     m.impl("batch_norm_act_sums", TORCH_BOX(&pooling_ext::batch_norm_act_sums));
     m.impl("batch_norm_act_backward", TORCH_BOX(&pooling_ext::batch_norm_act_backward));
+    m.impl("batch_norm_act_training", TORCH_BOX(&pooling_ext::batch_norm_act_training));
+    m.impl("batch_norm_act_training_backward",
+           TORCH_BOX(&pooling_ext::batch_norm_act_training_backward));
+    m.impl("batch_norm_update_running", TORCH_BOX(&pooling_ext::batch_norm_update_running));
 }

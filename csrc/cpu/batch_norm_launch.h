@@ -1,30 +1,60 @@
 // From tensors to batch normalisation's kernels: what its launchers share.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "cpu/batch_norm.h"
 #include "cpu/launch.h"
+#include "cpu/numeric.h"
 
 namespace pooling_ext {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// A float32 or float64 vector's values, or `otherwise` where there is none.
+// Calls use(values, double) for a vector of any floating dtype; values(i) and its elements convert
+// to and from double.
+template <class Use>
+void with_values(const Tensor& vector, const Use& use) {
+    void* const data = vector.data_ptr();
+    switch (vector.scalar_type()) {
+        case ScalarType::Double:
+            return use(static_cast<double*>(data));
+        case ScalarType::Float:
+            return use(static_cast<float*>(data));
+        case ScalarType::BFloat16:
+            return use(static_cast<baseline::BFloat16*>(data));
+        case ScalarType::Half:
+            return use(static_cast<baseline::Float16*>(data));
+        default:
+            STD_TORCH_CHECK(false, "pooling_ext: vectors of channels must be floating-point");
+    }
+}
+
+// A vector's values, or `otherwise` where there is none.
 inline std::vector<double> values_of(const MaybeTensor& vector, int64_t n, double otherwise) {
     if (!vector) return std::vector<double>(n, otherwise);
     const Tensor row = dense(*vector, false);
     STD_TORCH_CHECK(row.numel() == n, "pooling_ext: weight and bias must have a value per channel");
-    const void* data = row.data_ptr();
-    if (row.scalar_type() == ScalarType::Double) {
-        const auto* values = static_cast<const double*>(data);
-        return {values, values + n};
-    }
-    STD_TORCH_CHECK(row.scalar_type() == ScalarType::Float,
-                    "pooling_ext: weight and bias must be float32 or float64");
-    const auto* values = static_cast<const float*>(data);
-    return {values, values + n};
+    std::vector<double> values(n);
+    with_values(row, [&](const auto* from) {
+        for (int64_t i = 0; i < n; ++i) values[i] = double(baseline::widen(from[i]));
+    });
+    return values;
+}
+
+// A vector of the given dtype with values from float64, of no size where `like` is none.
+inline Tensor vector_like(const MaybeTensor& like, const double* values, int64_t n) {
+    if (!like) return empty({0}, ScalarType::Double, false);
+    Tensor result = empty({n}, like->scalar_type(), false);
+    with_values(result, [&](auto* to) {
+        using Element = std::remove_pointer_t<decltype(to)>;
+        for (int64_t i = 0; i < n; ++i)
+            to[i] = baseline::narrow<Element>(baseline::Accumulator<Element>(values[i]));
+    });
+    return result;
 }
 
 // An input and the tensors that lie as it does.
@@ -53,6 +83,9 @@ struct BatchNormCall {
         return kept.back().data_ptr();
     }
 
+    // How many elements each channel's statistics are taken from.
+    double count() const { return double(job.batch * job.inner); }
+
     Tensor empty_like_input() const {
         return empty(sizes_of(input), input.scalar_type(), channels_last);
     }
@@ -64,38 +97,48 @@ struct BatchNormCall {
     }
 
     // Runs a step that makes two rows of sums, and the one that adds up those of its units.
-    Tensor run_sums(Step step, Step combine) {
-        Tensor result = empty({2, job.channels}, ScalarType::Double, false);
+    void run_sums(Step step, Step combine, const Tensor& result) {
         double* const data = static_cast<double*>(result.data_ptr());
         const int64_t n = 2 * job.channels, units = job.channels_last ? Units(job, step).count : 1;
-        std::vector<double> parts(units > 1 ? n * units : 0);
-        job.sums = units > 1 ? parts.data() : data;
-        std::fill(job.sums, job.sums + n, 0.0);
+        if (job.numel() == 0) std::fill(data, data + n, 0.0);
+        const std::unique_ptr<double[]> parts(units > 1 ? new double[n * units] : nullptr);
+        job.sums = units > 1 ? parts.get() : data;
         run(step);
         if (units > 1) {
             run(combine);
             std::copy(job.sums, job.sums + n, data);
         }
+    }
+
+    Tensor empty_sums() const { return empty({2, job.channels}, ScalarType::Double, false); }
+
+    Tensor run_sums(Step step, Step combine) {
+        Tensor result = empty_sums();
+        run_sums(step, combine, result);
         return result;
     }
 };
 
 // The coefficients of a call, which its job points to.
 struct Affines {
-    // `away` is what the center leaves of the mean, `inverse` 1 / (variance + eps).
+    // `away` is what the center leaves of the mean, `inverse` 1 over the deviation.
     std::vector<double> center, scale, shift, away, inverse, slope, offset;
 
     Affines(BatchNormJob& job, const Tensor& stats, const MaybeTensor& weight,
             const MaybeTensor& bias, double eps, bool is_double)
-        : shift(values_of(bias, job.channels, 0.0)) {
+        : center(job.channels),
+          scale(values_of(weight, job.channels, 1.0)),
+          shift(values_of(bias, job.channels, 0.0)),
+          away(job.channels),
+          inverse(job.channels) {
         const std::vector<double> moments = values_of(stats, 2 * job.channels, 0.0);
-        scale = values_of(weight, job.channels, 1.0);
+        const double* const means = moments.data();
         for (int64_t c = 0; c < job.channels; ++c) {
-            const double mean = moments[c], variance = moments[job.channels + c];
-            const Affine affine = affine_of(mean, variance, scale[c], shift[c], eps, is_double);
-            center.push_back(affine.center);
-            away.push_back(mean - affine.center);
-            inverse.push_back(1 / (variance + eps));
+            const Affine affine =
+                affine_of(means[c], means[job.channels + c], scale[c], shift[c], eps, is_double);
+            center[c] = affine.center;
+            inverse[c] = affine.inverse;
+            away[c] = means[c] - affine.center;
             scale[c] = affine.scale;
             shift[c] = affine.shift;
         }
@@ -111,14 +154,22 @@ struct Affines {
         for (int64_t c = 0; c < channels; ++c) data[channels + c] -= away[c] * data[c];
     }
 
+    // From sums of products with x - mean to products with the normalised x, the weight's gradient.
+    void normalise(double* products) const {
+        for (size_t c = 0; c < inverse.size(); ++c) products[c] *= inverse[c];
+    }
+
     // Adds what a backward pass through statistics of `count` elements needs of the sums.
     void add_slopes(BatchNormJob& job, const Tensor& sums, double count) {
         const std::vector<double> both = values_of(sums, 2 * job.channels, 0.0);
+        const double share = 1 / count;
+        slope.resize(job.channels);
+        offset.resize(job.channels);
         for (int64_t c = 0; c < job.channels; ++c) {
-            const double mean = both[c] / count;
-            const double product = both[job.channels + c] * inverse[c] / count;
-            slope.push_back(-scale[c] * product);
-            offset.push_back(scale[c] * (away[c] * product - mean));
+            const Through through = through_of(both[c] * share, both[job.channels + c] * share,
+                                               away[c], scale[c], inverse[c]);
+            slope[c] = through.slope;
+            offset[c] = through.offset;
         }
         job.slope = slope.data();
         job.offset = offset.data();

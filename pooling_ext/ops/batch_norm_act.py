@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from .. import backends
@@ -31,6 +32,12 @@ def like(input: Tensor) -> Tensor:
 
 def channel_sums(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty((2, input.shape[1]), dtype=torch.float64)
+
+
+def vector_like(input: Tensor, vector: Tensor | None) -> Tensor:
+    if vector is None:
+        return input.new_empty(0, dtype=torch.float64)
+    return input.new_empty(vector.shape, dtype=vector.dtype)
 
 
 _stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", channel_sums, vmap=False)
@@ -62,6 +69,39 @@ _input_grad = _library.define(
     "Tensor? sums, float count, float eps, bool relu)",
     "Tensor",
     lambda grad, input, *_: like(input),
+    vmap=False,
+)
+
+# The output and the input's own statistics: batch_norm_stats and batch_norm_act.
+_training = _library.define(
+    "batch_norm_act_training(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "bool relu)",
+    "(Tensor, Tensor)",
+    lambda input, *_: (like(input), channel_sums(input)),
+    vmap=False,
+)
+
+# The gradients of input, residual, weight and bias: batch_norm_act_sums and batch_norm_act_backward. The
+# output is given where a residual went into it; gradients of what there is not have no size.
+_training_backward = _library.define(
+    "batch_norm_act_training_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+    "Tensor? output, float eps, bool relu)",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, input, stats, weight, bias, output, eps, relu: (
+        like(input),
+        like(input) if output is not None else input.new_empty(0),
+        vector_like(input, weight),
+        vector_like(input, bias),
+    ),
+    vmap=False,
+)
+
+# The running mean and unbiased variance, moved towards those of a batch of `count` elements a channel.
+_update_running = _library.define(
+    "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, float count, "
+    "float momentum)",
+    "()",
+    lambda *_: None,
     vmap=False,
 )
 
@@ -114,6 +154,55 @@ class _BatchNormAct(Function):
         return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None
 
 
+class _BatchNormActTraining(Function):
+    """With the statistics of the batch, which are given back: one operator forward and one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        output, stats = _training(input, weight, bias, residual, eps, relu)
+        # ReLU's mask needs the output only where a residual went into it.
+        kept = output if relu and residual is not None else None
+        ctx.save_for_backward(input, weight, bias, stats, kept)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.options = eps, relu
+        return output, stats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight, bias, stats, output = ctx.saved_tensors
+        eps, relu = ctx.options
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 6
+        if torch.is_grad_enabled() and not is_compiling():
+            options = eps, relu, 1.0, None
+            found = _differentiable_backward(grad, input, weight, bias, stats, output, options)
+            grad_input, grad_weight, grad_bias, masked = found
+        else:
+            found = _training_backward(grad, input, stats, weight, bias, output, eps, relu)
+            grad_input, masked, grad_weight, grad_bias = found
+            if output is None:
+                masked = grad
+        needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        return (
+            grad_input if needs_input else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            masked if needs_residual else None,
+            None,
+            None,
+        )
+
+
 def weight_grad(sums: Tensor, stats: Tensor, eps: float, weight: Tensor) -> Tensor:
     return (sums[1] * (stats[1] + eps).rsqrt()).to(weight.dtype)
 
@@ -149,12 +238,18 @@ def _differentiable_backward(
             output = _forward(input.detach(), stats, weight, bias, None, eps, True)
         assert output is not None
         grad = grad * (output > 0)
-    mean, var = stats.to(parameter_dtype(input)).unbind()
+    wide = parameter_dtype(input)
+    mean, var = stats.to(wide).unbind()
+    wide_weight = None if weight is None else weight.to(wide)
     masks = [True, weight is not None, bias is not None]
-    gradients = torch.ops.aten.native_batch_norm_backward(
-        grad, input, weight, mean, var, mean, (var + eps).rsqrt(), count is not None, eps, masks
+    grad_input, *gradients = torch.ops.aten.native_batch_norm_backward(
+        grad, input, wide_weight, mean, var, mean, (var + eps).rsqrt(), count is not None, eps, masks
     )
-    return *gradients, grad
+    for_weight, for_bias = (
+        None if x is None else gradient.to(x.dtype)
+        for x, gradient in zip((weight, bias), gradients, strict=True)
+    )
+    return grad_input, for_weight, for_bias, grad
 
 
 def parameter_dtype(input: Tensor) -> torch.dtype:
@@ -221,8 +316,15 @@ def batch_norm_act(
             relu,
             process_group,
         )
+    if training and process_group is None:
+        count = _count(input)
+        if needs_grad(input, weight, bias, residual):
+            output, stats = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu)
+        else:
+            output, stats = _training(input, weight, bias, residual, eps, relu)
+        _update(running_mean, running_var, stats, count, momentum)
+        return output
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
-    weight, bias = parameter(weight, input), parameter(bias, input)
     if needs_grad(input, weight, bias, residual):
         group = process_group if training else None
         return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
@@ -293,12 +395,6 @@ def needs_grad(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def parameter(value: Tensor | None, input: Tensor) -> Tensor | None:
-    """A weight or bias in the dtype that goes with the input's."""
-    wide = parameter_dtype(input)
-    return value if value is None or value.dtype == wide else value.to(wide)
-
-
 def statistics(
     input: Tensor,
     running_mean: Tensor | None,
@@ -314,26 +410,36 @@ def statistics(
     if not training:
         running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
         return running.to(torch.float64), None
-    stats, count = _batch_stats(input, group)
-    if running_mean is not None and running_var is not None and count > 0:
-        _update(running_mean, running_var, stats, count, momentum)
-    return stats, count
-
-
-def _batch_stats(input: Tensor, group: Any) -> tuple[Tensor, float]:
-    """Mean and biased variance of each channel, and the number of elements that went into them."""
-    count = input.numel() // max(input.shape[1], 1)
-    stats = _stats(input.detach())
-    if group is not None:
-        stats, count = _combine(stats, count, group)
+    if group is None:
+        count = _count(input)
+        stats = _stats(input.detach())
+    else:
+        stats, count = _combine(_stats(input.detach()), _elements(input), group)
+        _check_count(count, input)
     if count == 0:  # which PyTorch takes, and gives gradients of zero
         stats = torch.zeros_like(stats)
+    _update(running_mean, running_var, stats, count, momentum)
+    return stats, float(count)
+
+
+def _elements(input: Tensor) -> int:
+    """How many elements a channel has."""
+    return input.numel() // max(input.shape[1], 1)
+
+
+def _count(input: Tensor) -> int:
+    """How many elements each channel's statistics are taken from; one is too few."""
+    count = _elements(input)
+    _check_count(count, input)
+    return count
+
+
+def _check_count(count: int, input: Tensor) -> None:
     if count == 1:
         raise ArgumentError(
             "Expected more than 1 value per channel when training, but got input of shape "
             f"{tuple(input.shape)}"
         )
-    return stats, float(count)
 
 
 def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
@@ -354,12 +460,14 @@ def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
     return torch.stack((mean, variance)), int(counts.sum())
 
 
-def _update(running_mean: Tensor, running_var: Tensor, stats: Tensor, count: float, momentum: float) -> None:
-    mean, variance = stats[0], stats[1] * (count / (count - 1))
-    with torch.no_grad():
-        # In float64, so that 16 bits are rounded once.
-        running_mean.copy_(running_mean.to(torch.float64).lerp(mean, momentum))
-        running_var.copy_(running_var.to(torch.float64).lerp(variance, momentum))
+def _update(
+    running_mean: Tensor | None, running_var: Tensor | None, stats: Tensor, count: int, momentum: float
+) -> None:
+    """Moves the running statistics, if there are any, towards those of a batch."""
+    if running_mean is not None and running_var is not None and count > 0:
+        _update_running(running_mean, running_var, stats, float(count), momentum)
+        if not is_compiling():
+            increment_version((running_mean, running_var))  # which autograd does for its own operators
 
 
 def _aten_batch_norm_act(

@@ -25,7 +25,6 @@ from .batch_norm_act import (
     check,
     like,
     needs_grad,
-    parameter,
     statistics,
     sums_of_all,
     transformed,
@@ -33,7 +32,7 @@ from .batch_norm_act import (
 )
 from .max_pool import max_pool
 
-backends.register("batch_norm_relu_max_pool", cpu=FLOATS)
+backends.register("batch_norm_relu_max_pool", cpu=FLOATS, triton=FLOATS)
 
 #: The largest window whose places fit a byte.
 BYTE_WINDOW = 255
@@ -183,7 +182,6 @@ def batch_norm_relu_max_pool(
         )
         return max_pool(output, windows)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
-    weight, bias = parameter(weight, input), parameter(bias, input)
     if needs_grad(input, weight, bias):
         group = process_group if training else None
         return _BatchNormReluMaxPool.apply(input, weight, bias, stats, eps, count, group, windows)

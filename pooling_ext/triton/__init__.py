@@ -20,17 +20,27 @@ import torch
 
 #: Which module has the kernels of which low-level operators.
 MODULES: dict[str, tuple[str, ...]] = {
+    "add_relu_global_avg_pool": ("add_relu_global_avg_pool", "add_relu_global_avg_pool_backward"),
     "avg_pool": ("avg_pool", "avg_pool_backward"),
-    "lp_pool": ("lp_pool",),
-    "max_pool": ("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
     "batch_norm_act": (
         "batch_norm_stats",
         "batch_norm_act",
         "batch_norm_act_sums",
         "batch_norm_act_backward",
+        "batch_norm_act_training",
+        "batch_norm_act_training_backward",
+        "batch_norm_update_running",
+    ),
+    "batch_norm_relu_max_pool": (
+        "batch_norm_relu_max_pool",
+        "batch_norm_relu_max_pool_places",
+        "batch_norm_relu_max_pool_sums",
+        "batch_norm_relu_max_pool_backward",
     ),
     "conv": ("conv_bias_act", "conv_stats"),
     "conv_input_grad": ("conv_input_grad",),
+    "lp_pool": ("lp_pool",),
+    "max_pool": ("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
 }
 
 

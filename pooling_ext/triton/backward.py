@@ -1,8 +1,8 @@
 """Gradients of pooling over windows: each input gathers from the windows that cover it.
 
-Inputs are taken in cells of ``stride`` in each axis. Which windows cover an input, and at which of their places, depends
-only on where in its cell it lies, so for windows of fixed size there is nothing to search: see
-:func:`_spread_cells`. Windows with very many places, and adaptive ones, are looked up input by input.
+Inputs are taken in cells of ``stride`` in each axis. Which windows cover an input, and at which of their
+places, depends only on where in its cell it lies, so for windows of fixed size there is nothing to search:
+see :func:`_spread_cells`. Windows with very many places, and adaptive ones, are looked up input by input.
 Every sum is made by one thread in one order: nothing depends on timing.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from .geometry import (
     UNROLLED,
     Geometry,
-    in_input,
     program_tile,
     tile_pixels,
     tiling,
     window_count,
     window_places,
     window_start,
+    within,
 )
 from .launching import launch
 from .reductions import accumulator
@@ -53,9 +53,11 @@ def spread_windows(
     tile, strip, programs, warps = tiling(items, *size[1:], g.channels, grad.element_size(), item_size)
     # How many windows cover an input, at most.
     covering = tuple(
-        (out + n - 1) // n + 1 if g.adaptive else triton.cdiv(d * (k - 1) + 1, s)
+        min(out, triton.cdiv(out, n) + 1 if g.adaptive else triton.cdiv(d * (k - 1) + 1, s))
         for n, out, k, s, d in zip(g.size, g.out, g.kernel, g.stride, g.dilation, strict=True)
     )
+    # How many windows there are beyond the last cell, as far as the kernel is told.
+    slack = tuple(max(min(out - n, 16), -16) for out, n in zip(g.out, size, strict=True))
     launch(
         _spread_cells if cells else _spread_windows,
         (programs,),
@@ -75,7 +77,8 @@ def spread_windows(
         STRIP=strip,
         num_warps=warps,
         num_stages=1,
-        **(g.constants if cells else g.constants | {"COVERING": covering}),
+        **({"SLACK": slack} if cells else {"COVERING": covering}),
+        **g.constants,
     )
 
 
@@ -101,6 +104,7 @@ def _spread_cells(
     AFTER: tl.constexpr,
     DILATION: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    SLACK: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
     STRIP: tl.constexpr,
@@ -148,16 +152,24 @@ def _spread_cells(
                             od = cell_d + up_d
                             oh = cell_h + up_h
                             ow = cell_w + up_w
-                            there = ok & in_input(od, out_d) & in_input(oh, out_h) & in_input(ow, out_w)
+                            there = within(ok, od, out_d, up_d < 0, up_d > SLACK[0])
+                            there = within(there, oh, out_h, up_h < 0, up_h > SLACK[1])
+                            there = within(there, ow, out_w, up_w < 0, up_w > SLACK[2])
                             step = ((up_d * out_h + up_h) * out_w + up_w) * channels
                             mine = place
                             if INDICES:
                                 mine = ((d.to(tl.int64) * in_h + h) * in_w + w)[:, None]
                             factor = 1.0
                             if places is None:
-                                d_count = _count(od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
-                                h_count = _count(oh, in_h, out_h, 1, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
-                                w_count = _count(ow, in_w, out_w, 2, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
+                                d_count = _count(
+                                    od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD
+                                )
+                                h_count = _count(
+                                    oh, in_h, out_h, 1, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD
+                                )
+                                w_count = _count(
+                                    ow, in_w, out_w, 2, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD
+                                )
                                 factor = _factor(d_count * h_count * w_count, DIVISOR, total.dtype)
                             mask = there[:, None] & c_ok
                             total += _part(grad, places, step, offsets, mask, mine, factor, total.dtype)
@@ -193,7 +205,7 @@ def _spread_windows(
     TILE: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """A tile of inputs, each of which looks for its windows among the ``COVERING`` next ones along each axis."""
+    """A tile of inputs, each of which looks for its windows among ``COVERING`` ones along each axis."""
     first_item, first_h, first_w, first_c = program_tile(in_h, in_w, channels, TILE, STRIP)
     item_at, h_at, w_at = tile_pixels(TILE)
     c = first_c + tl.arange(0, TILE[3])[None, :]

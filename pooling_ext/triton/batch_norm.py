@@ -1,20 +1,23 @@
 """What the kernels on batch normalisation share: its coefficients, and the sums of all programs.
 
 As on the CPU, ``y = (x - center) * scale + shift``: the center is the mean rounded to the type that
-kernels compute in, so that the difference loses nothing where the mean is large beside the deviation, and what
-the rounding left goes into the shift.
+kernels compute in, so that the difference loses nothing where the mean is large beside the deviation,
+and what the rounding left goes into the shift.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .channels import SUMS, Channels
 from .launching import launch
 
+#: Channels of a program that updates running statistics.
+RUNNING_CHANNELS = 128
 #: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
 #: how many sums in all.
 MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 8
@@ -85,11 +88,8 @@ def _merge_kernel(
     parts,
     counts,
     stats,
-    running_mean,
-    running_var,
     channels,
     splits,
-    momentum: "fp64",  # noqa: F821
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -118,17 +118,36 @@ def _merge_kernel(
     mean = first + offset
     tl.store(stats + channel, mean, mask=exists)
     tl.store(stats + channels + channel, squares / total, mask=exists)
-    if running_mean is not None:
-        _update(running_mean, mean, momentum, channel, exists)
-        _update(running_var, squares / (total - 1.0), momentum, channel, exists)
 
 
 @triton.jit
-def _update(running, batch, momentum, channel, exists):
-    """In float64, so that 16 bits are rounded once."""
-    before = tl.load(running + channel, mask=exists).to(tl.float64)
-    after = before + momentum * (batch - before)
-    tl.store(running + channel, narrow(after, running.dtype.element_ty), mask=exists)
+def _running_kernel(
+    running_mean,
+    running_var,
+    stats,
+    channels,
+    mean_step,
+    var_step,
+    factor: tl.float64,
+    momentum: tl.float64,
+    CHANNELS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    mean = tl.load(stats + channel, mask=exists)
+    variance = tl.load(stats + channels + channel, mask=exists) * factor
+    _update(running_mean + channel * mean_step, mean, momentum, exists)
+    _update(running_var + channel * var_step, variance, momentum, exists)
+
+
+@triton.jit
+def _update(running, batch, momentum, exists):
+    """As torch.lerp, and in float64, so that 16 bits are rounded once."""
+    before = tl.load(running, mask=exists).to(tl.float64)
+    difference = batch - before
+    low, high = before + momentum * difference, batch - difference * (1.0 - momentum)
+    after = tl.where(tl.abs(momentum + tl.zeros_like(before)) < 0.5, low, high)
+    tl.store(running, narrow(after, running.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -140,7 +159,7 @@ def _total_kernel(
     grad_bias,
     channels,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     DOUBLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -171,27 +190,24 @@ def _total_kernel(
 
 
 class Parts:
-    """Two float64 sums for each channel and program, and how they become those of all."""
+    """Two float64 sums for each channel and program, and how they become those of all.
 
-    def __init__(self, channels: Channels):
-        self.channels = channels
-        self.splits = channels.splits(SUMS)
-        n = self.splits * 2 * channels.channels
-        memory = channels.input.new_empty(n + self.splits, dtype=torch.float64)
+    Args:
+        input: what they are of; its dtype and device.
+        splits: how many programs share a channel.
+    """
+
+    def __init__(self, input: Tensor, splits: int):
+        self.channels, self.splits = input.shape[1], splits
+        self.double = input.dtype == torch.float64
+        n = splits * 2 * self.channels
+        memory = input.new_empty(n + splits, dtype=torch.float64)
         self.sums, self.counts = memory[:n], memory[n:]
 
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return (self.channels.blocks * self.splits,)
-
-    def merge(
-        self, running_mean: Tensor | None = None, running_var: Tensor | None = None, momentum: float = 0.0
-    ) -> Tensor:
-        """Statistics out of means and sums of squared deviations; the running ones are updated in place."""
+    def merge(self) -> Tensor:
+        """Statistics out of means and sums of squared deviations."""
         stats = self._result()
-        self._launch(
-            _merge_kernel, self.sums, self.counts, stats, running_mean, running_var, after=(momentum,)
-        )
+        self._launch(_merge_kernel, self.sums, self.counts, stats)
         return stats
 
     def total(
@@ -199,19 +215,41 @@ class Parts:
     ) -> Tensor:
         """Sums out of sums; the gradients of the parameters are made on the way."""
         sums = self._result()
-        double = self.channels.input.dtype == torch.float64
-        self._launch(
-            _total_kernel, self.sums, sums, stats, grad_weight, grad_bias, after=(eps,), DOUBLE=double
-        )
+        tensors = self.sums, sums, stats, grad_weight, grad_bias
+        self._launch(_total_kernel, *tensors, after=(eps,), DOUBLE=self.double)
         return sums
 
     def _result(self) -> Tensor:
-        return self.channels.input.new_empty((2, self.channels.channels), dtype=torch.float64)
+        return self.sums.new_empty((2, self.channels))
 
-    def _launch(self, kernel, *tensors, after, **constants) -> None:
-        n = self.channels.channels
+    def _launch(self, kernel: Any, *tensors: Tensor | None, after: tuple = (), **constants: Any) -> None:
+        n = self.channels
         at_once = min(MERGE_SPLITS, triton.next_power_of_2(self.splits))
         width = max(min(MERGE_SUMS // at_once, triton.next_power_of_2(n)), MERGE_CHANNELS)
         constants |= {"CHANNELS": width, "SPLITS": at_once}
         grid = (triton.cdiv(n, width),)
         launch(kernel, grid, *tensors, n, self.splits, *after, num_warps=MERGE_WARPS, **constants)
+
+
+def vector(values: Tensor | None) -> Tensor | None:
+    """A parameter as kernels read it."""
+    return None if values is None else values.contiguous()
+
+
+def batch_norm_update_running(
+    running_mean: Tensor, running_var: Tensor, stats: Tensor, count: float, momentum: float
+) -> None:
+    channels = running_mean.numel()
+    launch(
+        _running_kernel,
+        (triton.cdiv(channels, RUNNING_CHANNELS),),
+        running_mean,
+        running_var,
+        stats,
+        channels,
+        running_mean.stride(0),
+        running_var.stride(0),
+        float(count / (count - 1)),
+        float(momentum),
+        CHANNELS=RUNNING_CHANNELS,
+    )

@@ -14,9 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import Parts, affine, slopes, store_parts, through
-from .channels import EACH, WARPS, Channels, add_lanes, program, tile
+from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_parts, through, vector
+from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
 from .launching import launch
+
+__all__ = [
+    "batch_norm_stats",
+    "batch_norm_act",
+    "batch_norm_act_sums",
+    "batch_norm_act_backward",
+    "batch_norm_act_training",
+    "batch_norm_act_training_backward",
+    "batch_norm_update_running",
+]
 
 
 @triton.jit
@@ -83,7 +93,7 @@ def _act_kernel(
     tiles,
     blocks,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -95,10 +105,10 @@ def _act_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, _rest, _inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     # The last tile first: what the statistics read last may still be in the cache.
     for i in range(split, tiles, splits):
-        at, mask, n = tile(
+        at, mask, _n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         x = tl.load(input + at, mask=mask).to(acc)
@@ -128,7 +138,7 @@ def _sums_kernel(
     tiles,
     blocks,
     splits,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -140,11 +150,13 @@ def _sums_kernel(
     channels, inner, split, channel, exists, row, column, within = program(
         channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
     )
-    center, scale, shift, rest, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
+    center, scale, shift, _rest, _inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     gradients = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     products = tl.full((1, ROWS, COLUMNS), 0.0, acc)
     for i in range(split, tiles, splits):
-        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
+        at, mask, _n = tile(
+            i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
+        )
         g = tl.load(grad + at, mask=mask, other=0.0).to(acc)
         x = tl.load(input + at, mask=mask, other=0.0).to(acc)
         if output is not None:
@@ -176,7 +188,7 @@ def _backward_kernel(
     blocks,
     splits,
     count,
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -192,7 +204,7 @@ def _backward_kernel(
     if sums is not None:
         slope, offset = slopes(sums, scale, away, inverse, channels, channel, exists, count, acc)
     for i in range(split, tiles, splits):
-        at, mask, n = tile(
+        at, mask, _n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         g = tl.load(grad + at, mask=mask).to(acc)
@@ -208,17 +220,18 @@ def _backward_kernel(
 
 def stats_parts(view: Channels) -> Parts:
     """Each program's means and squared deviations."""
-    parts = Parts(view)
+    walk = view.all()
+    parts = Parts(view.input, walk.splits(SUMS))
     launch(
         _stats_kernel,
-        parts.grid,
+        (walk.blocks * parts.splits,),
         view.input,
         parts.sums,
         parts.counts,
-        *view.shape,
+        *walk.shape,
         parts.splits,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return parts
 
@@ -233,22 +246,23 @@ def act(
     relu: bool,
 ) -> Tensor:
     output = view.empty()
-    splits = view.splits(EACH)
+    walk = view.all()
+    splits = walk.splits(EACH)
     launch(
         _act_kernel,
-        (view.blocks * splits,),
+        (walk.blocks * splits,),
         view.input,
         None if residual is None else view.like(residual),
         output,
         stats,
-        weight,
-        bias,
-        *view.shape,
+        vector(weight),
+        vector(bias),
+        *walk.shape,
         splits,
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return output
 
@@ -264,25 +278,26 @@ def sums_parts(
     relu: bool,
 ) -> tuple[Tensor | None, Parts]:
     """The masked gradient where a residual went into the output, and each program's sums."""
-    parts = Parts(view)
+    walk = view.all()
+    parts = Parts(view.input, walk.splits(SUMS))
     masked = None if output is None else view.empty()
     launch(
         _sums_kernel,
-        parts.grid,
+        (walk.blocks * parts.splits,),
         view.like(grad),
         view.input,
         None if output is None else view.like(output),
         masked,
         parts.sums,
         stats,
-        weight,
-        bias,
-        *view.shape,
+        vector(weight),
+        vector(bias),
+        *walk.shape,
         parts.splits,
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return masked, parts
 
@@ -299,29 +314,32 @@ def spread_gradient(
     relu: bool,
 ) -> Tensor:
     grad_input = view.empty()
-    splits = view.splits(EACH)
+    walk = view.all()
+    splits = walk.splits(EACH)
     launch(
         _backward_kernel,
-        (view.blocks * splits,),
+        (walk.blocks * splits,),
         view.like(grad),
         view.input,
         grad_input,
         stats,
-        weight,
-        bias,
+        vector(weight),
+        vector(bias),
         sums,
-        *view.shape,
+        *walk.shape,
         splits,
         int(count),
         eps,
         RELU=relu,
         num_warps=WARPS,
-        **view.constants,
+        **walk.constants,
     )
     return grad_input
 
 
 def batch_norm_stats(input: Tensor) -> Tensor:
+    if input.numel() == 0:
+        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
     return stats_parts(Channels(input)).merge()
 
 
@@ -364,3 +382,42 @@ def batch_norm_act_backward(
     relu: bool,
 ) -> Tensor:
     return spread_gradient(Channels(input), grad, stats, weight, bias, sums, count, eps, relu)
+
+
+def batch_norm_act_training(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    view = Channels(input)
+    if input.numel() == 0:
+        return view.empty(), input.new_zeros((2, view.channels), dtype=torch.float64)
+    stats = stats_parts(view).merge()
+    return act(view, stats, weight, bias, residual, eps, relu), stats
+
+
+def batch_norm_act_training_backward(
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    view = Channels(input)
+    grad_weight, grad_bias = (
+        None if x is None else input.new_empty(x.shape, dtype=x.dtype) for x in (weight, bias)
+    )
+    masked, parts = sums_parts(view, grad, stats, weight, bias, output, eps, relu)
+    sums = parts.total(stats, eps, grad_weight, grad_bias)
+    if masked is not None:
+        grad, relu = masked, False
+    count = view.batch * view.inner
+    grad_input = spread_gradient(view, grad, stats, weight, bias, sums, count, eps, relu)
+    none = input.new_empty(0, dtype=torch.float64)
+    return (
+        grad_input,
+        input.new_empty(0) if masked is None else masked,
+        none if grad_weight is None else grad_weight,
+        none if grad_bias is None else grad_bias,
+    )

@@ -36,16 +36,22 @@ class Work(NamedTuple):
     tiles: int
 
 
-#: Sums: four for each of 132 processors, which has room for as many at once, and little to add up. A lane adds
-#: at most `LANE_TILES` tiles.
+#: Sums: four for each of 132 processors, which has room for as many at once, and little to add up. A lane
+#: adds at most `LANE_TILES` tiles.
 SUMS = Work(528, 8)
 #: One output for each input: more of them, so that the last ones to end leave little idle.
 EACH = Work(4096, 4)
 LANE_TILES = 256
 
 
-class Channels:
-    """A tensor's format, and launch arguments that go with it.
+class Walk:
+    """How a tensor is cut into tiles, and the launch arguments that say so.
+
+    Args:
+        rows: pixels of all images in channels_last, else images.
+        channels, inner: of the tensor; no pixels of its own in channels_last.
+        last: whether it is in channels_last.
+        itemsize: of an element in bytes.
 
     Attributes:
         shape: ``rows, channels, inner, tiles, blocks``; the second in channels_last, else the third, as a
@@ -53,44 +59,33 @@ class Channels:
         constants: the ``tl.constexpr`` ones.
     """
 
-    def __init__(self, input: Tensor):
-        batch, self.channels = input.shape[:2]
-        inner = prod(input.shape[2:])
-        channels_last = suggests_channels_last(input)
-        self.format = memory_format(input.dim() - 2, channels_last)
-        # With one pixel the formats are the same, and rows over channels are the longer ones.
-        last = channels_last or inner == 1
-        self.count = batch * inner
-        self.input = input.contiguous(memory_format=self.format)
-
-        vector = ACCESS // input.element_size()
+    def __init__(self, rows: int, channels: int, inner: int, last: bool, itemsize: int):
+        vector = ACCESS // itemsize
         slab = 32 * WARPS * vector
+        width = channels if last else inner
         if last:
-            rows, width = self.count, self.channels
-            columns = min(triton.next_power_of_2(max(width, 1)), LINE // input.element_size())
-            per_tile = slab // columns * UNROLL
+            columns = min(triton.next_power_of_2(max(width, 1)), LINE // itemsize)
         else:
-            rows, width = batch, inner
             columns = _columns(inner, 32 * vector, slab)
-            per_tile = UNROLL
-        unit = gcd(width, vector)
+        at_once = slab // columns
+        if not last:
+            at_once = min(at_once, triton.next_power_of_2(max(channels, 1)))
         # The rows of small tensors are not padded to a whole tile.
-        unroll = min(UNROLL, triton.next_power_of_2(max(rows * UNROLL // per_tile, 1)))
-        self.tile_rows = slab // columns
+        unroll = min(UNROLL, triton.next_power_of_2(max(rows // (at_once if last else 1), 1)))
+        unit = gcd(width, vector) or 1
         if last:
-            self.blocks = triton.cdiv(width, columns)
-            self.tiles = triton.cdiv(rows, self.tile_rows * unroll)
-            self.shape = (rows, width // unit, 1, self.tiles, self.blocks)
+            self.blocks = triton.cdiv(channels, columns)
+            self.tiles = triton.cdiv(rows, at_once * unroll)
+            self.shape = (rows, channels // unit, 1, self.tiles, self.blocks)
         else:
-            self.tile_rows = min(self.tile_rows, triton.next_power_of_2(self.channels))
-            self.blocks = triton.cdiv(self.channels, self.tile_rows)
+            self.blocks = triton.cdiv(channels, at_once)
             self.tiles = triton.cdiv(rows, unroll) * triton.cdiv(inner, columns)
-            self.shape = (rows, self.channels, inner // unit, self.tiles, self.blocks)
+            self.shape = (rows, channels, inner // unit, self.tiles, self.blocks)
         self.constants = {
             "LAST": last,
             "VECTOR": unit,
             "UNROLL": unroll,
-            "ROWS": self.tile_rows,
+            "ROWS": at_once,
             "COLUMNS": columns,
         }
 
@@ -98,6 +93,31 @@ class Channels:
         """How many programs share a block of channels."""
         most = triton.cdiv(self.tiles, work.tiles)
         return max(min(work.programs // max(self.blocks, 1), most), triton.cdiv(self.tiles, LANE_TILES), 1)
+
+
+class Channels:
+    """A dense tensor of channels: its sizes, and others that lie as it does."""
+
+    def __init__(self, input: Tensor):
+        self.batch, self.channels = input.shape[:2]
+        self.inner = prod(input.shape[2:])
+        channels_last = suggests_channels_last(input)
+        self.format = memory_format(input.dim() - 2, channels_last)
+        # With one pixel the formats are the same, and rows over channels are the longer ones.
+        self.last = channels_last or self.inner == 1
+        self.input = input.contiguous(memory_format=self.format)
+
+    def all(self) -> Walk:
+        """Programs take channels of all images."""
+        rows, inner = (self.batch * self.inner, 1) if self.last else (self.batch, self.inner)
+        return Walk(rows, self.channels, inner, self.last, self.input.element_size())
+
+    def each(self) -> tuple[int, Walk]:
+        """Programs take planes: how many tensors there are to walk, one after the other, and how each."""
+        size = self.input.element_size()
+        if self.last:
+            return self.batch, Walk(self.inner, self.channels, 1, True, size)
+        return 1, Walk(1, self.batch * self.channels, self.inner, False, size)
 
     def like(self, tensor: Tensor) -> Tensor:
         """A tensor of the input's shape as it lies."""

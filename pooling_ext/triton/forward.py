@@ -1,7 +1,8 @@
 """Reductions over windows: maxima, with or without their places, averages and power averages.
 
-A program reduces the windows of a tile of outputs, place by place: each place is one load for the whole tile, a
-vector along the channels in channels_last. Neighbouring windows find what they share in the first-level cache.
+A program reduces the windows of a tile of outputs, place by place: each place is one load for the whole
+tile, of vectors along the channels in channels_last, of neighbouring elements by neighbouring threads in the
+contiguous format. Windows that overlap find what they share in the first-level cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from .geometry import (
     UNROLLED,
     Geometry,
     first_place,
-    in_input,
     lowest,
     program_tile,
     tile_pixels,
@@ -23,6 +23,7 @@ from .geometry import (
     window_count,
     window_places,
     window_start,
+    within,
 )
 from .launching import launch
 from .reductions import MAX, MEAN, accumulator, larger, power, root, wins
@@ -40,7 +41,7 @@ def pool_windows(
     include_pad: bool = True,
     divisor: int = 0,
 ) -> None:
-    """Write the reduction of dense ``x`` over the windows of ``g`` to ``y``, and the winners' places to ``places``."""
+    """Write the reduction of dense ``x`` over the windows of ``g`` to ``y``, the winners' to ``places``."""
     items = g.outer * g.out[0]
     item_size = max(g.size[0] * g.size[1] * g.size[2], g.out[1] * g.out[2]) * g.channels
     tile, strip, programs, warps = tiling(items, *g.out[1:], g.channels, x.element_size(), item_size)
@@ -62,6 +63,7 @@ def pool_windows(
         DIVISOR=divisor,
         INCLUDE_PAD=include_pad,
         AFTER=g.after,
+        INSIDE=g.inside,
         UNROLL=g.places <= UNROLLED,
         TILE=tile,
         STRIP=strip,
@@ -97,6 +99,7 @@ def _pool_windows(
     AFTER: tl.constexpr,
     DILATION: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    INSIDE: tl.constexpr,
     UNROLL: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
@@ -142,32 +145,55 @@ def _pool_windows(
             where = tl.broadcast_to(where[:, None], best.shape)
         if UNROLL:
             for kd in tl.static_range(KERNEL[0]):
-                d_ok = h_ok & in_input(d_start + kd * DILATION[0], in_d)
+                d_ok = within(
+                    h_ok, d_start + kd * DILATION[0], in_d, kd * DILATION[0] < PADDING[0], kd >= INSIDE[0]
+                )
                 if ADAPTIVE:
                     d_ok &= kd < d_places
                 for kh in tl.static_range(KERNEL[1]):
-                    row_ok = d_ok & in_input(h_start + kh * DILATION[1], in_h)
+                    row_ok = within(
+                        d_ok, h_start + kh * DILATION[1], in_h, kh * DILATION[1] < PADDING[1], kh >= INSIDE[1]
+                    )
                     if ADAPTIVE:
                         row_ok &= kh < h_places
+                    row = (
+                        x
+                        + (kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w * channels
+                        + (origin[:, None] + c)
+                    )
                     for kw in tl.static_range(KERNEL[2]):
-                        ok = row_ok & in_input(w_start + kw * DILATION[2], in_w)
+                        ok = within(
+                            row_ok,
+                            w_start + kw * DILATION[2],
+                            in_w,
+                            kw * DILATION[2] < PADDING[2],
+                            kw >= INSIDE[2],
+                        )
                         if ADAPTIVE:
                             ok &= kw < w_places
-                        step = ((kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w + kw * DILATION[2]) * channels
-                        v = tl.load(x + step + (origin[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
+                        step = kw * DILATION[2] * channels
+                        v = tl.load(row + step, mask=ok[:, None] & c_ok, other=LOWEST)
                         place = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
                         best, where = _meet(best, where, v, place, places, REDUCTION, NORM, MAGNITUDE)
         else:
-            for place in tl.range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
-                kd = place // (KERNEL[1] * KERNEL[2])
-                kh = place // KERNEL[2] % KERNEL[1]
-                kw = place % KERNEL[2]
+            first_kd, _ = first_place(d_start, d_places, in_d, DILATION[0])
+            first_kh, _ = first_place(h_start, h_places, in_h, DILATION[1])
+            first_kw, _ = first_place(w_start, w_places, in_w, DILATION[2])
+            # No more places than these are in the input.
+            most_h = tl.minimum(tl.cdiv(in_h, DILATION[1]), KERNEL[1])
+            most_w = tl.minimum(tl.cdiv(in_w, DILATION[2]), KERNEL[2])
+            for i in tl.range(tl.minimum(tl.cdiv(in_d, DILATION[0]), KERNEL[0]) * most_h * most_w):
+                kd = first_kd + i // (most_h * most_w)
+                kh = first_kh + i // most_w % most_h
+                kw = first_kw + i % most_w
+                d_at = d_start + kd * DILATION[0]
+                row = h_start + kh * DILATION[1]
+                column = w_start + kw * DILATION[2]
                 ok = h_ok & (kd < d_places) & (kh < h_places) & (kw < w_places)
-                ok &= in_input(d_start + kd * DILATION[0], in_d)
-                ok &= in_input(h_start + kh * DILATION[1], in_h)
-                ok &= in_input(w_start + kw * DILATION[2], in_w)
-                step = ((kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w + kw * DILATION[2]) * channels
-                v = tl.load(x + step + (origin[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
+                ok &= (d_at < in_d) & (row < in_h) & (column < in_w)
+                at = (((outer * in_d + d_at) * in_h + row) * in_w + column) * channels
+                v = tl.load(x + (at[:, None] + c), mask=ok[:, None] & c_ok, other=LOWEST)
+                place = ((kd * KERNEL[1] + kh) * KERNEL[2] + kw)[:, None]
                 best, where = _meet(best, where, v, place, places, REDUCTION, NORM, MAGNITUDE)
         if REDUCTION == MEAN:
             if DIVISOR == 0:
@@ -196,7 +222,9 @@ def _pool_windows(
 
 
 @triton.jit
-def _meet(best, where, v, place, places, REDUCTION: tl.constexpr, NORM: tl.constexpr, MAGNITUDE: tl.constexpr):
+def _meet(
+    best, where, v, place, places, REDUCTION: tl.constexpr, NORM: tl.constexpr, MAGNITUDE: tl.constexpr
+):
     """The reduction with one more place in each window."""
     v = v.to(best.dtype)
     if REDUCTION == MEAN:

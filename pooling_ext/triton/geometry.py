@@ -2,8 +2,8 @@
 
 Kernels see a dense tensor as ``[outer, d, h, w, channels]``: the contiguous format has every plane in
 ``outer`` and one channel, the channels-last formats have the batch in ``outer``. Lower ranks have ``d``, or
-``d`` and ``h``, of size 1. A program computes a tile ``(items, h, w, channels)`` of what it writes, where an item is
-one ``d`` of one ``outer``; as a block that is ``[pixels, channels]``.
+``d`` and ``h``, of size 1. A program computes a tile ``(items, h, w, channels)`` of what it writes, where an
+item is one ``d`` of one ``outer``; as a block that is ``[pixels, channels]``.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ class Geometry(NamedTuple):
         span = zip(self.size, self.kernel, self.stride, self.dilation, strict=True)
         reach = math.prod(n + 2 * k * d + s for n, k, s, d in span)
         return max(reach, math.prod(self.out)) * self.channels >= 2**31
+
+    @property
+    def inside(self) -> Ints:
+        """Along each axis, the first place with which a window may reach beyond the input's end."""
+        if self.adaptive:
+            return self.kernel
+        ends = zip(self.size, self.out, self.kernel, self.stride, self.before, self.dilation, strict=True)
+        room = (((n - 1) - ((o - 1) * s - p), k, d) for n, o, k, s, p, d in ends)
+        return tuple(min(max(rest // d + 1, 0), k) for rest, k, d in room)  # type: ignore[return-value]
 
     @property
     def constants(self) -> dict[str, object]:
@@ -188,12 +197,17 @@ def _cut(size: int, most: int) -> int:
 def tile_pixels(TILE: tl.constexpr):
     """The (item, h, w) of each pixel of a tile."""
     i = tl.arange(0, TILE[0] * TILE[1] * TILE[2])
-    return i // (TILE[1] * TILE[2]), i // TILE[2] % TILE[1], i % TILE[2]
+    w = i % TILE[2]
+    if TILE[3] == 1:
+        # Neighbouring threads take neighbouring pixels: windows start anywhere, so that a thread with several
+        # would read them one by one, each in a line of its own.
+        w = tl.max_contiguous(w, 1)
+    return i // (TILE[1] * TILE[2]), i // TILE[2] % TILE[1], w
 
 
 @triton.jit
 def program_tile(h, w, channels, TILE: tl.constexpr, STRIP: tl.constexpr):
-    """The (item, h, w, channel) where the tiles of this program start, in tensors of ``[items, h, w, channels]``."""
+    """The (item, h, w, channel) where this program's tiles of ``[items, h, w, channels]`` start."""
     blocks = tl.cdiv(channels, TILE[3])
     columns = tl.cdiv(w, TILE[2])
     strips = tl.cdiv(h, TILE[1] * STRIP)
@@ -246,5 +260,10 @@ def first_place(start, places, size, DILATION: tl.constexpr):
 
 
 @triton.jit
-def in_input(at, size):
-    return (at >= 0) & (at < size)
+def within(ok, at, size, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """``ok``, where ``at`` is in ``[0, size)`` too; only what may be below or above is looked at."""
+    if LOW:
+        ok &= at >= 0
+    if HIGH:
+        ok &= at < size
+    return ok

@@ -14,7 +14,16 @@ from ..ops.max_pool import places_dtype
 from ..windows import Windows
 from .backward import spread_windows
 from .forward import pool_windows
-from .geometry import Geometry, channels_last, dense, geometry, program_tile, tile_pixels, tiling, window_start
+from .geometry import (
+    Geometry,
+    channels_last,
+    dense,
+    geometry,
+    program_tile,
+    tile_pixels,
+    tiling,
+    window_start,
+)
 from .launching import launch
 from .planes import pool_planes, spread_planes
 from .reductions import MAX
@@ -102,7 +111,9 @@ def max_pool_gather(
 
 def _gather(x: Tensor, places: Tensor, y: Tensor, g: Geometry) -> None:
     item_size = max(g.size[0] * g.size[1] * g.size[2], g.out[1] * g.out[2]) * g.channels
-    tile, _, programs, warps = tiling(g.outer * g.out[0], *g.out[1:], g.channels, x.element_size(), item_size, 1)
+    tile, _, programs, warps = tiling(
+        g.outer * g.out[0], *g.out[1:], g.channels, x.element_size(), item_size, 1
+    )
     launch(
         _max_pool_gather,
         (programs,),

@@ -1,9 +1,9 @@
 """Reductions of whole planes, as global pooling makes them, and their gradients.
 
-Outputs come in groups of ``count`` outputs that lie ``output_step`` apart in the input, each with ``size`` elements
-``element_step`` apart: (1 group, every plane, size, 1) in the contiguous format, (batch, channels, 1, channels) in
-channels_last. A program reduces a block of ``[elements, outputs]``. Where that makes too few programs,
-planes are cut into parts, and the parts' results are reduced by a second launch.
+Outputs come in groups of ``count`` that lie ``output_step`` apart in the input, each with ``size`` elements
+``element_step`` apart: one group of every plane with steps (size, 1) in the contiguous format, a group for
+each sample with steps (1, channels) in channels_last. A program reduces a block of ``[elements, outputs]``.
+Where that makes too few programs, planes are cut into parts, whose results a second launch reduces.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def pool_planes(
     magnitude: bool = False,
     divisor: int = 0,
 ) -> None:
-    """Write the reduction of each plane of dense ``x`` to ``y``, and the place of each winner to ``places``."""
+    """Write the reduction of each plane of dense ``x`` to ``y``, the winners' places to ``places``."""
     layout = layout_of(g, x.element_size())
     parts = min(MOST_PARTS, triton.cdiv(ENOUGH_PROGRAMS, layout.blocks), triton.cdiv(layout.size, PART))
     parts = max(parts, triton.cdiv(layout.size, 2**30))
@@ -86,12 +86,26 @@ def pool_planes(
     outputs = y.numel()
     values = torch.empty((parts, outputs), dtype=dtype, device=x.device)
     winners = None if places is None else torch.empty((parts, outputs), dtype=torch.int64, device=x.device)
-    _launch(layout, parts, x, None, values, winners, MAGNITUDE=magnitude, FINISH=False, DIVISOR=1, WHOLE=1, **options)
+    _launch(
+        layout,
+        parts,
+        x,
+        None,
+        values,
+        winners,
+        MAGNITUDE=magnitude,
+        FINISH=False,
+        DIVISOR=1,
+        WHOLE=1,
+        **options,
+    )
     of_parts = _layout(1, outputs, parts, True, values.element_size())
     _launch(of_parts, 1, values, winners, y, places, MAGNITUDE=False, **options | ending | {"SUMMED": True})
 
 
-def _launch(layout: Layout, parts: int, *tensors: Tensor | None, SUMMED: bool = False, **constants: object) -> None:
+def _launch(
+    layout: Layout, parts: int, *tensors: Tensor | None, SUMMED: bool = False, **constants: object
+) -> None:
     launch(
         _pool_planes,
         (layout.blocks * parts,),
@@ -134,7 +148,7 @@ def _pool_planes(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``steps`` blocks of one part of the planes; with ``winners``, ``x`` holds parts' results, and that their places."""
+    """``steps`` blocks of one part of the planes. ``winners``: where ``x``'s values, of parts, come from."""
     ACC: tl.constexpr = accumulator(x, REDUCTION)
     blocks = tl.cdiv(count, BLOCK[1])
     block = tl.program_id(0) // parts

@@ -1,0 +1,354 @@
+// What batch normalisation's kernels share: rows, walked a vector at a time.
+//
+// In channels-last a row is a few pixels and has its own coefficients for each element; in the
+// contiguous format a row lies in one channel and has the same for all.
+#pragma once
+
+#include "cpu/pool_forward.h"
+#include "cpu/tables.h"
+
+// Vectors are passed to functions that are inlined, so that no ABI is concerned.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+BatchNormKernel batch_norm_backward(DType, Step);
+
+// Some elements at a time, of as many bytes when computed whatever the instruction set, so that
+// sums are too.
+template <class In>
+struct Vector {
+    using T = Accumulator<In>;
+    typedef T X __attribute__((vector_size(64)));
+    static constexpr int64_t kSize = 64 / sizeof(T);
+
+    static POOLING_EXT_INLINE X splat(T value) { return value - X{}; }  // -0 stays -0
+
+    // Computed values.
+    static POOLING_EXT_INLINE X own(const T* from) {
+        X x;
+        std::memcpy(&x, from, sizeof(x));
+        return x;
+    }
+    static POOLING_EXT_INLINE void keep(T* to, X x) { std::memcpy(to, &x, sizeof(x)); }
+
+    static POOLING_EXT_INLINE X get(const In* from) {
+        if constexpr (std::is_same_v<In, T>) {
+            return own(from);
+        } else if constexpr (std::is_same_v<In, BFloat16>) {
+            Half half;
+            std::memcpy(&half, from, sizeof(half));
+            return (X)(__builtin_convertvector(half, Bits) << 16);
+        } else {
+            alignas(64) T values[kSize];
+            for (int64_t i = 0; i < kSize; ++i) values[i] = widen(from[i]);
+            return own(values);
+        }
+    }
+
+    static POOLING_EXT_INLINE void put(In* to, X x) {
+        if constexpr (std::is_same_v<In, T>) {
+            keep(to, x);
+        } else if constexpr (std::is_same_v<In, BFloat16>) {
+            // As narrow().
+            const Bits bits = (Bits)x, high = bits >> 16;
+            const Bits rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+            const Half half = __builtin_convertvector(x != x ? high | 0x40u : rounded, Half);
+            std::memcpy(to, &half, sizeof(half));
+        } else {
+            alignas(64) T values[kSize];
+            keep(values, x);
+            for (int64_t i = 0; i < kSize; ++i) POOLING_EXT_ISA::put(to, i, narrow<In>(values[i]));
+        }
+    }
+
+    // x in the last `n` lanes, else 0.
+    static POOLING_EXT_INLINE X last(X x, int64_t n) {
+        Order order;
+        for (int64_t i = 0; i < kSize; ++i) order[i] = i;
+        return order >= Order{} + Index(kSize - n) ? x : X{};
+    }
+
+  private:
+    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    typedef Index Order __attribute__((vector_size(64)));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    typedef uint16_t Half __attribute__((vector_size(32)));
+};
+
+// One element, through the same names.
+template <class In>
+struct Single {
+    using T = Accumulator<In>;
+    using X = T;
+    static POOLING_EXT_INLINE X splat(T value) { return value; }
+    static POOLING_EXT_INLINE X own(const T* from) { return *from; }
+    static POOLING_EXT_INLINE void keep(T* to, X x) { *to = x; }
+    static POOLING_EXT_INLINE X get(const In* from) { return widen(*from); }
+    static POOLING_EXT_INLINE void put(In* to, X x) { POOLING_EXT_ISA::put(to, 0, narrow<In>(x)); }
+};
+
+// Calls run(kind, i) for the vectors from i on that n elements consist of. The last may begin
+// within the one before it: run must not mind to compute an element twice.
+template <class In, class Run>
+POOLING_EXT_INLINE void each_vector(int64_t n, const Run& run) {
+    constexpr int64_t kSize = Vector<In>::kSize;
+    int64_t i = 0;
+    for (; i + kSize <= n; i += kSize) run(Vector<In>{}, i);
+    if (i == n) return;
+    if (n >= kSize)
+        run(Vector<In>{}, n - kSize);
+    else
+        for (; i < n; ++i) run(Single<In>{}, i);
+}
+
+// As each_vector, but each element once.
+template <class In, class Run>
+POOLING_EXT_INLINE void each_once(int64_t n, const Run& run) {
+    int64_t i = 0;
+    for (; i + Vector<In>::kSize <= n; i += Vector<In>::kSize) run(Vector<In>{}, i);
+    for (; i < n; ++i) run(Single<In>{}, i);
+}
+
+// A coefficient of each element of a row, or the same for all.
+template <bool kEach, class In>
+struct Values {
+    using T = Accumulator<In>;
+    const T* __restrict each;
+    T same;
+
+    POOLING_EXT_INLINE explicit Values(const T* values)
+        : each(values), same(kEach || values == nullptr ? T(0) : *values) {}
+
+    template <class Kind>
+    POOLING_EXT_INLINE typename Kind::X at(Kind, int64_t i) const {
+        if constexpr (kEach)
+            return Kind::own(each + i);
+        else
+            return Kind::splat(same);
+    }
+};
+
+template <class X>
+POOLING_EXT_INLINE X rectified(X z) {
+    const X zero{};
+    return z < zero ? zero : z;
+}
+
+// The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as
+// in PyTorch.
+template <class X>
+POOLING_EXT_INLINE X through(X z, X grad) {
+    const X zero{};
+    return z <= zero ? zero : grad;
+}
+
+// Asks for what is read soon: the processor's own guesses end with a page, and where two tensors
+// are read at once they halve the speed.
+template <class In>
+POOLING_EXT_INLINE void prefetch(const In* from, int64_t n, int64_t bytes_ahead) {
+    constexpr int64_t kLine = 64;
+    const char* ahead = reinterpret_cast<const char*>(uintptr_t(from) + bytes_ahead);
+    for (int64_t i = 0; i < n * int64_t(sizeof(In)); i += kLine) __builtin_prefetch(ahead + i);
+}
+
+// Asks for memory that is to be written, where it is so little that it stays in the cache till
+// then.
+template <class In>
+POOLING_EXT_INLINE void prefetch_written(const In* to, int64_t n) {
+    constexpr int64_t kLine = 64, kMost = 1024;
+    const int64_t bytes = n * int64_t(sizeof(In));
+    if (bytes > kMost) return;
+    for (int64_t i = 0; i < bytes; i += kLine)
+        __builtin_prefetch(reinterpret_cast<const char*>(to) + i, 1);
+}
+
+// Calls run(from, n) for pieces of a row of at most kBytes, each a burst of prefetches.
+template <int64_t kBytes, class In, class Run>
+POOLING_EXT_INLINE void in_pieces(int64_t n, const Run& run) {
+    constexpr int64_t kPiece = kBytes / int64_t(sizeof(In));
+    for (int64_t from = 0; from < n; from += kPiece)
+        run(from, n - from < kPiece ? n - from : kPiece);
+}
+
+// Bytes ahead, and in a burst: of one tensor, and of several at once.
+constexpr int64_t kAheadOne = 8192, kBurstOne = 2048, kAheadMany = 2048, kBurstMany = 512;
+
+// Calls run with its arguments as constants.
+template <class Run>
+void with_constants(bool a, bool b, const Run& run) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (a)
+        b ? run(Yes{}, Yes{}) : run(Yes{}, No{});
+    else
+        b ? run(No{}, Yes{}) : run(No{}, No{});
+}
+
+template <class T>
+void clear(T* values, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) values[i] = T(0);
+}
+
+// A value for each channel, repeated along a row in channels-last.
+template <class T>
+void repeat(const BatchNormJob& job, const double* __restrict values, T* __restrict row) {
+    const int64_t channels = job.channels;
+    for (int64_t from = 0; from < job.row(); from += channels)
+        for (int64_t c = 0; c < channels; ++c) row[from + c] = T(values[c]);
+}
+
+// A channel's coefficients, repeated along a row in channels-last.
+template <class T>
+class Coefficients {
+  public:
+    Coefficients(const BatchNormJob& job, const double* values, Scratch& scratch)
+        : values_(values), each_(job.channels_last) {
+        if (values == nullptr) return;
+        row_ = scratch.take<T>(each_ ? job.row() : 1);
+        if (each_) repeat(job, values, row_);
+    }
+
+    // Those of the row, or of the channel.
+    const T* operator()(int64_t channel) const {
+        if (values_ != nullptr && !each_) *row_ = T(values_[channel]);
+        return row_;
+    }
+
+  private:
+    const double* values_;
+    bool each_;
+    T* row_ = nullptr;
+};
+
+// Adds the sums of a row's columns up for each channel, into `sums`.
+template <class T>
+void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __restrict sums) {
+    const int64_t channels = job.channels;
+    clear(sums, channels);
+    for (int64_t from = 0; from < job.row(); from += channels)
+        for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
+}
+
+// Rows in channels-last that are summed at once, so that sums are read and written less often.
+constexpr int64_t kRowsAtOnce = 4;
+
+// Calls run(rows, start, from, n) for pieces [from, from + n) of kRowsAtOnce or of one row (a
+// constant, `rows`), of which the first begins at `start`, for the elements [begin, end).
+template <int64_t kBytes, class In, class Run>
+POOLING_EXT_INLINE void row_groups(const BatchNormJob& job, int64_t begin, int64_t end,
+                                   const Run& run) {
+    const int64_t row = job.row();
+    using Several = std::integral_constant<int64_t, kRowsAtOnce>;
+    using One = std::integral_constant<int64_t, 1>;
+    int64_t at = begin;
+    for (; at + kRowsAtOnce * row <= end; at += kRowsAtOnce * row)
+        in_pieces<kBytes, In>(row, [&](int64_t from, int64_t n) { run(Several{}, at, from, n); });
+    for (; at < end; at += row)
+        in_pieces<kBytes, In>(end - at < row ? end - at : row,
+                              [&](int64_t from, int64_t n) { run(One{}, at, from, n); });
+}
+
+// Two sums over a channel in the contiguous format, lane by lane.
+template <class In>
+struct ChannelSums {
+    using X = typename Vector<In>::X;
+    static constexpr int64_t kSize = Vector<In>::kSize, kSets = 4;
+    // No lane adds up more, in its own type.
+    static constexpr int64_t kMost = 256;
+
+    X first[kSets] = {}, second[kSets] = {};
+
+    // Calls terms(kind, i, a, b), which adds to a and b what the elements from i on give.
+    template <class Terms>
+    POOLING_EXT_INLINE void add_row(int64_t n, const Terms& terms) {
+        const Vector<In> kind;
+        int64_t i = 0;
+        if (n >= kSets * kSize) {
+            X a0 = first[0], a1 = first[1], a2 = first[2], a3 = first[3];
+            X b0 = second[0], b1 = second[1], b2 = second[2], b3 = second[3];
+            for (; i + kSets * kSize <= n; i += kSets * kSize) {
+                terms(kind, i, a0, b0);
+                terms(kind, i + kSize, a1, b1);
+                terms(kind, i + 2 * kSize, a2, b2);
+                terms(kind, i + 3 * kSize, a3, b3);
+            }
+            first[0] = a0, first[1] = a1, first[2] = a2, first[3] = a3;
+            second[0] = b0, second[1] = b1, second[2] = b2, second[3] = b3;
+        }
+        for (int64_t set = 0; i + kSize <= n; i += kSize, ++set)
+            terms(kind, i, first[set], second[set]);
+        if (i == n) return;
+        if (n >= kSize) {
+            X a{}, b{};
+            terms(kind, n - kSize, a, b);
+            first[kSets - 1] += Vector<In>::last(a, n - i);
+            second[kSets - 1] += Vector<In>::last(b, n - i);
+            return;
+        }
+        for (; i < n; ++i) {
+            auto a = first[0][i], b = second[0][i];
+            terms(Single<In>{}, i, a, b);
+            first[0][i] = a, second[0][i] = b;
+        }
+    }
+
+    // The two sums, which begin again.
+    void take(double& a, double& b) {
+        X x = (first[0] + first[1]) + (first[2] + first[3]);
+        X y = (second[0] + second[1]) + (second[2] + second[3]);
+        a = b = 0;
+        for (int64_t i = 0; i < kSize; ++i) a += double(x[i]), b += double(y[i]);
+        for (int64_t set = 0; set < kSets; ++set) first[set] = second[set] = X{};
+    }
+};
+
+// Calls visit(start, n) for the runs of a channel in the contiguous format, and flush(n) after
+// every n elements, so that no lane sums many.
+template <class In, class Visit, class Flush>
+void runs_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit,
+                     const Flush& flush) {
+    using Sums = ChannelSums<In>;
+    // A short run may add to one set alone.
+    constexpr int64_t kRun = Sums::kMost * Sums::kSize * Sums::kSets;
+    const int64_t vectors = (job.inner + Sums::kSize - 1) / Sums::kSize;
+    const int64_t most = vectors < Sums::kSets ? Sums::kMost * job.inner : kRun;
+    int64_t pending = 0;
+    for (int64_t n = 0; n < job.batch; ++n) {
+        const int64_t begin = (n * job.channels + channel) * job.inner;
+        for (int64_t from = 0; from < job.inner; from += kRun) {
+            const int64_t some = job.inner - from < kRun ? job.inner - from : kRun;
+            if (pending + some > most) {
+                flush(pending);
+                pending = 0;
+            }
+            visit(begin + from, some);
+            pending += some;
+        }
+    }
+    if (pending) flush(pending);
+}
+
+// Calls run(start, n, channel) for the rows of the units [begin, end), in runs, the last run first:
+// what an earlier step read last is then still in the cache.
+template <class Run>
+void rows_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const Run& run) {
+    constexpr int64_t kRun = 1 << 16;
+    const Units units(job, Step::Act);
+    const int64_t at_once = units.size < kRun ? kRun / units.size : 1;
+    for (int64_t last = end; last > begin; last -= at_once)
+        for (int64_t unit = last - at_once > begin ? last - at_once : begin; unit < last; ++unit) {
+            const int64_t from = unit * units.size;
+            if (!job.channels_last) {
+                run(from, units.size, unit % job.channels);
+                continue;
+            }
+            const int64_t to = Units::end(job, from, units.size);
+            for (int64_t at = from; at < to; at += job.row())
+                run(at, to - at < job.row() ? to - at : job.row(), 0);
+        }
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,0 +1,444 @@
+"""Batch normalisation, ReLU and max pooling in Triton: the stem of a ResNet.
+
+Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share
+it finds in the first-level cache. Backward, the sums need only what the windows picked, and each input
+gathers the gradients of the windows that picked it. Windows with many places take the operators in turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import _library
+from .batch_norm import Parts, affine, slopes, through, vector
+from .batch_norm_act import batch_norm_act, batch_norm_act_backward
+from .geometry import (
+    UNROLLED,
+    Geometry,
+    channels_last,
+    dense,
+    geometry,
+    in_input,
+    program_tile,
+    tile_pixels,
+    tiling,
+)
+from .launching import launch
+from .max_pool import max_pool, max_pool_backward, max_pool_places
+from .reductions import wins
+
+Ints = Sequence[int]
+
+
+@triton.jit
+def _channels_of(first_item, item_at, first_c, planes, TILE: tl.constexpr, LAST: tl.constexpr):
+    """The channel of each element of a tile, where an item is an image in channels_last, else a plane."""
+    if LAST:
+        return first_c + tl.arange(0, TILE[3])[None, :]
+    elif TILE[0] == 1:
+        return tl.full((1, 1), 0, tl.int32) + first_item % planes
+    else:
+        return ((first_item + item_at) % planes)[:, None]
+
+
+@triton.jit
+def _pool_kernel(
+    x,
+    y,
+    places,
+    stats,
+    weight,
+    bias,
+    items,
+    planes,
+    channels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    eps: tl.float64,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    TILE: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    acc: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    first_item, first_h, first_w, first_c = program_tile(out_h, out_w, channels, TILE, STRIP)
+    item_at, h_at, w_at = tile_pixels(TILE)
+    x += first_item.to(tl.int64) * in_h * in_w * channels
+    y += first_item.to(tl.int64) * out_h * out_w * channels
+    if places is not None:
+        places += first_item.to(tl.int64) * out_h * out_w * channels
+    item_ok = first_item + item_at < items
+    c = first_c + tl.arange(0, TILE[3])[None, :]
+    c_ok = c < channels
+    channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
+    center, scale, shift, _rest, _inverse = affine(
+        stats, weight, bias, planes, channel, channel < planes, eps, acc
+    )
+    w = first_w + w_at
+    w_start = w * STRIDE[2] - PADDING[2]
+    pixel_ok = item_ok & (w < out_w)
+    if WIDE:
+        item_at = item_at.to(tl.int64)
+    for tile in tl.range(STRIP):
+        h = first_h + tile * TILE[1] + h_at
+        h_start = h * STRIDE[1] - PADDING[1]
+        h_ok = pixel_ok & (h < out_h)
+        origin = ((item_at * in_h + h_start) * in_w + w_start)[:, None] * channels + c
+        best = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), float("-inf"), acc)
+        where = tl.full((1, 1), 0, tl.int32)
+        if places is not None:
+            # Until something larger comes along, the first place in the input wins.
+            first_kh = (tl.maximum(-h_start, 0) + (DILATION[1] - 1)) // DILATION[1]
+            first_kw = (tl.maximum(-w_start, 0) + (DILATION[2] - 1)) // DILATION[2]
+            where = tl.broadcast_to((first_kh * KERNEL[2] + first_kw)[:, None], best.shape)
+        for kh in tl.static_range(KERNEL[1]):
+            row_ok = h_ok & in_input(h_start + kh * DILATION[1], in_h)
+            for kw in tl.static_range(KERNEL[2]):
+                ok = (row_ok & in_input(w_start + kw * DILATION[2], in_w))[:, None] & c_ok
+                step = (kh * DILATION[1] * in_w + kw * DILATION[2]) * channels
+                v = tl.load(x + step + origin, mask=ok, other=0.0).to(acc)
+                # Rounded as the operators in turn would, on which it depends who wins.
+                z = tl.fma(v - center, scale, shift).to(y.dtype.element_ty).to(acc)
+                z = tl.where(ok, z, float("-inf"))
+                if places is not None:
+                    better = wins(z, best)
+                    best = tl.where(better, z, best)
+                    where = tl.where(better, kh * KERNEL[2] + kw, where)
+                else:
+                    best = tl.maximum(best, z, propagate_nan=tl.PropagateNan.ALL)
+        # ReLU changes the winner only among elements that it makes zero, which get no gradient.
+        best = tl.where(best < 0.0, 0.0, best)
+        to = ((item_at * out_h + h) * out_w + w)[:, None] * channels + c
+        ok = h_ok[:, None] & c_ok
+        tl.store(y + to, best.to(y.dtype.element_ty), mask=ok)
+        if places is not None:
+            tl.store(places + to, where.to(places.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _sums_kernel(
+    grad,
+    places,
+    x,
+    parts,
+    stats,
+    weight,
+    bias,
+    items,
+    planes,
+    channels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    splits,
+    eps: tl.float64,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    TILE: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    acc: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    first_item, first_h, first_w, first_c = program_tile(out_h, out_w, channels, TILE, STRIP)
+    item_at, h_at, w_at = tile_pixels(TILE)
+    x += first_item.to(tl.int64) * in_h * in_w * channels
+    grad += first_item.to(tl.int64) * out_h * out_w * channels
+    places += first_item.to(tl.int64) * out_h * out_w * channels
+    c = first_c + tl.arange(0, TILE[3])[None, :]
+    c_ok = c < channels
+    channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
+    center, scale, shift, _rest, _inverse = affine(
+        stats, weight, bias, planes, channel, channel < planes, eps, acc
+    )
+    w = first_w + w_at
+    w_start = w * STRIDE[2] - PADDING[2]
+    pixel_ok = (first_item + item_at < items) & (w < out_w)
+    if WIDE:
+        item_at = item_at.to(tl.int64)
+    gradients = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
+    products = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
+    for tile in tl.range(STRIP):
+        h = first_h + tile * TILE[1] + h_at
+        h_start = h * STRIDE[1] - PADDING[1]
+        ok = (pixel_ok & (h < out_h))[:, None] & c_ok
+        at = ((item_at * out_h + h) * out_w + w)[:, None] * channels + c
+        place = tl.load(places + at, mask=ok, other=0).to(tl.int32)
+        g = tl.load(grad + at, mask=ok, other=0.0).to(acc)
+        step = place // KERNEL[2] * DILATION[1] * in_w + place % KERNEL[2] * DILATION[2]
+        origin = ((item_at * in_h + h_start) * in_w + w_start)[:, None] + step
+        d = tl.load(x + (origin * channels + c), mask=ok, other=0.0).to(acc) - center
+        g = through(tl.fma(d, scale, shift), g)
+        gradients += g
+        products += tl.where(ok, g * d, 0.0)
+    first = gradients.to(tl.float64)
+    second = products.to(tl.float64)
+    if LAST:
+        first = tl.sum(first, 0, keep_dims=True)
+        second = tl.sum(second, 0, keep_dims=True)
+        split = tl.program_id(0) // tl.cdiv(channels, TILE[3])
+        row = parts + split.to(tl.int64) * 2 * planes + channel
+        ok = c_ok
+    else:
+        # The programs of a plane, one image after the other.
+        first = tl.sum(tl.reshape(first, (TILE[0], TILE[1] * TILE[2])), 1)
+        second = tl.sum(tl.reshape(second, (TILE[0], TILE[1] * TILE[2])), 1)
+        item = first_item + tl.arange(0, TILE[0])
+        split = item // planes * splits + tl.program_id(0) % splits
+        row = parts + split.to(tl.int64) * 2 * planes + item % planes
+        ok = item < items
+    tl.store(row, first, mask=ok)
+    tl.store(row + planes, second, mask=ok)
+
+
+@triton.constexpr_function
+def _covers(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+    """Whether input ``r`` of every cell of ``STRIDE`` is ``place`` of some window along an axis."""
+    return (r + PADDING[axis] - place * DILATION[axis]) % STRIDE[axis] == 0
+
+
+@triton.constexpr_function
+def _ahead(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+    """How many windows that one is ahead of the cell."""
+    return (r + PADDING[axis] - place * DILATION[axis]) // STRIDE[axis]
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    places,
+    x,
+    grad_x,
+    stats,
+    weight,
+    bias,
+    sums,
+    items,
+    planes,
+    channels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    count,
+    eps: tl.float64,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    LAST: tl.constexpr,
+    TILE: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """A tile of cells of ``STRIDE``: where in its cell an input lies says which windows cover it."""
+    acc: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    first_item, first_h, first_w, first_c = program_tile(
+        tl.cdiv(in_h, STRIDE[1]), tl.cdiv(in_w, STRIDE[2]), channels, TILE, STRIP
+    )
+    item_at, h_at, w_at = tile_pixels(TILE)
+    x += first_item.to(tl.int64) * in_h * in_w * channels
+    grad_x += first_item.to(tl.int64) * in_h * in_w * channels
+    grad += first_item.to(tl.int64) * out_h * out_w * channels
+    places += first_item.to(tl.int64) * out_h * out_w * channels
+    c = first_c + tl.arange(0, TILE[3])[None, :]
+    c_ok = c < channels
+    channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
+    exists = channel < planes
+    center, scale, shift, rest, inverse = affine(stats, weight, bias, planes, channel, exists, eps, acc)
+    if sums is not None:
+        slope, offset = slopes(sums, scale, rest, inverse, planes, channel, exists, count, acc)
+    item_ok = first_item + item_at < items
+    cell_w = first_w + w_at
+    if WIDE:
+        item_at = item_at.to(tl.int64)
+    for tile in tl.range(STRIP):
+        cell_h = first_h + tile * TILE[1] + h_at
+        window = ((item_at * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
+        for rh in tl.static_range(STRIDE[1]):
+            h = cell_h * STRIDE[1] + rh
+            for rw in tl.static_range(STRIDE[2]):
+                w = cell_w * STRIDE[2] + rw
+                ok = item_ok & (h < in_h) & (w < in_w)
+                at = ((item_at * in_h + h) * in_w + w)[:, None] * channels + c
+                d = tl.load(x + at, mask=ok[:, None] & c_ok, other=0.0).to(acc) - center
+                g = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
+                for kh in tl.static_range(KERNEL[1]):
+                    if _covers(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION):
+                        up = _ahead(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION)
+                        row_ok = ok & in_input(cell_h + up, out_h)
+                        for kw in tl.static_range(KERNEL[2]):
+                            if _covers(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION):
+                                across = _ahead(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION)
+                                there = (row_ok & in_input(cell_w + across, out_w))[:, None] & c_ok
+                                from_cell = window + (up * out_w + across) * channels
+                                place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
+                                part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
+                                g += tl.where(place == kh * KERNEL[2] + kw, part, 0.0)
+                g = through(tl.fma(d, scale, shift), g)
+                result = g * scale
+                if sums is not None:
+                    result += tl.fma(d, slope, offset)
+                tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=ok[:, None] & c_ok)
+
+
+class _Stem:
+    """A call: its input and windows as the kernels see them."""
+
+    def __init__(self, input: Tensor, windows: tuple[Ints, ...]):
+        self.last = channels_last(input, 2)
+        self.input = dense(input, self.last)
+        self.g: Geometry = geometry(input.shape, self.last, *windows)
+        self.small = self.g.places <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
+
+    def launch(self, kernel, tensors: tuple, after: tuple, h: int, w: int, parts_of: int = 0) -> Parts | None:
+        """Launch a kernel whose programs have tiles of ``[items, h, w, channels]``.
+
+        Args:
+            tensors: the kernel's; with ``parts_of``, the index at which its sums go.
+            after: numbers after the sizes.
+        """
+        g = self.g
+        item_size = max(math.prod(g.size), math.prod(g.out)) * g.channels
+        tile, strip, programs, warps = tiling(g.outer, h, w, g.channels, self.input.element_size(), item_size)
+        parts = None
+        if parts_of:
+            blocks = triton.cdiv(g.channels, tile[3])
+            images = triton.cdiv(g.outer, tile[0])
+            each = programs // blocks // images
+            parts = Parts(self.input, programs // blocks if self.last else each * self.input.shape[0])
+            tensors = (*tensors[:parts_of], parts.sums, *tensors[parts_of:])
+            after = (each, *after)
+        launch(
+            kernel,
+            (programs,),
+            *tensors,
+            g.outer,
+            self.input.shape[1],
+            g.channels,
+            *g.size[1:],
+            *g.out[1:],
+            *after,
+            KERNEL=g.kernel,
+            STRIDE=g.stride,
+            PADDING=g.before,
+            DILATION=g.dilation,
+            WIDE=g.wide,
+            LAST=self.last,
+            TILE=tile,
+            STRIP=strip,
+            num_warps=warps,
+            num_stages=1,
+        )
+        return parts
+
+
+def _pool(
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    windows: tuple[Ints, ...],
+    with_places: bool,
+) -> tuple[Tensor, Tensor | None]:
+    stem = _Stem(input, windows)
+    if not stem.small:
+        normal = batch_norm_act(input, stats, weight, bias, None, eps, True)
+        return max_pool_places(normal, *windows, False) if with_places else (max_pool(normal, *windows), None)
+    output = _library.empty(input, windows[0])
+    places = _library.empty(input, windows[0], torch.uint8) if with_places else None
+    if output.numel():
+        stem.launch(
+            _pool_kernel,
+            (stem.input, output, places, stats, vector(weight), vector(bias)),
+            (eps,),
+            *stem.g.out[1:],
+        )
+    return output, places
+
+
+def batch_norm_relu_max_pool(
+    input: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *windows: Ints
+) -> Tensor:
+    return _pool(input, stats, weight, bias, eps, windows, False)[0]
+
+
+def batch_norm_relu_max_pool_places(
+    input: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *windows: Ints
+) -> tuple[Tensor, Tensor | None]:
+    return _pool(input, stats, weight, bias, eps, windows, True)
+
+
+def batch_norm_relu_max_pool_sums(
+    grad: Tensor,
+    places: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *windows: Ints,
+) -> Tensor:
+    if input.numel() == 0:
+        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
+    stem = _Stem(input, windows)
+    tensors = (
+        dense(grad, stem.last),
+        dense(places, stem.last),
+        stem.input,
+        stats,
+        vector(weight),
+        vector(bias),
+    )
+    parts = stem.launch(_sums_kernel, tensors, (eps,), *stem.g.out[1:], parts_of=3)
+    assert parts is not None
+    return parts.total(stats, eps)
+
+
+def batch_norm_relu_max_pool_backward(
+    grad: Tensor,
+    places: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor | None,
+    count: float,
+    eps: float,
+    *windows: Ints,
+) -> Tensor:
+    stem = _Stem(input, windows)
+    if not stem.small:
+        spread = max_pool_backward(grad, places, list(input.shape), *windows)
+        return batch_norm_act_backward(spread, input, stats, weight, bias, sums, count, eps, True)
+    grad_input = torch.empty_like(stem.input)
+    if input.numel():
+        cells = (triton.cdiv(n, step) for n, step in zip(stem.g.size[1:], stem.g.stride[1:], strict=True))
+        tensors = (
+            dense(grad, stem.last),
+            dense(places, stem.last),
+            stem.input,
+            grad_input,
+            stats,
+            weight,
+            bias,
+            sums,
+        )
+        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells)
+    return grad_input
