@@ -22,13 +22,12 @@ from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import adaptive_avg_pool2d
 from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import conv_bn_act, folds
+from .ops.conv_bn_act import folded, folds, outputs
 from .ops.max_pool import max_pool2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 MAX_POOLS = (nn.MaxPool2d, MaxPool2d)
 AVG_POOLS = (nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d)
-_CONVOLUTIONS = (nn.Conv2d,)
 _RELUS = (nn.ReLU,)
 
 
@@ -94,35 +93,49 @@ class BatchNormChain:
         input: Any,
         residual: Any = None,
     ) -> Any:
-        fused = (
-            _is_just(bn, BATCH_NORMS)
-            and (relu is None or _is_just(relu, _RELUS))
-            and (pool is None or (_is_just(pool, MAX_POOLS) and not pool.return_indices))
-            and not _has_any_global_hook()
-        )
         pooled = pool is not None or self.pool is not None
-        activation = "identity" if relu is None and self.relu is None else "relu"
         if conv is not None:
             if (
-                fused
-                and not pooled
-                and _is_just(conv, _CONVOLUTIONS)
+                not (bn.training or pooled)
+                and type(conv) is nn.Conv2d
                 and _is_batch(input)
+                and outputs(conv, input) >= LEAST_ELEMENTS
+                and calls_only_forward(conv)
+                and self._is_fused(bn, relu, pool)
                 and (self.add is None or _fits(residual, conv, input))
-                and folds(conv, bn, input, residual, LEAST_ELEMENTS)
+                and folds(conv, bn, input, residual)
             ):
-                return conv_bn_act(conv, bn, input, residual, activation)
+                return folded(conv, bn, input, residual, self._activation(relu))
             input = conv(input)
-        if fused and _is_batch(input) and (self.add is None or _alike(residual, input)) and _pays(bn, input):
+        if (
+            isinstance(input, Tensor)
+            # PyTorch's synchronised batch norm is for GPUs, so ours takes that at any size.
+            and (input.numel() >= LEAST_ELEMENTS or type(bn) is nn.SyncBatchNorm)
+            and input.dim() == 4
+            and self._is_fused(bn, relu, pool)
+            and (self.add is None or _alike(residual, input))
+        ):
             arguments = batch_norm_arguments(bn)
-            if not pooled:
-                return batch_norm_act(input, **arguments, residual=residual, activation=activation)
-            return batch_norm_relu_max_pool(input, **arguments, **_pool_arguments(pool, self.pool))
+            if pooled:
+                return batch_norm_relu_max_pool(input, **arguments, **_pool_arguments(pool, self.pool))
+            return batch_norm_act(input, **arguments, residual=residual, activation=self._activation(relu))
         output = bn(input)
         if self.add is not None:
             output = self.add(output, residual)
         output = _step(relu, self.relu, output)
         return _step(pool, self.pool, output)
+
+    def _is_fused(self, bn: Any, relu: Any, pool: Any) -> bool:
+        """Whether the modules are what the chain was made for, and calling them does nothing else."""
+        return (
+            _is_just(bn, BATCH_NORMS)
+            and (relu is None or _is_just(relu, _RELUS))
+            and (pool is None or (_is_just(pool, MAX_POOLS) and not pool.return_indices))
+            and not _has_any_global_hook()
+        )
+
+    def _activation(self, relu: Any) -> str:
+        return "identity" if relu is None and self.relu is None else "relu"
 
 
 @dataclass(frozen=True)
@@ -150,11 +163,6 @@ class AddPoolChain:
 def is_global(output_size: Any) -> bool:
     """Whether an adaptive pooling of that output size makes one element of each plane."""
     return output_size == 1 or (isinstance(output_size, (tuple, list)) and list(output_size) == [1, 1])
-
-
-def _pays(bn: Any, input: Tensor) -> bool:
-    # PyTorch's synchronised batch norm is for GPUs, so ours takes that at any size.
-    return input.numel() >= LEAST_ELEMENTS or type(bn) is nn.SyncBatchNorm
 
 
 def _step(module: nn.Module | None, function: Callable[[Any], Any] | None, value: Any) -> Any:
