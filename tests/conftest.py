@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,9 +51,10 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fuse_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def fuse_at_any_size() -> Iterator[None]:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
-    monkeypatch.setattr(chains, "LEAST_ELEMENTS", 0)
+    with chains.at_any_size():
+        yield
 
 
 @pytest.fixture

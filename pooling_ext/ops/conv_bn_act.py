@@ -21,8 +21,12 @@ from .batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_arguments, n
 # The dtypes in which oneDNN adds and rectifies as it writes.
 backends.register_cpu("conv_bn_act", frozenset((torch.float32, torch.bfloat16)))
 
-#: Folding reads and writes the weights once more, which pays where the output is this much larger.
-FOLD_RATIO = 4
+#: Folding reads and writes the weights once more, which pays where the output is this much larger. To 16 bits
+#: they are converted besides.
+FOLD_RATIO = {torch.float32: 4, torch.bfloat16: 32}
+#: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
+#: in NCHW beats oneDNN at fewer channels than this.
+_PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
 
 
 def conv_bn_act(
@@ -91,7 +95,7 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
         return False
     if dtype not in (torch.float32, torch.bfloat16) or backends.choose("conv_bn_act", input) is backends.ATEN:
         return False
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or _is_faster_product(conv, input):
         return False
     size = [batch, conv.out_channels]
     for extent, kernel, stride, pad, dilation in zip(
@@ -105,7 +109,18 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
         channels_last = residual.is_contiguous(memory_format=torch.channels_last)
         if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
             return False
-    return size[0] * size[1] * size[2] * size[3] >= FOLD_RATIO * weight.numel()
+    return size[0] * size[1] * size[2] * size[3] >= FOLD_RATIO[dtype] * weight.numel()
+
+
+def _is_faster_product(conv: Any, input: Tensor) -> bool:
+    return (
+        conv.kernel_size == conv.stride == (1, 1)
+        and min(conv.in_channels, conv.out_channels) < _PRODUCT_CHANNELS
+        and input.shape[0] < _PRODUCT_BATCH
+        and input.dtype == torch.float32
+        and torch.get_num_threads() == 1
+        and not input.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
