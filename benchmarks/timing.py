@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 #: A sample shorter than this repeats the call, so that reading the clock does not count (seconds).
-_SHORTEST_SAMPLE = 1e-4
+SHORTEST_SAMPLE = 1e-4
 _FEWEST_TURNS = 3
 _MOST_TURNS = 400
 #: Fewer ratios than these say nothing about their spread.
@@ -59,6 +59,7 @@ def measure(
     rivals: Mapping[str, Callable[[], Any]],
     budget: float,
     settled: Callable[[Mapping[str, list[float]]], bool] | None = None,
+    shortest: float = SHORTEST_SAMPLE,
 ) -> dict[str, Timing]:
     """Time each of ``rivals`` in turn.
 
@@ -68,6 +69,7 @@ def measure(
             medians are still uncertain, and as needed for three turns of slow calls.
         settled: whether the seconds taken so far tell enough; then it ends before the budget, and at the
             budget whatever the medians are. Those of one turn are at one place in each list.
+        shortest: seconds; a call that takes less is repeated for a sample.
     """
     repeats: dict[str, int] = {}
     for name, call in rivals.items():
@@ -75,7 +77,7 @@ def measure(
         if took < budget:
             # The first call also warms up caches and allocator; a short one needs a better guess.
             took = _sample(call, 1)
-        repeats[name] = max(1, round(_SHORTEST_SAMPLE / max(took, 1e-7)))
+        repeats[name] = max(1, round(shortest / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
     start = perf_counter()

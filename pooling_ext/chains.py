@@ -78,30 +78,33 @@ TRAINING, EVALUATION, FOLDED, POOLED = "training", "evaluation", "folded", "pool
 LEAST_ELEMENTS = {
     TRAINING: (1 << 18, 1 << 17, 1 << 17, 1 << 18),
     EVALUATION: (1 << 19, 1 << 21, 1 << 17, 1 << 18),
-    FOLDED: (1 << 17, 1 << 20, 1 << 17, 1 << 20),
+    FOLDED: (1 << 19, 1 << 20, 1 << 17, 1 << 20),
     POOLED: (1 << 17, 1 << 17, 1 << 17, 1 << 17),
 }
 
 
-@contextmanager
-def at_any_size() -> Iterator[None]:
-    """Take chains together whatever their input's size, in the whole process; for tests."""
-    before = dict(LEAST_ELEMENTS)
-    LEAST_ELEMENTS.update(dict.fromkeys(before, (0,) * 4))
-    try:
-        yield
-    finally:
-        LEAST_ELEMENTS.update(before)
+_smallest = min(map(min, LEAST_ELEMENTS.values()))
 
 
 def _pays(how: str, elements: int, input: Tensor) -> bool:
-    least = LEAST_ELEMENTS[how]
-    # No layout's number first: it decides for most of a small network, and most cheaply.
-    if elements < min(least):
-        return False
-    kind = 2 * (input.element_size() == 2) + (not input.is_contiguous(memory_format=torch.channels_last))
+    contiguous = not input.is_contiguous(memory_format=torch.channels_last)
+    least = LEAST_ELEMENTS[how][2 * (input.element_size() == 2) + contiguous]
     # A compiler's trace holds for any number of threads.
-    return elements >= least[kind] * (1 if is_compiling() else torch.get_num_threads())
+    return elements >= least * (1 if is_compiling() else torch.get_num_threads())
+
+
+@contextmanager
+def from_size(elements: int) -> Iterator[None]:
+    """Take chains together from this size on, in the whole process, whatever pays; for tests."""
+    global _smallest
+    before = _smallest, dict(LEAST_ELEMENTS)
+    _smallest = elements
+    LEAST_ELEMENTS.update(dict.fromkeys(LEAST_ELEMENTS, (elements,) * 4))
+    try:
+        yield
+    finally:
+        _smallest = before[0]
+        LEAST_ELEMENTS.update(before[1])
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,9 @@ class BatchNormChain:
             if (
                 not (bn.training or pooled)
                 and type(conv) is nn.Conv2d
-                and _is_batch(input)
-                and _pays(FOLDED, outputs(conv, input), input)
+                and isinstance(input, Tensor)
+                and (elements := outputs(conv, input)) >= _smallest
+                and _pays(FOLDED, elements, input)
                 and calls_only_forward(conv)
                 and self._is_fused(bn, relu, pool)
                 and (self.add is None or _fits(residual, conv, input))
@@ -141,14 +145,16 @@ class BatchNormChain:
             input = conv(input)
         if (
             isinstance(input, Tensor)
+            # What comes first decides for most of a small network, where each check shows.
+            and (input.numel() >= _smallest or type(bn) is nn.SyncBatchNorm)
+            and input.dim() == 4
+            and self._is_fused(bn, relu, pool)
+            and (self.add is None or _alike(residual, input))
             and (
                 _pays(POOLED if pooled else TRAINING if bn.training else EVALUATION, input.numel(), input)
                 # PyTorch's own is for GPUs, so ours takes it at any size.
                 or type(bn) is nn.SyncBatchNorm
             )
-            and input.dim() == 4
-            and self._is_fused(bn, relu, pool)
-            and (self.add is None or _alike(residual, input))
         ):
             arguments = batch_norm_arguments(bn)
             if pooled:
@@ -157,8 +163,11 @@ class BatchNormChain:
         output = _batch_norm(bn, input)
         if self.add is not None:
             output = self.add(output, residual)
-        output = _step(relu, self.relu, output)
-        return _step(pool, self.pool, output)
+        if relu is not None:
+            output = relu(output)
+        elif self.relu is not None:
+            output = self.relu(output)
+        return _step(pool, self.pool, output) if pooled else output
 
     def _is_fused(self, bn: Any, relu: Any, pool: Any) -> bool:
         """Whether the modules are what the chain was made for, and calling them does nothing else."""
@@ -216,7 +225,7 @@ def _batch_norm(bn: Any, input: Any) -> Any:
         return bn(input)
     training, momentum = bn.training, bn.momentum
     tracked = mean is not None and counter is not None and momentum is not None and bn.track_running_stats
-    if not tracked or not _is_batch(input):
+    if not tracked or not isinstance(input, Tensor) or input.dim() != 4:
         return bn(input)
     if training:
         counter.add_(1)

@@ -170,16 +170,18 @@ def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[...
 def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
     traced_forward = base.forward
 
-    arguments = variants[0].arguments  # those of every variant
+    arguments = variants[0].arguments  # those of every variant, and at least one
+    count = len(arguments)
     choices = [(variant.kind, variant.training, variant.guard, variant.run) for variant in variants]
 
     @functools.wraps(traced_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is traced_forward and not torch.jit.is_tracing():  # type: ignore[attr]
+        if base.forward is traced_forward and not torch._C._is_tracing():
             values = args
             if kwargs:
-                values = (*args, *(kwargs.get(name) for name in arguments[len(args) :]))
-            if len(values) == len(arguments) == len(args) + len(kwargs):
+                fits = len(args) + len(kwargs) == count
+                values = (*args, *(kwargs.get(name) for name in arguments[len(args) :])) if fits else ()
+            if len(values) == count:
                 for kind, training, guard, run in choices:
                     if training is None or training == self.training:
                         for value in values:

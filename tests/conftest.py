@@ -53,7 +53,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def fuse_at_any_size() -> Iterator[None]:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
-    with chains.at_any_size():
+    with chains.from_size(0):
         yield
 
 

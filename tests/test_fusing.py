@@ -495,11 +495,10 @@ CHANGES += (plain_function_for_a_child, freeze_all)
 
 
 @pytest.fixture(params=["together", "one by one"])
-def any_way(request, monkeypatch):
+def any_way(request):
     """Chains of small inputs are taken together, as in all tests, or go through the modules, as they do."""
-    if request.param == "one by one":
-        for how in chains.LEAST_ELEMENTS:
-            monkeypatch.setitem(chains.LEAST_ELEMENTS, how, (1 << 40,) * 4)
+    with chains.from_size(0 if request.param == "together" else 1 << 40):
+        yield
 
 
 @pytest.mark.usefixtures("any_way")
@@ -727,7 +726,7 @@ def test_compiles_and_exports(forward):
     torch.testing.assert_close(exported.module()(x), twin(x))
 
 
-def test_small_inputs_go_through_the_modules(monkeypatch):
+def test_small_inputs_go_through_the_modules():
     def forward(self, x):
         return TF.relu(self.bn1(self.conv1(x)))
 
@@ -737,10 +736,9 @@ def test_small_inputs_go_through_the_modules(monkeypatch):
     pooling_ext.patch(net)
     operators = []
     for least in (0, x.numel() + 1):
-        for how in chains.LEAST_ELEMENTS:
-            monkeypatch.setitem(chains.LEAST_ELEMENTS, how, (least,) * 4)
-        found = pooling_ext.explain(net, x)
-        operators.append([decision.op for decision in found.decisions])
-        torch.testing.assert_close(net(x), expected)
+        with chains.from_size(least):
+            found = pooling_ext.explain(net, x)
+            operators.append([decision.op for decision in found.decisions])
+            torch.testing.assert_close(net(x), expected)
     assert "batch_norm_act" in operators[0]
     assert operators[1] == []

@@ -66,9 +66,9 @@ def _autocast_dtype() -> torch.dtype | None:
 
 
 def outputs(conv: Any, input: Tensor) -> int:
-    """About how many elements ``conv(input)`` has: exactly for the usual padding."""
-    batch, _, height, width = input.shape
-    return batch * conv.out_channels * (height // conv.stride[0]) * (width // conv.stride[1])
+    """About how many elements ``conv(input)`` has: just so many for the usual padding and even sizes."""
+    stride = conv.stride
+    return input.numel() * conv.out_channels // (conv.in_channels * stride[0] * stride[1])
 
 
 def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
