@@ -39,6 +39,8 @@ OURS = ("cuda", "triton")
 STEP = "forward + backward"
 #: Seconds for each rival of one measurement.
 BUDGET, QUICK_BUDGET = 0.4, 0.05
+#: Calls run on after they return, so a sample is long enough (seconds) for waiting at its end not to count.
+SHORTEST = 5e-3
 #: Images on which results are compared with eager's in float64, and the largest error relative to the result.
 CHECKED, ALLOWED = 4, {"float32": 1e-4, "bfloat16": 2e-2}
 #: The models' largest error relative to eager's own.
@@ -259,7 +261,7 @@ def _time_operator(
     output = case.function(**tensors)
     least = sum(int(case.least(phase, tensors, output)) for phase in (TRAINING, BACKWARD))
     with use_backend(ours[0]):
-        timings = measure(rivals, _budget(args) * len(rivals))
+        timings = measure(rivals, _budget(args) * len(rivals), shortest=SHORTEST)
     for rival, timing in timings.items():
         found.entries.append(
             _entry(f"{case} {STEP}", dtype, layout, batch, rival, timing, least, compile_s.get(rival))
@@ -318,7 +320,7 @@ def _training(found: Run, name: str, args: argparse.Namespace, device: str) -> N
             PATCHED: Trainer(patched, images, dtype),
         }
         compile_s = _add_compiled(rivals, lambda net: Trainer(net, images, dtype), model, args)  # noqa: B023
-        for rival, timing in measure(rivals, 4 * _budget(args) * len(rivals)).items():
+        for rival, timing in measure(rivals, 4 * _budget(args) * len(rivals), shortest=SHORTEST).items():
             entry = _entry(name, dtype, "NHWC", args.batch, rival, timing, None, compile_s.get(rival))
             found.entries.append(entry)
 
@@ -341,7 +343,7 @@ def _inference(found: Run, name: str, args: argparse.Namespace, device: str) -> 
                     FROZEN: partial(frozen, images),
                 }
                 compile_s = _add_compiled(rivals, lambda net: partial(net, images), model, args)  # noqa: B023
-                for rival, timing in measure(rivals, 2 * _budget(args) * len(rivals)).items():
+                for rival, timing in measure(rivals, 2 * _budget(args) * len(rivals), shortest=SHORTEST).items():
                     entry = _entry(name, dtype, "NHWC", batch, rival, timing, None, compile_s.get(rival))
                     found.entries.append(entry)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,15 +14,23 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import pooling_ext
+from pooling_ext import chains
 
 from . import model_training, model_zoo, suite
 from .model_results import EAGER, FAMILIES, FORWARD, PATCHED, STEP, Entry, Models, Setup
 from .model_training import Trainer
 from .suite import LAYOUTS
-from .timing import measure
+from .timing import measure, ratio_is_settled
 
-#: Seconds to spend on one measurement of both.
-BUDGET, QUICK_BUDGET = 2.0, 0.2
+#: Seconds to spend on one measurement of both, at most.
+BUDGET, QUICK_BUDGET = 1.5, 0.2
+#: It ends sooner when the ratio of their times is known to this fraction, or to be no loss for certain.
+WITHIN, NO_LOSS = 0.01, 1.02
+#: A small model is called several times in turn (seconds), as in use: what both rivals run would otherwise
+#: always be in the caches, and what only one of them runs never.
+SHORTEST_SAMPLE = 0.04
+#: Images that the results are compared on with float64.
+CHECKED = 2
 #: The largest error of an output, relative to all of them, that passes in any case; else some times eager's.
 ALLOWED = 1e-5
 
@@ -37,7 +45,7 @@ def measure_part(models: Models, args: argparse.Namespace, console: Console) -> 
             exact: dict[str, Tensor] = {}
             for layout in LAYOUTS:
                 for batch in args.batch or [case.batch]:
-                    eager, images = model_zoo.make(case.name, batch, layout)
+                    eager, images = model_zoo.make(case.name, batch, layout, case.size)
                     patched = copy.deepcopy(eager)
                     pooling_ext.patch(patched)
                     # Inference first: training changes the weights.
@@ -45,41 +53,45 @@ def measure_part(models: Models, args: argparse.Namespace, console: Console) -> 
                         setup = Setup(FAMILIES, task, case.name, batch, "float32", layout)
                         begin(str(setup))
                         try:
-                            errors, rivals = compare(eager, patched, images, exact)
+                            with chains.from_size(0):  # so that all of them are checked
+                                errors = compare(eager, patched, images[:CHECKED], exact)
                         except AssertionError as error:
                             models.wrong[f"{setup}, {PATCHED}"] = str(error)
                             continue
-                        for rival, timing in measure(rivals, budget).items():
+                        rivals = {EAGER: _call(eager, images, task), PATCHED: _call(patched, images, task)}
+                        for rival, timing in measure(rivals, budget, _settled, SHORTEST_SAMPLE).items():
                             entry = Entry(setup, rival, "", timing.ms, timing.spread, errors[rival])
                             models.entries.append(entry)
 
 
-Rivals = tuple[dict[str, float], dict[str, Callable[[], Any]]]
+def _settled(samples: Mapping[str, list[float]]) -> bool:
+    return ratio_is_settled(samples[EAGER], samples[PATCHED], WITHIN, NO_LOSS)
 
 
-def _train(eager: nn.Module, patched: nn.Module, images: Tensor, exact: dict[str, Tensor]) -> Rivals:
-    """Errors of both models' gradients, and their training steps."""
+def _call(model: nn.Module, images: Tensor, task: str) -> Callable[[], Any]:
+    return Trainer(model, images, "float32") if task == STEP else torch.no_grad()(partial(model, images))
+
+
+def _train(eager: nn.Module, patched: nn.Module, few: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+    """Errors of both models' gradients."""
     eager.train()
     patched.train()
     if STEP not in exact:
-        exact[STEP] = model_training.exact_gradients(eager, images)
-    errors = model_training.check(eager, patched, images, "float32", exact[STEP])
-    return errors, {EAGER: Trainer(eager, images, "float32"), PATCHED: Trainer(patched, images, "float32")}
+        exact[STEP] = model_training.exact_gradients(eager, few)
+    return model_training.check(eager, patched, few, "float32", exact[STEP])
 
 
 @torch.no_grad()
-def _infer(eager: nn.Module, patched: nn.Module, images: Tensor, exact: dict[str, Tensor]) -> Rivals:
-    """Errors of both models' outputs, and their calls without gradients."""
-    few = images[: model_training.CHECKED]
+def _infer(eager: nn.Module, patched: nn.Module, few: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+    """Errors of both models' outputs."""
     eager.eval()
     patched.eval()
     if FORWARD not in exact:
         exact[FORWARD] = copy.deepcopy(eager).double()(few.double())
-    errors: dict[str, float] = {}
-    rivals: dict[str, Callable[[], Any]] = {}
-    for rival, model in ((EAGER, eager), (PATCHED, patched)):
-        # A vision transformer's outputs are all 0 before it is trained.
-        errors[rival] = float((model(few) - exact[FORWARD]).norm() / exact[FORWARD].norm().clamp_min(1e-30))
-        rivals[rival] = torch.no_grad()(partial(model, images))
+    size = exact[FORWARD].norm().clamp_min(1e-30)  # a vision transformer's are all 0 before it is trained
+    errors = {
+        rival: float((model(few) - exact[FORWARD]).norm() / size)
+        for rival, model in ((EAGER, eager), (PATCHED, patched))
+    }
     model_training.require(errors, PATCHED, ALLOWED, "outputs")
-    return errors, rivals
+    return errors

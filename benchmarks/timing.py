@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 #: A sample shorter than this repeats the call, so that reading the clock does not count (seconds).
-_SHORTEST_SAMPLE = 1e-4
-#: The same where calls run on after they return, so that waiting for a GPU does not count either.
-_SHORTEST_GPU_SAMPLE = 5e-3
+SHORTEST_SAMPLE = 1e-4
 _FEWEST_TURNS = 3
 _MOST_TURNS = 400
+#: Fewer ratios than these say nothing about their spread.
+_FEWEST_RATIOS = 5
 #: Turns go on, up to _PATIENCE budgets, until each median is known to within this fraction.
 _PRECISION = 0.01
 _PATIENCE = 2.5
@@ -55,13 +55,21 @@ class Timing:
         return self.spread / self.samples**0.5
 
 
-def measure(rivals: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, Timing]:
+def measure(
+    rivals: Mapping[str, Callable[[], Any]],
+    budget: float,
+    settled: Callable[[Mapping[str, list[float]]], bool] | None = None,
+    shortest: float = SHORTEST_SAMPLE,
+) -> dict[str, Timing]:
     """Time each of ``rivals`` in turn.
 
     Args:
         rivals: name -> a call without arguments.
         budget: seconds to spend on all of them together. It may be overrun: 2.5 times where the
             medians are still uncertain, and as needed for three turns of slow calls.
+        settled: whether the seconds taken so far tell enough; then it ends before the budget, and at the
+            budget whatever the medians are. Those of one turn are at one place in each list.
+        shortest: seconds; a call that takes less is repeated for a sample.
     """
     repeats: dict[str, int] = {}
     for name, call in rivals.items():
@@ -69,7 +77,6 @@ def measure(rivals: Mapping[str, Callable[[], Any]], budget: float) -> dict[str,
         if took < budget:
             # The first call also warms up caches and allocator; a short one needs a better guess.
             took = _sample(call, 1)
-        shortest = _SHORTEST_GPU_SAMPLE if torch.cuda.is_initialized() else _SHORTEST_SAMPLE
         repeats[name] = max(1, round(shortest / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
@@ -82,12 +89,28 @@ def measure(rivals: Mapping[str, Callable[[], Any]], budget: float) -> dict[str,
         if turn + 1 < _FEWEST_TURNS:
             continue
         spent = perf_counter() - start
+        if settled is not None:
+            if spent > budget or settled(samples):
+                break
+            continue
         if spent < budget:
             continue
         uncertain = max(Timing.of(taken).uncertainty for taken in samples.values())
         if spent > _PATIENCE * budget or uncertain < _PRECISION:
             break
     return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def ratio_is_settled(theirs: Sequence[float], ours: Sequence[float], within: float, at_least: float) -> bool:
+    """Whether the ratio of two rivals' times, taken in turn, is known well enough.
+
+    That is to ``within``, as a fraction, or to be over ``at_least``.
+    """
+    ratios = [one / other for one, other in zip(theirs, ours, strict=True)]
+    if len(ratios) < _FEWEST_RATIOS:
+        return False
+    error = Timing.of(ratios).uncertainty
+    return error < within or statistics.median(ratios) * (1 - 3 * error) > at_least
 
 
 def _sample(call: Callable[[], Any], repeats: int) -> float:

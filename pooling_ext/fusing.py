@@ -16,20 +16,29 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import _format_target
 
 from .chains import BATCH_NORMS
 from .matching import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
-from .tracing import Trace, Untraceable, trace
+from .tracing import Trace, Untraceable, submodule, trace
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """One rewritten forward, for arguments of one kind; right where its guard holds, in one mode or both."""
+    """One rewritten forward, for arguments of one kind, in one mode or both.
+
+    Attributes:
+        arguments: names of the parameters that it takes.
+        kind: the class of all arguments.
+        training: the mode it is for, None for both.
+        guard: gives the children that ``run`` calls, or None where ``run`` does not stand for the forward.
+        run: the forward, of the module, its children and the arguments.
+    """
 
     arguments: tuple[str, ...]
     kind: type
     training: bool | None
-    guard: Callable[[Any], bool]
+    guard: Callable[[Any], tuple[nn.Module, ...] | None]
     run: Callable[..., Any]
 
 
@@ -68,7 +77,7 @@ def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fus
     known = {} if known is None else known
     structure = (base, *((name, plain_class(child)) for name, child in module.named_modules() if name))
     for fusion in known.get(structure, ()):
-        if all(variant.guard(module) for variant in fusion.variants):
+        if all(variant.guard(module) is not None for variant in fusion.variants):
             return fusion
     variants: list[_Variant] = []
     parts: dict[tuple[str, str], None] = {}
@@ -80,7 +89,7 @@ def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fus
         found = dict.fromkeys(rewrite(traced.graph, module))
         if found:
             parts |= found
-            variants.append(_variant(traced))
+            variants.append(_variant(traced, module))
     if not variants:
         return None
     fusion = Fusion(_fused_class(base, tuple(variants)), tuple(parts), tuple(variants))
@@ -98,9 +107,9 @@ def _may_have_chains(module: nn.Module, base: type) -> bool:
 _GUARD = """\
 def guard(self):
     try:
-        return {}
-    except AttributeError:
-        return False
+        return ({children}) if {conditions} else None
+    except (AttributeError, KeyError):
+        return None
 """
 _numbers = itertools.count()
 _process = uuid.uuid4().hex
@@ -108,19 +117,41 @@ _classes: dict[str, Any] = {}  # of this process, by what stands for them in cop
 _functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
-def _variant(traced: Trace) -> _Variant:
+def _variant(traced: Trace, module: nn.Module) -> _Variant:
     for node in traced.graph.nodes:
         node.type = None  # annotations would have to be importable
     code = traced.graph.python_code("self")
-    conditions = " and ".join(traced.conditions) or "True"
-    guard = _GUARD.format(conditions)
+    children, source = _with_children(code.src, traced.graph, module)
+    guard = _GUARD.format(
+        children="".join(f"{submodule(path)}, " for path in children),
+        conditions=" and ".join(traced.conditions) or "True",
+    )
     return _Variant(
         traced.arguments,
         traced.kind,
         traced.training,
         _function("guard", guard, traced.constants),
-        _function("forward", code.src, code.globals),
+        _function("forward", source, code.globals),
     )
+
+
+def _with_children(source: str, graph: fx.Graph, module: nn.Module) -> tuple[list[str], str]:
+    """The paths of the children that a forward calls, and its source with them as one more argument.
+
+    To look each up by nn.Module.__getattr__ takes longer than all else that happens around small operators.
+    """
+    paths = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    nodes = [node for node in graph.nodes if node.op in ("call_module", "get_attr") and node.target in paths]
+    children = list(dict.fromkeys(str(node.target) for node in nodes))
+    name = "children"
+    while name in source:
+        name += "_"
+    for node in nodes:
+        path = str(node.target)
+        assigned = f"\n    {node!r} = "
+        looked_up = assigned + _format_target("self", path)
+        source = source.replace(looked_up, f"{assigned}{name}[{children.index(path)}]", 1)
+    return children, source.replace("def forward(self", f"def forward(self, {name}", 1)
 
 
 def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
@@ -139,22 +170,27 @@ def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[...
 def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
     traced_forward = base.forward
 
+    arguments = variants[0].arguments  # those of every variant, and at least one
+    count = len(arguments)
+    choices = [(variant.kind, variant.training, variant.guard, variant.run) for variant in variants]
+
     @functools.wraps(traced_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is traced_forward and not torch.jit.is_tracing():  # type: ignore[attr]
-            for variant in variants:
-                values = args
-                if kwargs and len(args) + len(kwargs) == len(variant.arguments):
-                    rest = variant.arguments[len(args) :]
-                    values = (*args, *(kwargs.get(name) for name in rest))
-                elif kwargs or len(args) != len(variant.arguments):
-                    break
-                if (
-                    variant.training in (None, self.training)
-                    and all(isinstance(value, variant.kind) for value in values)
-                    and variant.guard(self)
-                ):
-                    return variant.run(self, *values)
+        if base.forward is traced_forward and not torch._C._is_tracing():
+            values = args
+            if kwargs:
+                fits = len(args) + len(kwargs) == count
+                values = (*args, *(kwargs.get(name) for name in arguments[len(args) :])) if fits else ()
+            if len(values) == count:
+                for kind, training, guard, run in choices:
+                    if training is None or training == self.training:
+                        for value in values:
+                            if not isinstance(value, kind):
+                                break
+                        else:
+                            children = guard(self)
+                            if children is not None:
+                                return run(self, children, *values)
         return base.forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:

@@ -93,9 +93,9 @@ def sequentials_to_inline(graph: fx.Graph, module: nn.Module) -> list[str]:
 
 def is_plain_sequential(module: Any) -> bool:
     """Whether calling ``module`` just calls its children."""
+    cls = type(module)
     return (
-        isinstance(module, nn.Sequential)
-        and plain_class(module).forward is nn.Sequential.forward
+        getattr(cls.__dict__.get(BASE, cls), "forward", None) is nn.Sequential.forward
         and calls_only_forward(module)
         and not _has_any_global_hook()
     )

@@ -65,7 +65,8 @@ class Trace:
         arguments: names of the parameters of forward that have no default; the others had theirs.
         kind: the class of all arguments, Tensor or list.
         training: the mode it is for; None where the forward does not look at it.
-        conditions: Python expressions of ``self`` under which the graph is right.
+        conditions: Python expressions of ``self`` under which the graph is right; where they raise
+            AttributeError or KeyError it is not.
         constants: the values that ``conditions`` name.
     """
 
@@ -242,17 +243,23 @@ class _Session:
         conditions: list[str] = []
         constants: dict[str, Any] = {}
         for path, holds in self.inline.items():
-            conditions.append(f"{_constant(holds, constants)}({_format_target('self', path)})")
+            conditions.append(f"{_constant(holds, constants)}({submodule(path)})")
         for (path, name), count in self.reads.items():
             module = originals[path]
             if name == "training" and not path:
                 continue
             called = sum(call == (f"{path}.{name}" if path else name) for call in calls)
-            target = _format_target("self", path) if path else "self"
-            condition = _condition(module, _dotted(path, name), target, name, count > called, constants)
+            condition = _condition(
+                module, _dotted(path, name), submodule(path), name, count > called, constants
+            )
             if condition is not None:
                 conditions.append(condition)
         return tuple(conditions), constants
+
+
+def submodule(path: str) -> str:
+    """An expression for the child of ``self`` at ``path``, which spares nn.Module.__getattr__'s search."""
+    return "self" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
 
 
 def _dotted(path: str, name: str) -> str:
@@ -460,7 +467,7 @@ def _condition(
     for slot in ("_modules", "_parameters", "_buffers"):
         if name in fields[slot]:
             missing = fields[slot][name] is None
-            attribute = _format_target(target, name)
+            attribute = f"{target}._modules[{name!r}]" if slot == "_modules" else _format_target(target, name)
             return f"{attribute} is {'' if missing else 'not '}None" if checked or missing else None
     missing_value = object()
     value = inspect.getattr_static(module, name, missing_value)

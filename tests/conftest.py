@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -83,9 +84,10 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fuse_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def fuse_at_any_size() -> Iterator[None]:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
-    monkeypatch.setattr(chains, "LEAST_ELEMENTS", 0)
+    with chains.from_size(0):
+        yield
 
 
 @pytest.fixture

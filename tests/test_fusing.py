@@ -467,11 +467,41 @@ def cumulative(net):
     net.bn1.momentum = None
 
 
+def replace_parameters(net):
+    net.conv1.weight = nn.Parameter(net.conv1.weight.detach() * 2)
+    net.bn1.weight = nn.Parameter(net.bn1.weight.detach() + 1)
+    net.bn1.running_mean = net.bn1.running_mean + 1
+
+
+def plain_tensor_for_a_parameter(net):
+    weight = net.bn1.weight.detach() * 2
+    del net.bn1.weight
+    net.bn1.weight = weight
+
+
+def plain_function_for_a_child(net):
+    del net.act
+    net.act = torch.tanh
+
+
+def freeze_all(net):
+    net.requires_grad_(False)
+
+
 CHANGES = (change_flag, change_downsample, change_layers, change_activation, change_norm, change_to_identity)
 CHANGES += (change_conv, change_forward_of_child, change_forward, parametrize, old_weight_norm, freeze_norm)
-CHANGES += (no_statistics, cumulative, nn.Module.eval)
+CHANGES += (no_statistics, cumulative, nn.Module.eval, replace_parameters, plain_tensor_for_a_parameter)
+CHANGES += (plain_function_for_a_child, freeze_all)
 
 
+@pytest.fixture(params=["together", "one by one"])
+def any_way(request):
+    """Chains of small inputs are taken together, as in all tests, or go through the modules, as they do."""
+    with chains.from_size(0 if request.param == "together" else 1 << 40):
+        yield
+
+
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_what_changes_after_patch_is_heeded(change):
     net = block(flags)
@@ -493,6 +523,50 @@ def test_a_forward_of_the_class_that_changes():
     assert torch.equal(net(x), x * 7)
 
 
+@pytest.mark.usefixtures("any_way")
+def test_what_changes_between_calls_is_heeded():
+    """Of one model, after calls that found it otherwise."""
+    net = block(residual_block).float()
+    twin = copy.deepcopy(net)
+    pooling_ext.patch(net, strict=True)
+    x = torch.randn(2, 4, 6, 6)
+    seen = {net: 0, twin: 0}
+    handles = []
+
+    def count(one):
+        def hook(*_):
+            seen[one] += 1
+
+        handles.append(one.bn2.register_forward_hook(hook))
+
+    def autocast(one):
+        one.autocast = True
+
+    def full_precision(one):
+        one.autocast = False
+
+    def remove_hooks(one):
+        while handles:
+            handles.pop().remove()
+
+    steps = (nn.Module.eval, freeze_all, count, autocast, remove_hooks, nn.Module.train, full_precision)
+    steps += (lambda one: one.requires_grad_(True), replace_parameters, nn.Module.eval)
+    for step in (lambda one: None, *steps):
+        for one in (net, twin):
+            step(one)
+        for grad in (True, False):
+            enabled = getattr(twin, "autocast", False)
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                ours, theirs = net(x), twin(x)
+            assert ours.requires_grad == theirs.requires_grad and ours.dtype == theirs.dtype
+            tolerance = 0.05 if enabled else 1e-5
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+            for one, other in zip(net.buffers(), twin.buffers(), strict=True):
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert seen[net] == seen[twin] > 0
+
+
+@pytest.mark.usefixtures("any_way")
 @pytest.mark.parametrize("where", ["conv1", "bn1", "act", "pool"])
 def test_hooks_on_children_fire(where):
     net = block(CHAINS["stem"][0])
@@ -509,6 +583,7 @@ def test_hooks_on_children_fire(where):
     torch.testing.assert_close(seen[net], seen[twin])
 
 
+@pytest.mark.usefixtures("any_way")
 def test_global_hooks_fire():
     net = block(residual_block)
     pooling_ext.patch(net, strict=True)
@@ -651,7 +726,7 @@ def test_compiles_and_exports(forward):
     torch.testing.assert_close(exported.module()(x), twin(x))
 
 
-def test_small_inputs_go_through_the_modules(monkeypatch):
+def test_small_inputs_go_through_the_modules():
     def forward(self, x):
         return TF.relu(self.bn1(self.conv1(x)))
 
@@ -661,9 +736,9 @@ def test_small_inputs_go_through_the_modules(monkeypatch):
     pooling_ext.patch(net)
     operators = []
     for least in (0, x.numel() + 1):
-        monkeypatch.setattr(chains, "LEAST_ELEMENTS", least)
-        found = pooling_ext.explain(net, x)
-        operators.append([decision.op for decision in found.decisions])
-        torch.testing.assert_close(net(x), expected)
+        with chains.from_size(least):
+            found = pooling_ext.explain(net, x)
+            operators.append([decision.op for decision in found.decisions])
+            torch.testing.assert_close(net(x), expected)
     assert "batch_norm_act" in operators[0]
     assert operators[1] == []

@@ -21,8 +21,12 @@ from .batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_arguments, n
 # The dtypes in which oneDNN adds and rectifies as it writes.
 backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
 
-#: Folding reads and writes the weights once more, which pays where the output is this much larger.
-FOLD_RATIO = 4
+#: Folding reads and writes the weights once more, which pays where the output is this much larger. To 16 bits
+#: they are converted besides.
+FOLD_RATIO = {torch.float32: 4, torch.bfloat16: 32}
+#: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
+#: in NCHW beats oneDNN at fewer channels than this.
+_PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
 
 
 def conv_bn_act(
@@ -53,7 +57,7 @@ def conv_bn_act(
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
     if tensors and folds(conv, bn, input, residual):
-        return _folded(conv, bn, input, residual, activation)
+        return folded(conv, bn, input, residual, activation)
     return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
 
 
@@ -61,32 +65,41 @@ def _autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, least: int = 0) -> bool:
-    """Whether :func:`conv_bn_act` folds the statistics into the weights: they are constant, and it pays.
+def outputs(conv: Any, input: Tensor) -> int:
+    """About how many elements ``conv(input)`` has: just so many for the usual padding and even sizes."""
+    stride = conv.stride
+    return input.numel() * conv.out_channels // (conv.in_channels * stride[0] * stride[1])
 
-    ``least`` is how many elements the output must have.
-    """
-    if bn.training or bn.running_mean is None or is_compiling() or transformed():
+
+def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
+    """Whether :func:`conv_bn_act` folds the statistics into the weights: they are constant, and it pays."""
+    # What mostly decides comes first, and without nn.Module.__getattr__'s search.
+    if bn.training or type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or input.dim() != 4:
         return False
-    if bn.running_mean.shape != conv.weight.shape[:1]:
+    if is_compiling() or transformed():
         return False
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    weight = conv._parameters.get("weight")
+    mean = bn._buffers.get("running_mean")
+    if weight is None or mean is None or mean.shape[0] != weight.shape[0]:
         return False
-    if conv._forward_hooks or conv._forward_pre_hooks or not torch.backends.mkldnn.is_available():
+    if torch.is_grad_enabled() and needs_grad(input, residual, weight, conv.bias, bn.weight, bn.bias):
         return False
-    if needs_grad(input, residual, conv.weight, conv.bias, bn.weight, bn.bias):
+    if conv.padding_mode != "zeros" or conv._forward_hooks or conv._forward_pre_hooks:
         return False
-    if input.dim() != 4 or input.shape[1] != conv.in_channels or input.numel() == 0:
+    batch, channels, height, width = input.shape
+    if channels != conv.in_channels or batch * channels * height * width == 0:
         return False
     autocast = _autocast_dtype()
     dtype = autocast or input.dtype
-    if autocast is None and conv.weight.dtype != dtype:
+    if autocast is None and weight.dtype != dtype:
         return False
     if dtype not in (torch.float32, torch.bfloat16) or backends.choose("conv_bn_act", input) is backends.ATEN:
         return False
-    size = [input.shape[0], conv.out_channels]
+    if not torch.backends.mkldnn.is_available() or _is_faster_product(conv, input):
+        return False
+    size = [batch, conv.out_channels]
     for extent, kernel, stride, pad, dilation in zip(
-        input.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+        (height, width), conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
     ):
         size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
     if residual is not None:
@@ -96,26 +109,54 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, least: int
         channels_last = residual.is_contiguous(memory_format=torch.channels_last)
         if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
             return False
-    elements = size[0] * size[1] * size[2] * size[3]
-    return elements >= max(least, FOLD_RATIO * conv.weight.numel())
+    return size[0] * size[1] * size[2] * size[3] >= FOLD_RATIO[dtype] * weight.numel()
 
 
-def _folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    dtype = _autocast_dtype() or input.dtype
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        scale = torch.rsqrt(bn.running_var.float() + bn.eps)
-        if bn.weight is not None:
-            scale = scale * bn.weight
-        bias = -bn.running_mean if conv.bias is None else conv.bias - bn.running_mean
-        bias = bias * scale if bn.bias is None else torch.addcmul(bn.bias.float(), bias.float(), scale)
-        weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype)
-        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        run = torch.ops.mkldnn._convolution_pointwise
-        relu = activation == "relu"
-        if residual is None:
-            unary = "relu" if relu else "none"
-            return run(input.to(dtype), weight, bias.to(dtype), *geometry, unary, [], "")
-        unary = "relu" if relu else None
-        return run.binary(
-            input.to(dtype), residual, weight, bias.to(dtype), *geometry, "add", 1.0, unary, [], ""
-        )
+def _is_faster_product(conv: Any, input: Tensor) -> bool:
+    return (
+        conv.kernel_size == conv.stride == (1, 1)
+        and min(conv.in_channels, conv.out_channels) < _PRODUCT_CHANNELS
+        and input.shape[0] < _PRODUCT_BATCH
+        and input.dtype == torch.float32
+        and torch.get_num_threads() == 1
+        and not input.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """:func:`conv_bn_act` where :func:`folds` holds."""
+    autocast = _autocast_dtype()
+    if autocast is not None:
+        with torch.autocast("cpu", enabled=False):
+            return _fold_and_run(conv, bn, input, residual, activation, autocast)
+    return _fold_and_run(conv, bn, input, residual, activation, input.dtype)
+
+
+@torch.no_grad()
+def _fold_and_run(
+    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
+) -> Tensor:
+    buffers, parameters = bn._buffers, bn._parameters
+    mean, variance = buffers["running_mean"], buffers["running_var"]
+    scale = torch.rsqrt(_float32(variance) + bn.eps)
+    if parameters["weight"] is not None:
+        scale = scale * parameters["weight"]
+    own, shift = conv._parameters["bias"], parameters["bias"]
+    offset = -_float32(mean) if own is None else own - _float32(mean)
+    bias = offset * scale if shift is None else torch.addcmul(_float32(shift), offset, scale)
+    weight = conv._parameters["weight"] * scale.view(-1, 1, 1, 1)
+    if dtype != torch.float32:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    if input.dtype != dtype:
+        input = input.to(dtype)
+    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    run = torch.ops.mkldnn._convolution_pointwise
+    relu = activation == "relu"
+    if residual is None:
+        return run.default(input, weight, bias, *geometry, "relu" if relu else "none", [], "")
+    unary = "relu" if relu else None
+    return run.binary(input, residual, weight, bias, *geometry, "add", 1.0, unary, [], "")
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float32 else value.float()
