@@ -70,6 +70,8 @@ _HALF = (
     Config(128, 256, 64, 8, 3),
     Config(256, 128, 64, 8, 3),
     Config(128, 128, 64, 4, 3),
+    Config(128, 64, 64, 8, 3),
+    Config(128, 64, 32, 8, 4),
     Config(256, 64, 64, 8, 3),
     Config(128, 64, 64, 4, 3),
     Config(128, 64, 32, 4, 4),
@@ -85,8 +87,9 @@ _HALF = (
     Config(16, 16, 32, 1, 4),
 )
 _TF32 = (
-    Config(128, 256, 32, 8, 3),
     Config(128, 128, 32, 8, 3),
+    Config(128, 128, 32, 8, 2),
+    Config(128, 256, 32, 8, 3),
     Config(128, 128, 32, 4, 3),
     Config(128, 64, 32, 4, 3),
     Config(64, 128, 32, 4, 3),
@@ -173,7 +176,7 @@ def default(problem: Problem, card: Card = ANY_CARD) -> Config:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's convolutions are told to. Other dtypes have one way."""
-    if dtype != torch.float32:
+    if dtype != torch.float32 or torch.version.hip is not None:  # few of AMD's cards have it
         return "ieee"
     precision = torch.backends.cudnn.conv.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
     return "tf32" if precision == "tf32" else "ieee"

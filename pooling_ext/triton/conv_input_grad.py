@@ -128,7 +128,7 @@ def conv_input_grad_kernel(
         weights = tl.load(weight_at, mask=weight_mask, other=0.0)
         sums = product(tile, weights, sums, PRECISION)
 
-    finish_grad(sums, output, offset, row_ok, n, n_ok, N, x, affine, partials, tile_m, RELU)
+    finish_grad(sums, output, offset, row_ok, tile_n * BLOCK_N, N, x, affine, partials, tile_m, RELU)
 
 
 def _laid_out(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from . import interpreted
 
+#: The most columns of a tile that an epilogue works on at a time, so that what it reads besides finds room
+#: in registers.
+_PART = tl.constexpr(64)
 #: The interpreter holds bfloat16 as integers, and multiplies those.
 _WIDEN = tl.constexpr(interpreted())
 
@@ -73,86 +76,88 @@ def _store_partials(partials, tile, column, column_ok, N, first, second):
 
 
 @triton.jit
+def _halves(sums):
+    """The left and the right half of a tile's columns."""
+    rows: tl.constexpr = sums.shape[0]
+    columns: tl.constexpr = sums.shape[1]
+    return tl.split(tl.permute(tl.reshape(sums, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def finish_output(
-    sums,
-    output,
-    offset,
-    row_ok,
-    column,
-    column_ok,
-    N,
-    bias,
-    residual,
-    partials,
-    tile,
-    rows,
-    RELU: tl.constexpr,
+    sums, output, offset, row_ok, first, N, bias, residual, partials, tile, rows, RELU: tl.constexpr
 ):
     """Add ``bias`` and ``residual``, apply ReLU, store, and take means and deviations of what is stored.
 
     Args:
         sums: float32 tile of the product.
         offset: of each of its rows in the output, 64-bit.
-        column: the tile's columns, of N.
+        first: the number of the tile's first column, of N.
         partials: None, or for each tile the columns' means and sums of squared deviations.
         tile, rows: the number of the tile, and how many rows of it there are.
     """
-    if bias is not None:
-        sums += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    mask = row_ok[:, None] & column_ok[None, :]
-    at = offset[:, None] + column[None, :]
-    if residual is not None:
-        sums += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        sums = tl.where(sums < 0.0, 0.0, sums)
-    y = sums.to(output.dtype.element_ty)
-    tl.store(output + at, y, mask=mask)
-    if partials is not None:
-        wide: tl.constexpr = partials.dtype.element_ty
-        count = rows.to(tl.float32)
-        y = y.to(tl.float32)
-        # Deviations from a mean that is rounded, and then corrected for that.
-        mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
-        deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
-        total = tl.sum(deviation, 0)
-        squares = tl.sum(deviation * deviation, 0) - total * (total / count)
-        _store_partials(
-            partials, tile, column, column_ok, N, mean.to(wide) + (total / count).to(wide), squares
-        )
+    width: tl.constexpr = sums.shape[1]
+    if width > _PART:
+        left, right = _halves(sums)
+        finish_output(left, output, offset, row_ok, first, N, bias, residual, partials, tile, rows, RELU)
+        first += width // 2
+        finish_output(right, output, offset, row_ok, first, N, bias, residual, partials, tile, rows, RELU)
+    else:
+        column = first + tl.arange(0, width)
+        column_ok = column < N
+        if bias is not None:
+            sums += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        mask = row_ok[:, None] & column_ok[None, :]
+        at = offset[:, None] + column[None, :]
+        if residual is not None:
+            sums += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            sums = tl.where(sums < 0.0, 0.0, sums)
+        y = sums.to(output.dtype.element_ty)
+        tl.store(output + at, y, mask=mask)
+        if partials is not None:
+            wide: tl.constexpr = partials.dtype.element_ty
+            count = rows.to(tl.float32)
+            y = y.to(tl.float32)
+            # Deviations from a mean that is rounded, and then corrected for that.
+            mean = tl.sum(tl.where(row_ok[:, None], y, 0.0), 0) / count
+            deviation = tl.where(row_ok[:, None], y - mean[None, :], 0.0)
+            total = tl.sum(deviation, 0)
+            squares = tl.sum(deviation * deviation, 0) - total * (total / count)
+            mean = mean.to(wide) + (total / count).to(wide)
+            _store_partials(partials, tile, column, column_ok, N, mean, squares)
 
 
 @triton.jit
-def finish_grad(
-    sums,
-    output,
-    offset,
-    row_ok,
-    column,
-    column_ok,
-    N,
-    x,
-    affine,
-    partials,
-    tile,
-    RELU: tl.constexpr,
-):
+def finish_grad(sums, output, offset, row_ok, first, N, x, affine, partials, tile, RELU: tl.constexpr):
     """Store a gradient, where ``x`` is given that of what its batch norm's ReLU was given, with its sums.
 
-    The sums, over the tile's rows, are of what is stored and of its products with ``x - center``.
+    The sums, over the tile's rows, are of what is stored and of its products with ``x - center``; for the
+    arguments see :func:`finish_output`.
     """
-    mask = row_ok[:, None] & column_ok[None, :]
-    at = offset[:, None] + column[None, :]
-    if x is None:
-        tl.store(output + at, sums.to(output.dtype.element_ty), mask=mask)
+    width: tl.constexpr = sums.shape[1]
+    if width > _PART:
+        left, right = _halves(sums)
+        finish_grad(left, output, offset, row_ok, first, N, x, affine, partials, tile, RELU)
+        first += width // 2
+        finish_grad(right, output, offset, row_ok, first, N, x, affine, partials, tile, RELU)
     else:
-        center = tl.load(affine + column, mask=column_ok, other=0.0)
-        deviation = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - center[None, :]
-        if RELU:
-            scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
-            shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
-            z = tl.fma(deviation, scale[None, :], shift[None, :])
-            sums = tl.where(z <= 0.0, 0.0, sums)  # NaN lets it through, as in PyTorch
-        grad = sums.to(output.dtype.element_ty)
-        tl.store(output + at, grad, mask=mask)
-        grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)
-        _store_partials(partials, tile, column, column_ok, N, tl.sum(grad, 0), tl.sum(grad * deviation, 0))
+        column = first + tl.arange(0, width)
+        column_ok = column < N
+        mask = row_ok[:, None] & column_ok[None, :]
+        at = offset[:, None] + column[None, :]
+        if x is None:
+            tl.store(output + at, sums.to(output.dtype.element_ty), mask=mask)
+        else:
+            center = tl.load(affine + column, mask=column_ok, other=0.0)
+            deviation = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - center[None, :]
+            if RELU:
+                scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
+                shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
+                z = tl.fma(deviation, scale[None, :], shift[None, :])
+                sums = tl.where(z <= 0.0, 0.0, sums)  # NaN lets it through, as in PyTorch
+            grad = sums.to(output.dtype.element_ty)
+            tl.store(output + at, grad, mask=mask)
+            grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)
+            total, products = tl.sum(grad, 0), tl.sum(grad * deviation, 0)
+            _store_partials(partials, tile, column, column_ok, N, total, products)

@@ -81,7 +81,17 @@ def matmul_kernel(
 
     if GRAD:
         finish_grad(
-            sums, output, number * N, row_ok, n, n_ok, N, beside, beside_affine, partials, tile_m, RELU
+            sums,
+            output,
+            number * N,
+            row_ok,
+            tile_n * BLOCK_N,
+            N,
+            beside,
+            beside_affine,
+            partials,
+            tile_m,
+            RELU,
         )
     else:
         finish_output(
@@ -89,8 +99,7 @@ def matmul_kernel(
             output,
             number * N,
             row_ok,
-            n,
-            n_ok,
+            tile_n * BLOCK_N,
             N,
             bias,
             beside,
