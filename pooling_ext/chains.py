@@ -25,7 +25,7 @@ from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import adaptive_avg_pool2d
 from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import folded, folds, outputs
+from .ops.conv_bn_act import folded, folds, outputs, tuned, tunes
 from .ops.max_pool import max_pool2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -87,6 +87,8 @@ _smallest = min(map(min, LEAST_ELEMENTS.values()))
 
 
 def _pays(how: str, elements: int, input: Tensor) -> bool:
+    if not input.is_cpu:
+        return True
     contiguous = not input.is_contiguous(memory_format=torch.channels_last)
     least = LEAST_ELEMENTS[how][2 * (input.element_size() == 2) + contiguous]
     # A compiler's trace holds for any number of threads.
@@ -131,6 +133,15 @@ class BatchNormChain:
         pooled = pool is not None or self.pool is not None
         if conv is not None:
             if (
+                isinstance(input, Tensor)
+                and not pooled
+                and tunes(conv, bn, input, residual)
+                and calls_only_forward(conv)
+                and self._is_fused(bn, relu, pool)
+                and (self.add is None or _fits(residual, conv, input))
+            ):
+                return tuned(conv, bn, input, residual, self._activation(relu))
+            if (
                 not (bn.training or pooled)
                 and type(conv) is nn.Conv2d
                 and isinstance(input, Tensor)
@@ -146,7 +157,7 @@ class BatchNormChain:
         if (
             isinstance(input, Tensor)
             # What comes first decides for most of a small network, where each check shows.
-            and (input.numel() >= _smallest or type(bn) is nn.SyncBatchNorm)
+            and (input.numel() >= _smallest or type(bn) is nn.SyncBatchNorm or not input.is_cpu)
             and input.dim() == 4
             and self._is_fused(bn, relu, pool)
             and (self.add is None or _alike(residual, input))

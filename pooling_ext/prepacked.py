@@ -249,7 +249,7 @@ class PackedConv(Prepacked):
         """In the fastest way on a GPU."""
         x = _as(x, self.weight.dtype)
         fits = residual is None or (residual.dtype is x.dtype and residual.shape == self.output_shape(x))
-        if not (fits and tuned_conv.takes(x, self.weight)):
+        if not (fits and tuned_conv.takes(x, x.dtype)):
             return self._finish(self._convolution(x), residual)
         pairs = (tuple(value) for value in (self.stride, self.padding, self.dilation))
         geometry = tuned_conv.Geometry(*pairs, self.groups)

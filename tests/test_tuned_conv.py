@@ -34,7 +34,7 @@ def tensors(dtype=torch.float32, groups=1):
 def test_every_way_gives_the_same(backend, groups, relu, dtype):
     x, weight, bias, residual = tensors(dtype, groups)
     geometry = GEOMETRY._replace(groups=groups)
-    assert tuned_conv.takes(x, weight)
+    assert tuned_conv.takes(x, dtype)
     for added in (None, residual):
         expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
         expected = expected if added is None else expected + added.double()

@@ -166,8 +166,9 @@ class _BatchNormActTraining(Function):
         residual: Tensor | None,
         eps: float,
         relu: bool,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        output, stats = _training(input, weight, bias, residual, eps, relu)
+        output, stats = _normalise(input, weight, bias, residual, eps, relu, known)
         # ReLU's mask needs the output only where a residual went into it.
         kept = output if relu and residual is not None else None
         ctx.save_for_backward(input, weight, bias, stats, kept)
@@ -182,7 +183,7 @@ class _BatchNormActTraining(Function):
         eps, relu = ctx.options
         grad = grads[0]
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         if torch.is_grad_enabled() and not is_compiling():
             options = eps, relu, 1.0, None
             found = _differentiable_backward(grad, input, weight, bias, stats, output, options)
@@ -200,7 +201,23 @@ class _BatchNormActTraining(Function):
             masked if needs_residual else None,
             None,
             None,
+            None,
         )
+
+
+def _normalise(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool,
+    stats: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the input's statistics, which may be known already."""
+    if stats is None:
+        return _training(input, weight, bias, residual, eps, relu)
+    return _forward(input, stats, weight, bias, residual, eps, relu), stats
 
 
 def weight_grad(sums: Tensor, stats: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -317,18 +334,36 @@ def batch_norm_act(
             process_group,
         )
     if training and process_group is None:
-        count = _count(input)
-        if needs_grad(input, weight, bias, residual):
-            output, stats = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu)
-        else:
-            output, stats = _training(input, weight, bias, residual, eps, relu)
-        _update(running_mean, running_var, stats, count, momentum)
-        return output
+        return in_training(
+            input, running_mean, running_var, weight, bias, momentum, eps, residual, relu, None
+        )
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
     if needs_grad(input, weight, bias, residual):
         group = process_group if training else None
         return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
     return _forward(input, stats, weight, bias, residual, eps, relu)
+
+
+def in_training(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    stats: Tensor | None,
+) -> Tensor:
+    """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
+    count = _count(input)
+    if needs_grad(input, weight, bias, residual):
+        output, stats = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats)
+    else:
+        output, stats = _normalise(input, weight, bias, residual, eps, relu, stats)
+    _update(running_mean, running_var, stats, count, momentum)
+    return output
 
 
 def check(

@@ -1,8 +1,9 @@
 """Convolution, batch normalisation, an optional residual and ReLU, from the modules that hold them.
 
-In training the convolution is PyTorch's and the rest is :func:`batch_norm_act`. Where the statistics are
-constants and no gradient is wanted, they are folded into the weights (Jacob et al. 2018, section
-3.2), and the bias, the addition and ReLU are done by oneDNN while it writes.
+In training the convolution is PyTorch's and the rest is :func:`batch_norm_act`; on a GPU the convolution may
+be one of ours, which makes the statistics as it writes. Where they are constants and no gradient is wanted,
+they are folded into the weights (Jacob et al. 2018, section 3.2), and the bias, the addition and ReLU
+are done while the convolution writes: by oneDNN, or on a GPU in the fastest of several ways.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from torch.compiler import is_compiling
 
 from .. import backends
 from ..errors import ArgumentError
-from . import _library
-from .batch_norm_act import ACTIVATIONS, batch_norm_act, batch_norm_arguments, needs_grad, transformed
+from . import _library, tuned_conv
+from .batch_norm_act import (
+    ACTIVATIONS,
+    batch_norm_act,
+    batch_norm_arguments,
+    in_training,
+    needs_grad,
+    parameter,
+    transformed,
+)
 
 # The dtypes in which oneDNN adds and rectifies as it writes.
 backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
@@ -56,13 +65,79 @@ def conv_bn_act(
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
+    if tensors and tunes(conv, bn, input, residual):
+        return tuned(conv, bn, input, residual, activation)
     if tensors and folds(conv, bn, input, residual):
         return folded(conv, bn, input, residual, activation)
     return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+def _autocast_dtype(device: str = "cpu") -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def tunes(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
+    """Whether :func:`conv_bn_act` goes one of a GPU's ways."""
+    if input.is_cpu and backends.forced() != "triton":
+        return False
+    if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return False
+    if conv._forward_hooks or conv._forward_pre_hooks or transformed() or input.dim() != 4:
+        return False
+    if input.numel() == 0 or input.shape[1] != conv.in_channels or not _library.suggests_channels_last(input):
+        return False
+    dtype = _autocast_dtype(input.device.type) or input.dtype
+    if conv.weight.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+        return False
+    if residual is not None and (residual.dtype != dtype or residual.device != input.device):
+        return False
+    arguments = conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    if any(x is not None and x.device != input.device for x in arguments):
+        return False
+    trains = bn.training or bn.running_mean is None
+    if trains and isinstance(bn, nn.SyncBatchNorm):
+        return False  # its statistics are those of all processes
+    if not trains and needs_grad(input, residual, conv.weight, conv.bias, bn.weight, bn.bias):
+        return False
+    return tuned_conv.takes(input, dtype)
+
+
+def tuned(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """:func:`conv_bn_act` where :func:`tunes` holds."""
+    device, relu = input.device.type, activation == "relu"
+    dtype = _autocast_dtype(device) or input.dtype
+    geometry = tuned_conv.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    with torch.autocast(device, enabled=False):
+        x = input.to(dtype)
+        if not bn.training and bn.running_mean is not None:
+            with torch.no_grad():
+                weight, bias = _fold(conv, bn)
+                weight = weight.to(dtype, memory_format=torch.channels_last)
+                return tuned_conv.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
+        weight = conv.weight.to(dtype)
+        bias = None if conv.bias is None else conv.bias.to(dtype)
+        if needs_grad(x, weight, bias):
+            output, stats = tuned_conv.ConvStats.apply(x, weight, bias, geometry)
+        else:
+            output, stats = tuned_conv.conv_stats(x, weight, bias, geometry)
+        if residual is not None and residual.shape != output.shape:
+            raise ArgumentError(
+                f"residual must have the output's shape {tuple(output.shape)}, but got "
+                f"{tuple(residual.shape)}"
+            )
+        arguments = batch_norm_arguments(bn)
+        return in_training(
+            output,
+            arguments["running_mean"],
+            arguments["running_var"],
+            parameter(bn.weight, output),
+            parameter(bn.bias, output),
+            arguments["momentum"],
+            bn.eps,
+            residual,
+            relu,
+            stats,
+        )
 
 
 def outputs(conv: Any, input: Tensor) -> int:
@@ -136,15 +211,7 @@ def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activatio
 def _fold_and_run(
     conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    buffers, parameters = bn._buffers, bn._parameters
-    mean, variance = buffers["running_mean"], buffers["running_var"]
-    scale = torch.rsqrt(_float32(variance) + bn.eps)
-    if parameters["weight"] is not None:
-        scale = scale * parameters["weight"]
-    own, shift = conv._parameters["bias"], parameters["bias"]
-    offset = -_float32(mean) if own is None else own - _float32(mean)
-    bias = offset * scale if shift is None else torch.addcmul(_float32(shift), offset, scale)
-    weight = conv._parameters["weight"] * scale.view(-1, 1, 1, 1)
+    weight, bias = _fold(conv, bn)
     if dtype != torch.float32:
         weight, bias = weight.to(dtype), bias.to(dtype)
     if input.dtype != dtype:
@@ -156,6 +223,19 @@ def _fold_and_run(
         return run.default(input, weight, bias, *geometry, "relu" if relu else "none", [], "")
     unary = "relu" if relu else None
     return run.binary(input, residual, weight, bias, *geometry, "add", 1.0, unary, [], "")
+
+
+def _fold(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
+    """The weight and bias of one convolution that does both."""
+    buffers, parameters = bn._buffers, bn._parameters
+    mean, variance = buffers["running_mean"], buffers["running_var"]
+    scale = torch.rsqrt(_float32(variance) + bn.eps)
+    if parameters["weight"] is not None:
+        scale = scale * parameters["weight"]
+    own, shift = conv._parameters["bias"], parameters["bias"]
+    offset = -_float32(mean) if own is None else own - _float32(mean)
+    bias = offset * scale if shift is None else torch.addcmul(_float32(shift), offset, scale)
+    return conv._parameters["weight"] * scale.view(-1, 1, 1, 1), bias
 
 
 def _float32(value: Tensor) -> Tensor:

@@ -63,14 +63,13 @@ def conv_stats(
     return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry)
 
 
-def takes(input: Tensor, weight: Tensor) -> bool:
-    """Whether the functions here take these, and are of use: on a GPU, or where Triton interprets."""
+def takes(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the functions here are of use for such an input in ``dtype``: on a GPU, or interpreted."""
     return (
-        input.dim() == weight.dim() == 4
-        and input.dtype in _conv.DTYPES
-        and weight.dtype == input.dtype
-        and backends.choose("conv_bias_act", input) is not backends.ATEN
+        input.dim() == 4
+        and dtype in _conv.DTYPES
         and not is_compiling()
+        and backends.choose("conv_bias_act", input) is not backends.ATEN
     )
 
 
