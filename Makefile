@@ -119,7 +119,7 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm
 KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp)
-SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 
 # The kernels once for both programs, as many at a time as there are cores.
 build/kernels.a: $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)

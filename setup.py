@@ -23,7 +23,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
 # or errno. No contraction, so that every instruction set computes the same bits.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
-FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-march=x86-64-v3"]

@@ -300,6 +300,48 @@ def test_one_value_per_channel(backend, shape):
     assert_results(results(F.batch_norm_act, tensors), expected(tensors), scale=2.0)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_running_statistics_are_updated_in_float64(dtype, momentum):
+    """And rounded once, whatever their dtype and strides; autograd sees that they have changed."""
+    x = torch.randn(4, 5, 3, 3) * 3 + 1
+    mean, var = torch.randn(5, 2).to(dtype)[:, 0], (torch.rand(5) + 0.5).to(dtype)
+    before, version = (mean.clone(), var.clone()), var._version
+    F.batch_norm_act(x, mean, var, training=True, momentum=momentum)
+    moments = torch.ops.pooling_ext.batch_norm_stats(x)
+    batch = moments[0], moments[1] * (36 / 35)
+    for running, old, now in zip((mean, var), before, batch, strict=True):
+        wanted = old.double().lerp(now, momentum)
+        torch.testing.assert_close(running, wanted.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-15)
+    assert var._version > version
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("parameters", FLOATS, ids=dtype_id)
+@LAYOUT
+def test_training_in_one_operator_is_that_of_its_parts(layout, parameters):
+    """The same output and gradients as from statistics, sums and the rest one after the other."""
+    ops = torch.ops.pooling_ext
+    tensors = arguments((6, 19, 9, 7), torch.float32, layout, residual=True, parameters=parameters)
+    x, weight, bias = (tensors[name] for name in ("input", "weight", "bias"))
+    grad = torch.randn(6, 19, 9, 7)
+    for residual in (None, tensors["residual"]):
+        output, stats = ops.batch_norm_act_training(x, weight, bias, residual, 1e-5, True)
+        assert_same(stats, ops.batch_norm_stats(x))
+        assert_same(output, ops.batch_norm_act(x, stats, weight, bias, residual, 1e-5, True))
+        kept = None if residual is None else output
+        found = ops.batch_norm_act_training_backward(grad, x, stats, weight, bias, kept, 1e-5, True)
+        masked, sums = ops.batch_norm_act_sums(grad, x, stats, weight, bias, kept, 1e-5, True)
+        passed = (grad, True) if kept is None else (masked, False)
+        through = ops.batch_norm_act_backward(passed[0], x, stats, weight, bias, sums, 378.0, 1e-5, passed[1])
+        assert_same(found[0], through)
+        assert_same(found[1], masked)
+        slopes = (sums[1] * (stats[1] + 1e-5).rsqrt()).to(parameters)
+        torch.testing.assert_close(found[2], slopes, rtol=2 * torch.finfo(parameters).eps, atol=0)
+        assert_same(found[3], sums[0].to(parameters))
+
+
 # --- accuracy -------------------------------------------------------------------------------------
 
 

@@ -106,20 +106,14 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
             const int64_t from = unit * units.size, to = Units::end(job, from, units.size);
             clear(s1, row);
             clear(s2, row);
-            row_groups<kBurstMany, In>(
-                job, from, to, [&](auto rows, int64_t at, int64_t k, int64_t n) {
-                    constexpr int64_t kRows = decltype(rows)::value;
+            row_groups<1, kBurstMany, In>(
+                job, from, to, [&](auto, int64_t at, int64_t k, int64_t n) {
                     const Gradients<In> all(job, at + k);
-                    for (int64_t r = 0; r < kRows; ++r)
-                        all.template prefetch_all<kMask>(r * row, n,
-                                                         kRows * row * int64_t(sizeof(In)));
+                    all.template prefetch_all<kMask>(0, n, kAheadMany);
                     each_once<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-                        const auto center = kind.own(c + k + i), scale = kind.own(a + k + i),
-                                   shift = kind.own(b + k + i);
                         auto first = kind.own(s1 + k + i), second = kind.own(s2 + k + i);
-                        for (int64_t r = 0; r < kRows; ++r)
-                            all.template add<kMask>(kind, r * row + i, center, scale, shift, first,
-                                                    second);
+                        all.template add<kMask>(kind, i, kind.own(c + k + i), kind.own(a + k + i),
+                                                kind.own(b + k + i), first, second);
                         kind.keep(s1 + k + i, first);
                         kind.keep(s2 + k + i, second);
                     });

@@ -47,7 +47,11 @@ Moments channel_moments(const BatchNormJob& job, int64_t channel) {
         [&](int64_t start, int64_t n) {
             const In* const row = x + start;
             const Values<false, In> about(&center);
-            if constexpr (kWrites) prefetch_written(static_cast<const In*>(job.y) + start, n);
+            if constexpr (kWrites) {
+                prefetch_written(static_cast<const In*>(job.y) + start, n);
+                if (job.residual != nullptr && n <= kBurst)
+                    prefetch(static_cast<const In*>(job.residual) + start, n, kAheadOne);
+            }
             sums.add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
                 if (i % kBurst == 0) prefetch(row + i, n - i < kBurst ? n - i : kBurst, kAheadOne);
                 const auto d = kind.get(row + i) - about.at(kind, 0);
@@ -63,6 +67,10 @@ Moments channel_moments(const BatchNormJob& job, int64_t channel) {
         });
     return moments;
 }
+
+// Rows in channels-last that are summed at once, so that sums are read and written less often. It
+// pays for one tensor alone: rows of several lie at the same place in their pages too often.
+constexpr int64_t kRowsAtOnce = 4;
 
 // s1 += x - center and s2 += (x - center)^2 for kRows rows, column by column.
 template <int64_t kRows, class In, class T>
@@ -132,9 +140,11 @@ void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
         guess_center(job, x, from, to, s1, mean, center);
         clear(s1, row);
         clear(s2, row);
-        row_groups<kBurstOne, In>(job, from, to, [&](auto rows, int64_t at, int64_t k, int64_t n) {
-            add_deviations<decltype(rows)::value>(x + at + k, row, n, center + k, s1 + k, s2 + k);
-        });
+        row_groups<kRowsAtOnce, kBurstOne, In>(
+            job, from, to, [&](auto rows, int64_t at, int64_t k, int64_t n) {
+                add_deviations<decltype(rows)::value>(x + at + k, row, n, center + k, s1 + k,
+                                                      s2 + k);
+            });
         add_lanes(job, s1, mean);
         add_lanes(job, s2, deviation);
         const double n = double((to - from) / channels);
@@ -183,13 +193,21 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 template <bool kEach, bool kResidual, bool kRelu, class In, class T>
 POOLING_EXT_INLINE void act(const In* __restrict x, const In* __restrict residual, In* __restrict y,
-                            int64_t n, const T* centers, const T* scales, const T* shifts) {
+                            int64_t row, const T* centers, const T* scales, const T* shifts) {
     const Values<kEach, In> center(centers), scale(scales), shift(shifts);
-    each_vector<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-        auto z = (kind.get(x + i) - center.at(kind, i)) * scale.at(kind, i) + shift.at(kind, i);
-        if constexpr (kResidual) z += kind.get(residual + i);
-        if constexpr (kRelu) z = rectified(z);
-        kind.put(y + i, z);
+    in_pieces<kBurstMany, In>(row, [&](int64_t from, int64_t n) {
+        if constexpr (kResidual) {
+            prefetch(x + from, n, kAheadMany);
+            prefetch(residual + from, n, kAheadMany);
+        }
+        each_vector<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+            const int64_t at = from + i;
+            auto z =
+                (kind.get(x + at) - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);
+            if constexpr (kResidual) z += kind.get(residual + at);
+            if constexpr (kRelu) z = rectified(z);
+            kind.put(y + at, z);
+        });
     });
 }
 

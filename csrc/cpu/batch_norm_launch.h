@@ -14,8 +14,7 @@ namespace pooling_ext {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Calls use(values, double) for a vector of any floating dtype; values(i) and its elements convert
-// to and from double.
+// Calls use(values) with a pointer to the elements of a vector of any floating dtype.
 template <class Use>
 void with_values(const Tensor& vector, const Use& use) {
     void* const data = vector.data_ptr();

@@ -7,9 +7,6 @@
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
 
-// Vectors are passed to functions that are inlined, so that no ABI is concerned.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -65,7 +62,7 @@ struct Vector {
     }
 
     // x in the last `n` lanes, else 0.
-    static POOLING_EXT_INLINE X last(X x, int64_t n) {
+    static POOLING_EXT_INLINE X last(const X& x, int64_t n) {
         Order order;
         for (int64_t i = 0; i < kSize; ++i) order[i] = i;
         return order >= Order{} + Index(kSize - n) ? x : X{};
@@ -232,19 +229,16 @@ void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __res
         for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
 }
 
-// Rows in channels-last that are summed at once, so that sums are read and written less often.
-constexpr int64_t kRowsAtOnce = 4;
-
-// Calls run(rows, start, from, n) for pieces [from, from + n) of kRowsAtOnce or of one row (a
-// constant, `rows`), of which the first begins at `start`, for the elements [begin, end).
-template <int64_t kBytes, class In, class Run>
+// Calls run(rows, start, from, n) for pieces [from, from + n) of kRows rows in channels-last, or of
+// one (a constant, `rows`), of which the first begins at `start`, for the elements [begin, end).
+template <int64_t kRows, int64_t kBytes, class In, class Run>
 POOLING_EXT_INLINE void row_groups(const BatchNormJob& job, int64_t begin, int64_t end,
                                    const Run& run) {
     const int64_t row = job.row();
-    using Several = std::integral_constant<int64_t, kRowsAtOnce>;
+    using Several = std::integral_constant<int64_t, kRows>;
     using One = std::integral_constant<int64_t, 1>;
     int64_t at = begin;
-    for (; at + kRowsAtOnce * row <= end; at += kRowsAtOnce * row)
+    for (; at + kRows * row <= end; at += kRows * row)
         in_pieces<kBytes, In>(row, [&](int64_t from, int64_t n) { run(Several{}, at, from, n); });
     for (; at < end; at += row)
         in_pieces<kBytes, In>(end - at < row ? end - at : row,

@@ -45,7 +45,8 @@ struct Case {
     }
 
     std::string description() const {
-        constexpr const char* names[] = {"stats", "merge", "act", "sums", "total", "backward"};
+        constexpr const char* names[] = {"stats", "merge",    "act",   "sums",
+                                         "total", "backward", "train", "train backward"};
         std::ostringstream text;
         text << names[int(step)] << " " << format.name << " batch=" << job.batch
              << " channels=" << job.channels << " inner=" << job.inner
@@ -59,8 +60,9 @@ struct Case {
 Case make_case(Random& r) {
     Case c{};
     c.format = kFormats[r.pick(0, 3)];
-    constexpr Step steps[] = {Step::Stats, Step::Act, Step::Sums, Step::Backward};
-    c.step = steps[r.pick(0, 3)];
+    constexpr Step steps[] = {Step::Stats,    Step::Act,   Step::Sums,
+                              Step::Backward, Step::Train, Step::TrainBackward};
+    c.step = steps[r.pick(0, 5)];
     c.coarse = r.chance(3);
     BatchNormJob& job = c.job;
     do {
@@ -68,12 +70,14 @@ Case make_case(Random& r) {
         job.channels = r.pick(1, r.chance(4) ? 700 : 20);
         job.inner = r.chance(6) ? 1 : r.pick(1, r.chance(6) ? 20000 : r.chance(2) ? 400 : 30);
     } while (job.numel() > 150000);
-    job.channels_last = r.chance(2);
+    const bool train = c.step == Step::Train || c.step == Step::TrainBackward;
+    job.channels_last = !train && r.chance(2);
     job.undivided = r.chance(5);
     job.relu = r.chance(2);
     c.residual = r.chance(2);
     c.constants = r.chance(3);
-    job.mask = Mask(r.pick(0, c.step == Step::Sums ? 2 : 1));
+    const bool sums = c.step == Step::Sums || c.step == Step::TrainBackward;
+    job.mask = Mask(r.pick(0, sums ? 2 : 1));
     return c;
 }
 
@@ -127,6 +131,73 @@ void check_stats(const Case& c, BatchNormJob job, const Elements& x, Random& r) 
     }
 }
 
+// A direction at once: its results are those of its steps one after the other, to the last bit.
+void check_train(const Case& c, BatchNormJob job, Random& r) {
+    const bool forward = c.step == Step::Train;
+    const int64_t n = job.numel(), channels = job.channels;
+    const double count = double(job.batch * job.inner);
+    const Elements other(c.format, n, r, c.coarse), output(c.format, n, r, c.coarse);
+    const Elements y(c.format, n), masked(c.format, n), steps(c.format, n),
+        steps_masked(c.format, n);
+    const auto numbers = [&](int64_t size) { return std::unique_ptr<double[]>(new double[size]); };
+    const auto weight = numbers(channels), bias = numbers(channels), sums = numbers(2 * channels),
+               moments = numbers(2 * channels);
+    for (int64_t k = 0; k < channels; ++k) {
+        weight[k] = double(r.pick(-64, 64)) / 16, bias[k] = double(r.pick(-64, 64)) / 16;
+        moments[k] = double(r.pick(-64, 64)) / 17;
+        moments[channels + k] = double(r.pick(0, 64)) / 17;
+    }
+    job.weight = weight.get(), job.bias = bias.get(), job.moments = moments.get();
+    job.sums = sums.get(), job.eps = 1e-5, job.y = y.data();
+    if (forward && c.residual) job.residual = other.data();
+    if (!forward) job.grad = other.data();
+    if (job.mask == Mask::Output) job.output = output.data(), job.masked = masked.data();
+    run(c, job, c.step, r);
+
+    BatchNormJob step = job;
+    Numbers center(channels), scale(channels), shift(channels), inverse(channels), slope(channels),
+        offset(channels);
+    if (forward) {
+        const Numbers found = run_sums(c, step, Step::Stats, Step::Merge, r);
+        for (int64_t k = 0; k < channels; ++k) {
+            check("mean", k, moments[k], found[k], 0);
+            check("variance", k, moments[channels + k], found[channels + k] / count, 0);
+        }
+    }
+    const bool is_double = c.format.dtype == DType::Float64;
+    for (int64_t k = 0; k < channels; ++k) {
+        const Affine affine =
+            affine_of(moments[k], moments[channels + k], weight[k], bias[k], job.eps, is_double);
+        center[k] = affine.center, scale[k] = affine.scale, shift[k] = affine.shift;
+        inverse[k] = affine.inverse;
+    }
+    step.center = center.data(), step.scale = scale.data(), step.shift = shift.data();
+    step.y = steps.data();
+    if (forward) {
+        run(c, step, Step::Act, r);
+    } else {
+        if (job.mask == Mask::Output) step.masked = steps_masked.data();
+        const Numbers found = run_sums(c, step, Step::Sums, Step::Total, r);
+        for (int64_t k = 0; k < channels; ++k) {
+            const double away = moments[k] - center[k];
+            const double product = found[channels + k] - away * found[k];
+            check("sum", k, sums[k], found[k], 0);
+            check("sum of products", k, sums[channels + k], product * inverse[k], 0);
+            const Through through =
+                through_of(found[k] / count, product / count, away, scale[k], inverse[k]);
+            slope[k] = through.slope, offset[k] = through.offset;
+        }
+        step.slope = slope.data(), step.offset = offset.data();
+        if (job.mask == Mask::Output) step.grad = step.masked, step.mask = Mask::None;
+        run(c, step, Step::Backward, r);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        // As bits, since float16 may overflow to an infinity.
+        if (y.array.get(i) != steps.array.get(i)) fail("element", i, y[i], {steps[i], 0});
+        if (job.masked) check("masked", i, masked[i], steps_masked[i], 0);
+    }
+}
+
 void check_job(const Case& c, Random& r) {
     BatchNormJob job = c.job;
     const int64_t n = job.numel(), channels = job.channels;
@@ -134,6 +205,7 @@ void check_job(const Case& c, Random& r) {
     job.x = x.data();
     progress->counted[kChannelsLast] += job.channels_last;
     if (c.step == Step::Stats) return check_stats(c, job, x, r);
+    if (c.step == Step::Train || c.step == Step::TrainBackward) return check_train(c, job, r);
 
     // Coefficients that are exact in float32, each in an allocation of its own.
     const auto coefficients = [&](bool wanted) {
