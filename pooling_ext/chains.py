@@ -100,7 +100,7 @@ def from_size(elements: int) -> Iterator[None]:
     global _smallest
     before = _smallest, dict(LEAST_ELEMENTS)
     _smallest = elements
-    LEAST_ELEMENTS.update(dict.fromkeys(LEAST_ELEMENTS, (elements,) * 4))
+    LEAST_ELEMENTS.update(dict.fromkeys(LEAST_ELEMENTS, (elements, elements, elements, elements)))
     try:
         yield
     finally:
@@ -232,8 +232,9 @@ def _batch_norm(bn: Any, input: Any) -> Any:
     except KeyError:  # somebody keeps them elsewhere
         return bn(input)
     training, momentum = bn.training, bn.momentum
-    tracked = mean is not None and counter is not None and momentum is not None and bn.track_running_stats
-    if not tracked or not isinstance(input, Tensor) or input.dim() != 4:
+    if mean is None or counter is None or momentum is None or not bn.track_running_stats:
+        return bn(input)
+    if not isinstance(input, Tensor) or input.dim() != 4:
         return bn(input)
     if training:
         counter.add_(1)
