@@ -32,7 +32,8 @@ COLUMNS = 16
 #: programs that all processors of a large GPU have some.
 STRIP = 16
 ENOUGH_PROGRAMS = 1024
-WARPS = 8
+THREADS = 256
+WARP_SIZE = 64 if torch.version.hip else 32
 #: More places in a window than this are walked by a loop instead of being unrolled.
 UNROLLED = 32
 
@@ -181,8 +182,8 @@ def tiling(
     strip = 1
     while strip < min(most, down) and across * triton.cdiv(down, 2 * strip) >= ENOUGH_PROGRAMS:
         strip *= 2
-    threads = tp * th * tw * tc * itemsize // 16
-    warps = max(1, min(WARPS, threads // 32))
+    # A vector of 16 bytes for each thread, if there are enough.
+    warps = max(1, min(THREADS, tp * th * tw * tc * itemsize // 16) // WARP_SIZE)
     return Tiling((tp, th, tw, tc), strip, across * triton.cdiv(down, strip), warps)
 
 
