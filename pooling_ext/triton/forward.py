@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Reductions over windows: maxima, with or without their places, averages and power averages.
 
 A program reduces the windows of a tile of outputs, place by place: each place is one load for the whole

@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Reductions of whole planes, as global pooling makes them, and their gradients.
 
 Outputs come in groups of ``count`` that lie ``output_step`` apart in the input, each with ``size`` elements
