@@ -36,7 +36,7 @@ def pool_windows(
     y: Tensor,
     places: Tensor | None,
     g: Geometry,
-    reduction: str,
+    reduction: tl.constexpr,
     *,
     norm: int = 0,
     magnitude: bool = False,

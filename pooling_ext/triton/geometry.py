@@ -28,7 +28,7 @@ Ints = tuple[int, int, int]
 #: What one program writes, in bytes of values, and the bytes of channels in it: one line of cache.
 TILE_BYTES = 4096
 CHANNEL_BYTES = 128
-#: What one program writes in the contiguous format, in elements, each of which takes registers for its address.
+#: What one program writes in the contiguous format, in elements; each takes registers for its address.
 PLAIN_TILE = 1024
 #: The widest tile in channels_last; in the contiguous format a tile may be as wide as it has elements.
 COLUMNS = 16

@@ -69,7 +69,7 @@ def pool_planes(
     y: Tensor,
     places: Tensor | None,
     g: Geometry,
-    reduction: str,
+    reduction: tl.constexpr,
     *,
     norm: int = 0,
     magnitude: bool = False,
