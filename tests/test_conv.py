@@ -446,6 +446,48 @@ def test_configurations(backend, name, operator):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton-cuda"], indirect=True)
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize("kernel_size, stride", [(1, 1), (3, 1), (3, 2)])
+@ALL_DTYPES
+def test_every_configuration(backend, operator, kernel_size, stride, dtype):
+    """Each is compiled differently, so that all are run where they are."""
+    from pooling_ext.triton.conv_configs import configs_of
+
+    padding = kernel_size // 2
+    conv = Conv((2, 256, 16, 17), 256, (kernel_size,) * 2, (stride,) * 2, (padding,) * 2)
+    arguments = call(operator, conv, dtype)
+    outputs = {
+        config: functions()[operator](*arguments, config=config)
+        for config in configs_of(operator, *arguments)
+    }
+    expected, sums = expected_of(operator, conv, arguments)
+    for config, actual in outputs.items():
+        if operator == "conv_bias_act":
+            actual = (actual, None)
+        assert_close(actual[0], expected, exact=True, what=str(config))
+        if sums is not None:
+            torch.testing.assert_close(actual[1], sums, rtol=1e-5, atol=1e-3)
+
+
+def expected_of(operator: str, conv: Conv, arguments: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """What :func:`call`'s arguments are to give, and the statistics or sums of that as it is stored."""
+    if operator == "conv_bias_act":
+        x, weight, _, y, *_ = arguments
+        return (conv.expected(x, weight) + y.double()).relu(), None
+    stats, bn_weight, bn_bias = arguments[3:6] if operator == "conv_stats" else arguments[4:7]
+    norm = {"stats": stats, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    if operator == "conv_stats":
+        x, weight = arguments[:2]
+        result = conv.expected(normalise(x, norm, True), weight)
+        return result, channel_stats(result.to(x.dtype))
+    grad, weight, _, x = arguments[:4]
+    result, _ = input_grad(conv, grad, weight, x, relu=True, **norm)
+    deviation, stored = x.double() - stats[0].view(1, -1, 1, 1), result.to(x.dtype).double()
+    return result, torch.stack((stored.sum((0, 2, 3)), (stored * deviation).sum((0, 2, 3))))
+
+
 @TRITON
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
