@@ -297,9 +297,12 @@ def test_layouts(backend, name, layout):
         with_layout(t, layout) for t in (conv.input(torch.float32), *(conv.output(torch.float32),) * 2)
     )
     weight = with_layout(conv.weight(torch.float32), "permuted" if layout == "permuted" else "contiguous")
-    actual = conv_bias_act(x, weight, None, residual, *conv.window, False)
-    assert_rounded(actual, conv.expected(x, weight) + residual.double())
-    norm = exact_norm(conv.shape[1])
+    bias = integers((conv.features, 2), torch.float32)[:, 1]
+    actual = conv_bias_act(x, weight, bias, residual, *conv.window, False)
+    assert_rounded(actual, conv.expected(x, weight, bias) + residual.double())
+    norm = {
+        name: torch.stack((value, value), -1)[..., 0] for name, value in exact_norm(conv.shape[1]).items()
+    }
     actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
     assert_rounded(actual, input_grad(conv, grad, weight, x, relu=True, **norm)[0])
 
