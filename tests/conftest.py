@@ -111,6 +111,19 @@ def backend(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def allow_tf32():
+    """Sets whether convolutions may use TF32; they may not."""
+
+    def allow(value: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = value
+
+    before = torch.backends.cudnn.allow_tf32
+    allow(False)
+    yield allow
+    allow(before)
+
+
+@pytest.fixture
 def one_thread():
     """For thousands of tiny calls: waking threads whose cores other processes use takes longest."""
     threads = torch.get_num_threads()

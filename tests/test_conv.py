@@ -5,12 +5,22 @@ Data are small integers wherever that is possible: sums are exact then, and resu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
-
 import pytest
 import torch
 import torch.nn.functional as TF
+from conv_cases import (
+    ALL_DTYPES,
+    CONVS,
+    EPS,
+    TRITON,
+    Conv,
+    assert_rounded,
+    cases,
+    channel_stats,
+    exact_norm,
+    input_grad,
+    normalise,
+)
 from helpers import LAYOUTS, dtype_id, integers, with_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,110 +28,9 @@ from torch import Tensor
 
 from pooling_ext import ArgumentError
 from pooling_ext.ops.conv import conv_bias_act, conv_input_grad, conv_stats
-from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
-)
-ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-EPS = 2.0**-10
-
-
-class Conv(NamedTuple):
-    """A convolution; ``window`` is its stride, padding and dilation."""
-
-    shape: tuple[int, int, int, int]
-    features: int
-    kernel_size: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @property
-    def window(self) -> tuple[list[int], list[int], list[int]]:
-        return list(self.stride), list(self.padding), list(self.dilation)
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        return integers((self.features, self.shape[1], *self.kernel_size), dtype, -2, 2)
-
-    def input(self, dtype: torch.dtype) -> Tensor:
-        return integers(self.shape, dtype, -3, 3)
-
-    def output(self, dtype: torch.dtype) -> Tensor:
-        """Integers of the output's shape."""
-        shape = self.expected(torch.zeros(self.shape), torch.zeros_like(self.weight(torch.float32))).shape
-        return integers(shape, dtype, -3, 3)
-
-    def expected(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        bias = None if bias is None else bias.double()
-        return TF.conv2d(input.double(), weight.double(), bias, self.stride, self.padding, self.dilation)
-
-
-CONVS = {
-    "1x1": Conv((2, 64, 7, 5), 32),
-    "1x1 stride": Conv((2, 17, 9, 6), 24, stride=(2, 2)),
-    "1x1 padding": Conv((2, 3, 4, 5), 5, padding=(1, 0)),
-    "3x3": Conv((2, 64, 6, 7), 48, (3, 3), padding=(1, 1)),
-    "3x3 stride": Conv((2, 17, 9, 8), 20, (3, 3), (2, 2), (1, 1)),
-    "3x3 dilation": Conv((1, 32, 7, 7), 16, (3, 3), padding=(2, 2), dilation=(2, 2)),
-    "3x3 stride dilation": Conv((1, 16, 9, 10), 17, (3, 3), (2, 2), (2, 2), (2, 2)),
-    "3x3 stride odd dilation": Conv((1, 3, 11, 9), 4, (3, 3), (2, 2), (3, 2), (3, 1)),
-    "5x5 stride": Conv((2, 32, 8, 7), 16, (5, 5), (2, 2), (2, 2)),
-    "7x7 stem": Conv((2, 3, 13, 11), 16, (7, 7), (2, 2), (3, 3)),
-    "1x3 asymmetric": Conv((1, 16, 5, 9), 16, (1, 3), (1, 2), (0, 1)),
-    "2x2 with gaps": Conv((2, 5, 8, 7), 3, (2, 2), (3, 3)),
-    "one pixel": Conv((3, 16, 1, 1), 1),
-}
-
-
-def cases(names: Iterable[str], half: Iterable[str]) -> Any:
-    """Parametrises a test with the convolutions ``names`` in float32, and ``half`` in 16 bits."""
-    pairs = [(name, torch.float32) for name in names]
-    pairs += [(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in half]
-    ids = [f"{name}-{dtype_id(dtype)}" for name, dtype in pairs]
-    return pytest.mark.parametrize("conv, dtype", [(CONVS[name], dtype) for name, dtype in pairs], ids=ids)
-
-
-@pytest.fixture(autouse=True)
-def allow_tf32():
-    """Sets whether convolutions may; they may not."""
-
-    def allow(value: bool) -> None:
-        torch.backends.cudnn.allow_tf32 = value
-
-    before = torch.backends.cudnn.allow_tf32
-    allow(False)
-    yield allow
-    allow(before)
-
-
-def channel_stats(x: Tensor) -> Tensor:
-    x = x.double()
-    return torch.stack((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)))
-
-
-def exact_norm(channels: int) -> dict[str, Tensor]:
-    """A batch norm of which all is exact in float32, with shifts that ReLU lets through."""
-    variance = torch.full((channels,), 1.0 - EPS)
-    return {
-        "stats": torch.stack((integers((channels,), torch.float64, -2, 2), variance.double())),
-        "bn_weight": torch.tensor([1.0, -1.0, 2.0, 0.5])[torch.arange(channels) % 4],
-        "bn_bias": integers((channels,), torch.float32, -1, 3),
-    }
-
-
-def normalise(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) -> Tensor:
-    """The reference's batch norm, in float64."""
-    mean, var = norm["stats"]
-    weight, bias = norm["bn_weight"].double(), norm["bn_bias"].double()
-    return reference.batch_norm_act(x.double(), mean, var, weight, bias, False, eps, None, relu)
-
-
-def assert_rounded(actual: Tensor, expected: Tensor) -> None:
-    """It is ``expected``, rounded once; Triton's interpreter rounds to bfloat16 towards zero."""
-    assert_close(actual, expected, exact=actual.dtype != torch.bfloat16 or actual.is_cuda)
+pytestmark = pytest.mark.usefixtures("allow_tf32")
 
 
 def assert_stats(stats: Tensor, stored: Tensor) -> None:
@@ -217,23 +126,6 @@ def test_statistics_of_many_tiles(backend):
         torch.testing.assert_close(sums, partials.sum(0), rtol=1e-12, atol=1e-12)
 
 
-def input_grad(conv: Conv, grad: Tensor, weight: Tensor, x: Tensor | None = None, **norm: Any) -> Any:
-    """(gradient, sums) in float64, by autograd."""
-    leaf = torch.zeros(conv.shape, dtype=torch.float64) if x is None else x.double()
-    leaf.requires_grad_()
-    if x is None:
-        (result,) = torch.autograd.grad(conv.expected(leaf, weight), leaf, grad.double())
-        return result, None
-    relu = norm.pop("relu")
-    before = normalise(leaf, norm, False)
-    before.retain_grad()
-    conv.expected(before.relu() if relu else before, weight).backward(grad.double())
-    assert before.grad is not None
-    deviation = leaf.detach() - norm["stats"][0].view(1, -1, 1, 1)
-    result = before.grad
-    return result, torch.stack((result.sum((0, 2, 3)), (result * deviation).sum((0, 2, 3))))
-
-
 @TRITON
 @cases(CONVS, ("1x1", "1x1 stride", "3x3", "3x3 stride", "2x2 with gaps"))
 def test_input_grad(backend, conv, dtype):
@@ -297,9 +189,12 @@ def test_layouts(backend, name, layout):
         with_layout(t, layout) for t in (conv.input(torch.float32), *(conv.output(torch.float32),) * 2)
     )
     weight = with_layout(conv.weight(torch.float32), "permuted" if layout == "permuted" else "contiguous")
-    actual = conv_bias_act(x, weight, None, residual, *conv.window, False)
-    assert_rounded(actual, conv.expected(x, weight) + residual.double())
-    norm = exact_norm(conv.shape[1])
+    bias = integers((conv.features, 2), torch.float32)[:, 1]
+    actual = conv_bias_act(x, weight, bias, residual, *conv.window, False)
+    assert_rounded(actual, conv.expected(x, weight, bias) + residual.double())
+    norm = {
+        name: torch.stack((value, value), -1)[..., 0] for name, value in exact_norm(conv.shape[1]).items()
+    }
     actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
     assert_rounded(actual, input_grad(conv, grad, weight, x, relu=True, **norm)[0])
 
@@ -404,64 +299,6 @@ def test_errors(backend, operator, wrong, message):
         getattr(torch.ops.pooling_ext, operator)(**(CALLS[operator] | wrong))
 
 
-def call(operator: str, conv: Conv, dtype: torch.dtype, device: str | None = None) -> list[Any]:
-    """Arguments with everything fused that the operator can fuse."""
-    if device == "meta":
-        with torch.device("meta"):
-            x, weight = torch.empty(conv.shape, dtype=dtype), conv.weight(dtype)
-            y = torch.empty(conv.expected(x, weight).shape, dtype=dtype)
-            norm = [torch.empty(2, conv.shape[1], dtype=torch.float64), *(torch.empty(conv.shape[1]),) * 2]
-    else:
-        x, weight, y = conv.input(dtype), conv.weight(dtype), conv.output(dtype)
-        norm = list(exact_norm(conv.shape[1]).values())
-    if operator == "conv_bias_act":
-        return [x, weight, None, y, *conv.window, True]
-    if operator == "conv_stats":
-        return [x, weight, None, *norm, EPS, True, *conv.window]
-    return [y, weight, list(conv.shape), x, *norm, EPS, True, *conv.window]
-
-
-def functions() -> dict[str, Any]:
-    """The operators' functions, which take a configuration."""
-    pytest.importorskip("triton")
-    from pooling_ext.triton.conv import conv_bias_act, conv_stats
-    from pooling_ext.triton.conv_input_grad import conv_input_grad
-
-    return {"conv_bias_act": conv_bias_act, "conv_stats": conv_stats, "conv_input_grad": conv_input_grad}
-
-
-@TRITON
-@pytest.mark.parametrize("operator", CALLS)
-@pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
-def test_configurations(backend, name, operator):
-    """Every one that is said to suit gives what the others give; statistics differ in the last digits."""
-    from pooling_ext.triton.conv_configs import configs_of
-
-    arguments = call(operator, CONVS[name], torch.bfloat16)
-    configs = configs_of(operator, *arguments)
-    assert len(set(configs)) == len(configs) > 1
-    expected = getattr(torch.ops.pooling_ext, operator)(*arguments)
-    for config in (configs[0], configs[-1]._replace(group=3)):
-        actual = functions()[operator](*arguments, config=config)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@TRITON
-@pytest.mark.parametrize("operator", CALLS)
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_wide_tiles(backend, operator, kernel_size):
-    """An epilogue takes a tile's columns in parts, the last of which may be past the end."""
-    run = functions()[operator]
-    from pooling_ext.triton.conv_configs import Config
-
-    channels, features = (200, 16) if operator == "conv_input_grad" else (16, 200)
-    conv = Conv((1, channels, 5, 4), features, (kernel_size,) * 2, padding=(kernel_size // 2,) * 2)
-    arguments = call(operator, conv, torch.float32)
-    expected = run(*arguments, config=Config(16, 64, 16, 4, 2))
-    actual = run(*arguments, config=Config(32, 256, 16, 4, 2))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # statistics are of other tiles
-
-
 @TRITON
 @settings(max_examples=10)
 @given(data=st.data())
@@ -483,32 +320,3 @@ def test_any_geometry(backend, data):
     expected, expected_sums = input_grad(conv, grad, weight, x, relu=True, **norm)
     assert_rounded(actual, expected)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-3)
-
-
-@pytest.mark.parametrize("operator", CALLS)
-@ALL_DTYPES
-@pytest.mark.parametrize("tf32", [False, True])
-def test_configurations_of_large_problems(operator, dtype, tf32, allow_tf32):
-    """At ResNet-50's sizes, where nothing is run: there is a choice, and all of it fits any card."""
-    run = functions()[operator]
-    from pooling_ext.triton import conv_configs, launching
-
-    allow_tf32(tf32)
-    for conv in (
-        Conv((256, 64, 56, 56), 256),
-        Conv((256, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1)),
-        Conv((256, 512, 14, 14), 512, (3, 3), (2, 2), (1, 1)),
-    ):
-        arguments = call(operator, conv, dtype, "meta")
-        configs = conv_configs.configs_of(operator, *arguments)
-        assert len(configs) > 3
-        with launching.record() as launches:
-            run(*arguments)
-        (made,) = (one for one in launches if "BLOCK_M" in one.arguments)
-        m, n, k = (made.arguments[f"BLOCK_{axis}"] for axis in "MNK")
-        assert any((m, n, k) == config[:3] for config in configs)
-        assert made.arguments["PRECISION"] == ("tf32" if tf32 and dtype == torch.float32 else "ieee")
-        assert (
-            made.options["num_stages"] * (m + n) * k * dtype.itemsize <= conv_configs.ANY_CARD.shared_memory
-        )
-        assert made.grid[0] >= conv_configs.ANY_CARD.processors

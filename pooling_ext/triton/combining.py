@@ -140,7 +140,7 @@ def combine_sums(partials: Tensor, stats: Tensor) -> Tensor:
     Returns:
         ``(2, C)`` float64.
     """
-    return _combine(partials, stats, 1, 1, False)
+    return _combine(partials, stats.contiguous(), 1, 1, False)
 
 
 @triton.jit
@@ -170,5 +170,6 @@ def affine_of(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     affine = stats.new_empty((3, channels), dtype=torch.float32)
     block = 128
     grid = (triton.cdiv(channels, block), 1, 1)
+    weight, bias = (None if x is None else x.contiguous() for x in (weight, bias))
     launch(_affine_kernel, grid, stats.contiguous(), weight, bias, affine, channels, eps, BLOCK_C=block)
     return affine

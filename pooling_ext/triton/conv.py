@@ -151,6 +151,7 @@ def _forward(
     config = config or default(problem, card(input.device))
     input, weight = channels_last(input), channels_last(weight)
     residual = None if residual is None else channels_last(residual)
+    bias = None if bias is None else bias.contiguous()
     output = empty(input, geometry.output_shape)
     m, n = problem.m, problem.n
     tiles = triton.cdiv(m, config.block_m)

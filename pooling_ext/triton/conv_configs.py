@@ -81,7 +81,7 @@ _HALF = (
     Config(128, 32, 64, 4, 4),
     Config(64, 32, 64, 4, 4),
     Config(32, 64, 64, 4, 4),
-    Config(32, 32, 64, 2, 4),
+    Config(32, 32, 64, 4, 4),
     Config(16, 64, 64, 4, 4),
     Config(64, 16, 32, 4, 4),
     Config(16, 16, 32, 1, 4),
@@ -165,13 +165,13 @@ def configurations(problem: Problem, card: Card = ANY_CARD) -> tuple[Config, ...
 
 
 def default(problem: Problem, card: Card = ANY_CARD) -> Config:
-    """The first with a tile for each multiprocessor, else the one with the most tiles."""
+    """The first with a tile for every other multiprocessor, else the one with the most tiles."""
 
     def tiles(config: Config) -> int:
         return triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
 
     suited = configurations(problem, card)
-    return next((c for c in suited if tiles(c) >= card.processors), max(suited, key=tiles))
+    return next((c for c in suited if 2 * tiles(c) >= card.processors), max(suited, key=tiles))
 
 
 def precision_of(dtype: torch.dtype) -> str:
