@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from ..ops import _library
 from .batch_norm import Parts, affine, slopes, through, vector
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .geometry import (
+    STRIP,
+    TILE_BYTES,
     UNROLLED,
     Geometry,
     channels_last,
@@ -34,6 +37,9 @@ from .max_pool import max_pool, max_pool_backward, max_pool_places
 from .reductions import wins
 
 Ints = Sequence[int]
+
+#: Of the backward pass, which keeps more in registers than 256 threads have.
+BACKWARD_TILE_BYTES = TILE_BYTES // 2
 
 
 @triton.jit
@@ -306,7 +312,16 @@ class _Stem:
         self.g: Geometry = geometry(input.shape, self.last, *windows)
         self.small = self.g.places <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
 
-    def launch(self, kernel, tensors: tuple, after: tuple, h: int, w: int, parts_of: int = 0) -> Parts | None:
+    def launch(
+        self,
+        kernel: Any,
+        tensors: tuple,
+        after: tuple,
+        h: int,
+        w: int,
+        parts_of: int = 0,
+        tile_bytes: int = TILE_BYTES,
+    ) -> Parts | None:
         """Launch a kernel whose programs have tiles of ``[items, h, w, channels]``.
 
         Args:
@@ -315,7 +330,9 @@ class _Stem:
         """
         g = self.g
         item_size = max(math.prod(g.size), math.prod(g.out)) * g.channels
-        tile, strip, programs, warps = tiling(g.outer, h, w, g.channels, self.input.element_size(), item_size)
+        size = self.input.element_size()
+        cut = tiling(g.outer, h, w, g.channels, size, item_size, STRIP, tile_bytes)
+        tile, strip, programs, warps = cut
         parts = None
         if parts_of:
             blocks = triton.cdiv(g.channels, tile[3])
@@ -440,5 +457,5 @@ def batch_norm_relu_max_pool_backward(
             bias,
             sums,
         )
-        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells)
+        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells, tile_bytes=BACKWARD_TILE_BYTES)
     return grad_input
