@@ -27,10 +27,10 @@ from .geometry import (
     channels_last,
     dense,
     geometry,
-    in_input,
     program_tile,
     tile_pixels,
     tiling,
+    within,
 )
 from .launching import launch
 from .max_pool import max_pool, max_pool_backward, max_pool_places
@@ -73,6 +73,7 @@ def _pool_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -110,9 +111,14 @@ def _pool_kernel(
             first_kw = (tl.maximum(-w_start, 0) + (DILATION[2] - 1)) // DILATION[2]
             where = tl.broadcast_to((first_kh * KERNEL[2] + first_kw)[:, None], best.shape)
         for kh in tl.static_range(KERNEL[1]):
-            row_ok = h_ok & in_input(h_start + kh * DILATION[1], in_h)
+            row_ok = within(
+                h_ok, h_start + kh * DILATION[1], in_h, kh * DILATION[1] < PADDING[1], kh >= INSIDE[1]
+            )
             for kw in tl.static_range(KERNEL[2]):
-                ok = (row_ok & in_input(w_start + kw * DILATION[2], in_w))[:, None] & c_ok
+                ok = within(
+                    row_ok, w_start + kw * DILATION[2], in_w, kw * DILATION[2] < PADDING[2], kw >= INSIDE[2]
+                )
+                ok = ok[:, None] & c_ok
                 step = (kh * DILATION[1] * in_w + kw * DILATION[2]) * channels
                 v = tl.load(x + step + origin, mask=ok, other=0.0).to(acc)
                 # Rounded as the operators in turn would, on which it depends who wins.
@@ -155,6 +161,7 @@ def _sums_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -247,6 +254,7 @@ def _backward_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -287,11 +295,12 @@ def _backward_kernel(
                 for kh in tl.static_range(KERNEL[1]):
                     if _covers(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION):
                         up = _ahead(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION)
-                        row_ok = ok & in_input(cell_h + up, out_h)
+                        row_ok = within(ok, cell_h + up, out_h, up < 0, True)
                         for kw in tl.static_range(KERNEL[2]):
                             if _covers(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION):
                                 across = _ahead(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION)
-                                there = (row_ok & in_input(cell_w + across, out_w))[:, None] & c_ok
+                                there = within(row_ok, cell_w + across, out_w, across < 0, True)
+                                there = there[:, None] & c_ok
                                 from_cell = window + (up * out_w + across) * channels
                                 place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
                                 part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
@@ -355,6 +364,7 @@ class _Stem:
             STRIDE=g.stride,
             PADDING=g.before,
             DILATION=g.dilation,
+            INSIDE=g.inside,
             WIDE=g.wide,
             LAST=self.last,
             TILE=tile,
