@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import (
-    POOLING_BACKENDS,
     assert_same,
     gradient,
     here,
@@ -80,8 +79,28 @@ FEW = [
 ]
 
 
-@POOLING_BACKENDS
-@pytest.mark.parametrize("function, x", CASES)
+#: One of each kind of kernel, for interpreted ones.
+KINDS = (
+    "max_pool2d-2,1-dilation=2",
+    "avg_pool2d-3,2,1",
+    "adaptive_max_pool2d-2",
+    "adaptive_avg_pool2d-2",
+    "lp_pool2d-3,2",
+    "global_avg_pool2d",
+    "global_max_pool2d",
+)
+
+
+@pytest.mark.parametrize(
+    "backend, function, x",
+    [
+        pytest.param(backend, *case.values, id=f"{case.id}-{backend}", marks=marks)
+        for backend, marks in (("default", ()), ("triton", ()), ("triton-cuda", pytest.mark.gpu))
+        for case in CASES
+        if backend != "triton" or case.id in KINDS or case.id.startswith("lp_pool2d-3,2-safe")
+    ],
+    indirect=["backend"],
+)
 def test_gradcheck(backend, function, x):
     """Reverse mode and forward mode against differences, and both under vmap."""
     gradcheck(

@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Gradients of pooling over windows: each input gathers from the windows that cover it.
 
 Inputs are taken in cells of ``stride`` in each axis. Which windows cover an input, and at which of their

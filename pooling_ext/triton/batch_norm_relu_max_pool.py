@@ -387,7 +387,9 @@ def _pool(
     stem = _Stem(input, windows)
     if not stem.small:
         normal = batch_norm_act(input, stats, weight, bias, None, eps, True)
-        return max_pool_places(normal, *windows, False) if with_places else (max_pool(normal, *windows), None)
+        if with_places:
+            return max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
+        return max_pool(normal, *windows), None
     output = _library.empty(input, windows[0])
     places = _library.empty(input, windows[0], torch.uint8) if with_places else None
     if output.numel():

@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Reductions over windows: maxima, with or without their places, averages and power averages.
 
 A program reduces the windows of a tile of outputs, place by place: each place is one load for the whole
@@ -141,7 +143,9 @@ def _pool_windows(
             kd, any_d = first_place(d_start, d_places, in_d, DILATION[0])
             kh, any_h = first_place(h_start, h_places, in_h, DILATION[1])
             kw, any_w = first_place(w_start, w_places, in_w, DILATION[2])
-            where = tl.where(any_d & any_h & any_w, (kd * KERNEL[1] + kh) * KERNEL[2] + kw, -1)
+            where = (kd * KERNEL[1] + kh) * KERNEL[2] + kw
+            if DILATION[0] * DILATION[1] * DILATION[2] > 1:  # or else there is always one
+                where = tl.where(any_d & any_h & any_w, where, -1)
             where = tl.broadcast_to(where[:, None], best.shape)
         if UNROLL:
             for kd in tl.static_range(KERNEL[0]):

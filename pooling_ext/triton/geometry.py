@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """The geometry of pooling in Triton, on the host and in kernels.
 
 Kernels see a dense tensor as ``[outer, d, h, w, channels]``: the contiguous format has every plane in
@@ -26,13 +28,16 @@ Ints = tuple[int, int, int]
 #: What one program writes, in bytes of values, and the bytes of channels in it: one line of cache.
 TILE_BYTES = 4096
 CHANNEL_BYTES = 128
+#: What one program writes in the contiguous format, in elements, each of which takes registers for its address.
+PLAIN_TILE = 1024
 #: The widest tile in channels_last; in the contiguous format a tile may be as wide as it has elements.
 COLUMNS = 16
 #: Tiles below one another go to one program, which reads their common rows once, as long as there are so many
 #: programs that all processors of a large GPU have some.
 STRIP = 16
 ENOUGH_PROGRAMS = 1024
-WARPS = 8
+THREADS = 256
+WARP_SIZE = 64 if torch.version.hip else 32
 #: More places in a window than this are walked by a loop instead of being unrolled.
 UNROLLED = 32
 
@@ -139,11 +144,6 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=_library.memory_format(x.dim() - 2, channels_last))
 
 
-def alignment(size: int) -> int:
-    """The power of two, up to 16, that divides ``size``: what lets rows of it be read as vectors."""
-    return math.gcd(size, 16)
-
-
 def lowest(dtype: torch.dtype) -> float | int:
     """What every maximum in ``dtype`` starts from."""
     return -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -178,6 +178,8 @@ def tiling(
         tile_bytes: of the values in a tile.
     """
     elements = tile_bytes // itemsize
+    if channels == 1:
+        elements = min(elements, PLAIN_TILE)
     tc = min(triton.next_power_of_2(channels), CHANNEL_BYTES // itemsize)
     pixels = elements // tc
     tw = _cut(w, pixels if channels == 1 else COLUMNS)
@@ -189,8 +191,9 @@ def tiling(
     strip = 1
     while strip < min(most, down) and across * triton.cdiv(down, 2 * strip) >= ENOUGH_PROGRAMS:
         strip *= 2
-    threads = tp * th * tw * tc * itemsize // 16
-    warps = max(1, min(WARPS, threads // 32))
+    # A vector of 16 bytes for each thread, if there are enough.
+    vector = 16 // itemsize if channels > 1 else PLAIN_TILE // THREADS
+    warps = max(1, min(THREADS, tp * th * tw * tc // vector) // WARP_SIZE)
     return Tiling((tp, th, tw, tc), strip, across * triton.cdiv(down, strip), warps)
 
 

@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Max pooling in Triton; the operators are defined in pooling_ext/ops/max_pool.py."""
 
 from __future__ import annotations

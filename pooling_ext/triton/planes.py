@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """Reductions of whole planes, as global pooling makes them, and their gradients.
 
 Outputs come in groups of ``count`` that lie ``output_step`` apart in the input, each with ``size`` elements
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import CHANNEL_BYTES, Geometry, lowest
+from .geometry import CHANNEL_BYTES, WARP_SIZE, Geometry, lowest
 from .launching import launch
 from .reductions import MAX, MEAN, accumulator, larger, power, root, wins
 
@@ -25,7 +27,7 @@ ENOUGH_PROGRAMS = 512
 #: The most parts of a plane, and the fewest elements in one.
 MOST_PARTS = 64
 PART = 1024
-WARPS = 4
+THREADS = 128
 
 
 class Layout(NamedTuple):
@@ -119,7 +121,7 @@ def _launch(
         layout.groups * layout.count,
         SUMMED=SUMMED,
         BLOCK=layout.block,
-        num_warps=WARPS,
+        num_warps=THREADS // WARP_SIZE,
         num_stages=1,
         **constants,
     )
@@ -227,7 +229,7 @@ def spread_planes(grad: Tensor, places: Tensor | None, result: Tensor, g: Geomet
         layout.element_step,
         DIVISOR=divisor or layout.size,
         BLOCK=layout.block,
-        num_warps=WARPS,
+        num_warps=THREADS // WARP_SIZE,
         num_stages=1,
     )
 

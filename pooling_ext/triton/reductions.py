@@ -1,3 +1,5 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 """What the kernels of windows and those of whole planes reduce by."""
 
 from __future__ import annotations
