@@ -13,6 +13,7 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 import torch.nn.functional as TF
+from helpers import BACKENDS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,6 +167,30 @@ def test_chain(name, training, monkeypatch):
     assert not called
     with torch.no_grad():
         torch.testing.assert_close(net(x), twin(x))
+
+
+def small_resnet(self, x):
+    x = self.pool(self.act(self.bn1(self.conv1(x))))
+    x = self.inplace(self.bn2(self.conv2(x)) + x)
+    return self.gap(self.act(self.conv1(x) + x))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_backend(backend, training, memory_format):
+    """A stem, a block's end and a tail: outputs, gradients and running statistics."""
+    net = block(small_resnet).train(training).to(memory_format=memory_format)
+    twin = copy.deepcopy(net)
+    pooling_ext.patch(net, strict=True)
+    x = batch(3, 4, 9, 8).to(memory_format=memory_format)
+    assert_equal(net, twin, x)
+    name = backend.partition("-")[0]
+    names = {choice.op for choice in pooling_ext.explain(net, x).decisions if choice.backend == name}
+    fused = {"batch_norm_relu_max_pool", "batch_norm_act", "add_relu_global_avg_pool"}
+    assert names >= (fused if training else {"add_relu_global_avg_pool"})
 
 
 def used_twice(self, x):

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .geometry import WARP_SIZE
 from .launching import launch
 
 #: Channels of a program that updates running statistics.
 RUNNING_CHANNELS = 128
 #: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
 #: how many sums in all.
-MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 8
+MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 256 // WARP_SIZE
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,21 +20,26 @@ from ..ops import _library
 from .batch_norm import Parts, affine, slopes, through, vector
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .geometry import (
+    STRIP,
+    TILE_BYTES,
     UNROLLED,
     Geometry,
     channels_last,
     dense,
     geometry,
-    in_input,
     program_tile,
     tile_pixels,
     tiling,
+    within,
 )
 from .launching import launch
 from .max_pool import max_pool, max_pool_backward, max_pool_places
 from .reductions import wins
 
 Ints = Sequence[int]
+
+#: Of the backward pass, which keeps more in registers than 256 threads have.
+BACKWARD_TILE_BYTES = TILE_BYTES // 2
 
 
 @triton.jit
@@ -67,6 +73,7 @@ def _pool_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -104,9 +111,14 @@ def _pool_kernel(
             first_kw = (tl.maximum(-w_start, 0) + (DILATION[2] - 1)) // DILATION[2]
             where = tl.broadcast_to((first_kh * KERNEL[2] + first_kw)[:, None], best.shape)
         for kh in tl.static_range(KERNEL[1]):
-            row_ok = h_ok & in_input(h_start + kh * DILATION[1], in_h)
+            row_ok = within(
+                h_ok, h_start + kh * DILATION[1], in_h, kh * DILATION[1] < PADDING[1], kh >= INSIDE[1]
+            )
             for kw in tl.static_range(KERNEL[2]):
-                ok = (row_ok & in_input(w_start + kw * DILATION[2], in_w))[:, None] & c_ok
+                ok = within(
+                    row_ok, w_start + kw * DILATION[2], in_w, kw * DILATION[2] < PADDING[2], kw >= INSIDE[2]
+                )
+                ok = ok[:, None] & c_ok
                 step = (kh * DILATION[1] * in_w + kw * DILATION[2]) * channels
                 v = tl.load(x + step + origin, mask=ok, other=0.0).to(acc)
                 # Rounded as the operators in turn would, on which it depends who wins.
@@ -149,6 +161,7 @@ def _sums_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -241,6 +254,7 @@ def _backward_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,
+    INSIDE: tl.constexpr,
     WIDE: tl.constexpr,
     LAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -281,11 +295,12 @@ def _backward_kernel(
                 for kh in tl.static_range(KERNEL[1]):
                     if _covers(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION):
                         up = _ahead(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION)
-                        row_ok = ok & in_input(cell_h + up, out_h)
+                        row_ok = within(ok, cell_h + up, out_h, up < 0, True)
                         for kw in tl.static_range(KERNEL[2]):
                             if _covers(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION):
                                 across = _ahead(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION)
-                                there = (row_ok & in_input(cell_w + across, out_w))[:, None] & c_ok
+                                there = within(row_ok, cell_w + across, out_w, across < 0, True)
+                                there = there[:, None] & c_ok
                                 from_cell = window + (up * out_w + across) * channels
                                 place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
                                 part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
@@ -306,7 +321,16 @@ class _Stem:
         self.g: Geometry = geometry(input.shape, self.last, *windows)
         self.small = self.g.places <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
 
-    def launch(self, kernel, tensors: tuple, after: tuple, h: int, w: int, parts_of: int = 0) -> Parts | None:
+    def launch(
+        self,
+        kernel: Any,
+        tensors: tuple,
+        after: tuple,
+        h: int,
+        w: int,
+        parts_of: int = 0,
+        tile_bytes: int = TILE_BYTES,
+    ) -> Parts | None:
         """Launch a kernel whose programs have tiles of ``[items, h, w, channels]``.
 
         Args:
@@ -315,7 +339,9 @@ class _Stem:
         """
         g = self.g
         item_size = max(math.prod(g.size), math.prod(g.out)) * g.channels
-        tile, strip, programs, warps = tiling(g.outer, h, w, g.channels, self.input.element_size(), item_size)
+        size = self.input.element_size()
+        cut = tiling(g.outer, h, w, g.channels, size, item_size, STRIP, tile_bytes)
+        tile, strip, programs, warps = cut
         parts = None
         if parts_of:
             blocks = triton.cdiv(g.channels, tile[3])
@@ -338,6 +364,7 @@ class _Stem:
             STRIDE=g.stride,
             PADDING=g.before,
             DILATION=g.dilation,
+            INSIDE=g.inside,
             WIDE=g.wide,
             LAST=self.last,
             TILE=tile,
@@ -360,7 +387,9 @@ def _pool(
     stem = _Stem(input, windows)
     if not stem.small:
         normal = batch_norm_act(input, stats, weight, bias, None, eps, True)
-        return max_pool_places(normal, *windows, False) if with_places else (max_pool(normal, *windows), None)
+        if with_places:
+            return max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
+        return max_pool(normal, *windows), None
     output = _library.empty(input, windows[0])
     places = _library.empty(input, windows[0], torch.uint8) if with_places else None
     if output.numel():
@@ -440,5 +469,5 @@ def batch_norm_relu_max_pool_backward(
             bias,
             sums,
         )
-        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells)
+        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells, tile_bytes=BACKWARD_TILE_BYTES)
     return grad_input

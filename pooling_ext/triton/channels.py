@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._library import memory_format, suggests_channels_last
+from .geometry import WARP_SIZE
 
-WARPS = 4
+THREADS = 128
+WARPS = THREADS // WARP_SIZE
 #: Bytes that a thread moves with one instruction.
 ACCESS = 16
 #: Independent loads of a thread, for each tensor that is read.
@@ -61,12 +63,12 @@ class Walk:
 
     def __init__(self, rows: int, channels: int, inner: int, last: bool, itemsize: int):
         vector = ACCESS // itemsize
-        slab = 32 * WARPS * vector
+        slab = THREADS * vector
         width = channels if last else inner
         if last:
             columns = min(triton.next_power_of_2(max(width, 1)), LINE // itemsize)
         else:
-            columns = _columns(inner, 32 * vector, slab)
+            columns = _columns(inner, WARP_SIZE * vector, slab)
         at_once = slab // columns
         if not last:
             at_once = min(at_once, triton.next_power_of_2(max(channels, 1)))

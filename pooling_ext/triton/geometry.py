@@ -160,7 +160,14 @@ class Tiling(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def tiling(
-    items: int, h: int, w: int, channels: int, itemsize: int, item_size: int, most: int = STRIP
+    items: int,
+    h: int,
+    w: int,
+    channels: int,
+    itemsize: int,
+    item_size: int,
+    most: int = STRIP,
+    tile_bytes: int = TILE_BYTES,
 ) -> Tiling:
     """Cut ``[items, h, w, channels]`` into tiles.
 
@@ -168,8 +175,11 @@ def tiling(
         itemsize: of a value in bytes.
         item_size: the elements of an item that are read or written; the offsets in a tile fit 32 bits.
         most: the most tiles in a strip.
+        tile_bytes: of the values in a tile.
     """
-    elements = TILE_BYTES // itemsize if channels > 1 else min(PLAIN_TILE, TILE_BYTES // itemsize)
+    elements = tile_bytes // itemsize
+    if channels == 1:
+        elements = min(elements, PLAIN_TILE)
     tc = min(triton.next_power_of_2(channels), CHANNEL_BYTES // itemsize)
     pixels = elements // tc
     tw = _cut(w, pixels if channels == 1 else COLUMNS)
