@@ -117,7 +117,7 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm
+FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool
 KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 

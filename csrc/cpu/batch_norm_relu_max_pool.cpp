@@ -1,8 +1,11 @@
 // Launchers of batch normalisation, ReLU and max pooling as one operator on the CPU, which is
 // defined in pooling_ext/ops/batch_norm_relu_max_pool.py.
 //
-// What is pooled is made a tile at a time, in memory that stays in the cache, by the kernels of
-// batch_norm_act and max_pool; so is its gradient.
+// In channels-last, windows of few places have kernels of their own. For the rest what is pooled is
+// made a tile at a time, in memory that stays in the cache, by the kernels of batch_norm_act and
+// max_pool; so is its gradient.
+#include "cpu/batch_norm_relu_max_pool.h"
+
 #include <algorithm>
 
 #include "cpu/batch_norm_launch.h"
@@ -274,8 +277,20 @@ struct StemCall {
         return Tiled(norm.job, pool, dtype_of(norm.input), norm.input.element_size());
     }
 
+    // Runs a step of the kernels for whole windows; false if there are none.
+    bool run(StemStep step) const {
+        const StemJob job{norm.job, pool};
+        if (!job.taken()) return false;
+        const PoolParams& p = pool.p;
+        const Rows rows = step == StemStep::Forward ? Rows{p.out_rows(), 4 * p.in_row()}
+                          : step == StemStep::Sums  ? Rows{norm.job.batch * job.bands(), 1 << 20}
+                                                    : Rows{p.in_rows(), 4 * p.in_row()};
+        launch(kernels().stem(dtype_of(norm.input), step), job, rows);
+        return true;
+    }
+
     void forward() const {
-        if (norm.job.numel() == 0) return;
+        if (norm.job.numel() == 0 || run(StemStep::Forward)) return;
         const Tiled all = tiled();
         parallel_for(0, all.tiles(true), 1,
                      [&](int64_t begin, int64_t end) { all.forward(begin, end); });
@@ -325,10 +340,12 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
     std::fill(total, total + 2 * channels, 0.0);
     if (call.norm.job.numel() == 0) return result;
     const Tiled all = call.tiled();
-    const int64_t tiles = all.tiles(true);
+    const StemJob direct{call.norm.job, call.pool};
+    const int64_t tiles = direct.taken() ? call.norm.job.batch * direct.bands() : all.tiles(true);
     const BatchNormKernel add = kernels().batch_norm(dtype_of(input), Step::Sums);
     // Each tile's own sums, added up in their order.
     std::vector<double> parts(tiles * 2 * channels);
+    call.norm.job.sums = parts.data();
     const auto run = [&](auto element) {
         parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
             int64_t i = begin;
@@ -345,16 +362,9 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
             });
         });
     };
-    switch (input.element_size()) {
-        case 8:
-            run(uint64_t{});
-            break;
-        case 4:
-            run(uint32_t{});
-            break;
-        default:
-            run(uint16_t{});
-    }
+    const int64_t size = input.element_size();
+    if (!call.run(StemStep::Sums))
+        size == 8 ? run(uint64_t{}) : size == 4 ? run(uint32_t{}) : run(uint16_t{});
     for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t i = 0; i < 2 * channels; ++i) total[i] += parts[tile * 2 * channels + i];
     call.affines.about_mean(result);
@@ -370,7 +380,7 @@ Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, c
     if (sums) call.affines.add_slopes(call.norm.job, *sums, count);
     Tensor result = call.norm.empty_like_input();
     call.norm.job.y = result.data_ptr();
-    if (call.norm.job.numel() == 0) return result;
+    if (call.norm.job.numel() == 0 || call.run(StemStep::Backward)) return result;
     const Tiled all = call.tiled();
     const BatchNormKernel spread = kernels().batch_norm(dtype_of(input), Step::Backward);
     parallel_for(0, all.tiles(false), 1, [&](int64_t begin, int64_t end) {

@@ -52,6 +52,11 @@ struct BatchNormJob;
 using BatchNormKernel = void (*)(const BatchNormJob& job, int64_t begin, int64_t end,
                                  void* scratch);
 
+// See batch_norm_relu_max_pool.h.
+enum class StemStep;
+struct StemJob;
+using StemKernel = void (*)(const StemJob& job, int64_t begin, int64_t end, void* scratch);
+
 // The kernels of one instruction set.
 struct Kernels {
     Kernel (*max_pool)(DType, Places);
@@ -61,6 +66,7 @@ struct Kernels {
     Kernel (*lp_pool)(DType);
     BatchNormKernel (*batch_norm)(DType, Step);
     BatchNormKernel (*add_relu_mean)(DType, bool backward);
+    StemKernel (*stem)(DType, StemStep);
 };
 
 namespace baseline {

@@ -1,6 +1,6 @@
 // The backward pass of max pooling, compiled once for each instruction set: each gradient goes to
 // the place that won.
-#include "cpu/pool_backward.h"
+#include "cpu/pixel_gatherer.h"
 #include "cpu/tables.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -286,161 +286,6 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
         job, begin, end, [&] { gradient.clear(); }, add_row, [&](G* dst) { gradient.write(dst); });
 }
 
-// The same in channels-last for small windows of one size: each pixel sums over the windows that
-// it lies in, in registers where those are few.
-template <class G>
-class PixelGatherer {
-  public:
-    using T = Accumulator<G>;
-
-    static bool takes(const PoolParams& p) {
-        return p.channels > 1 && over(p.d) * over(p.h) <= kMost && over(p.w) <= kMost &&
-               !p.d.adaptive && !p.h.adaptive && !p.w.adaptive;
-    }
-
-    PixelGatherer(const Job& job, Scratch& scratch)
-        : p_(job.p),
-          grad_(static_cast<const G*>(job.src)),
-          places_(static_cast<const uint8_t*>(job.places_in)),
-          first_(scratch.take<int64_t>(p_.w.in + 1)),
-          columns_(scratch.take<Tap>(p_.w.out * p_.w.kernel)),
-          few_(over(p_.d) * over(p_.h) <= kFew && over(p_.w) <= kFew),
-          sum_(scratch.take<T>(few_ ? 0 : p_.channels)) {
-        const Axis& w = p_.w;
-        int64_t count = 0;
-        for (int64_t i = 0; i < w.in; ++i) {
-            first_[i] = count;
-            const int64_t end = w.end_output(i);
-            for (int64_t o = w.first_output(i); o < end; ++o)
-                if (const int64_t k = w.place(o, i); k >= 0)
-                    columns_[count++] = {o * p_.channels, k};
-        }
-        first_[w.in] = count;
-    }
-
-    void start() { count_ = 0; }
-
-    void add(const SpreadRow<G>& row) { rows_[count_++] = {row.offset, row.place * p_.w.kernel}; }
-
-    void finish(G* dst) const {
-        if (count_ == 0)
-            std::memset(dst, 0, p_.in_row() * sizeof(G));
-        else if (!few_)
-            many(dst);
-        else if (count_ == 1)
-            few<1>(dst);
-        else if (count_ == 2)
-            few<2>(dst);
-        else
-            few<kFew>(dst);
-    }
-
-  private:
-    // A row or column of windows: where it lies in the outputs, and what it adds to the offset of
-    // the place that is gathered for.
-    struct Tap {
-        int64_t at, place;
-    };
-    static constexpr int64_t kFew = 3, kMost = 5;
-
-    // How many windows there may be over an input.
-    static int64_t over(const Axis& axis) {
-        return axis.dilation == 1 ? ceil_div(axis.kernel, axis.stride) : axis.kernel;
-    }
-
-    template <int kRows>
-    void few(G* dst) const {
-        const int64_t channels = p_.channels;
-        for (int64_t i = 0; i < p_.w.in; ++i, dst += channels) {
-            const Tap* const columns = columns_ + first_[i];
-            switch (first_[i + 1] - first_[i]) {
-                case 0:
-                    std::memset(dst, 0, channels * sizeof(G));
-                    break;
-                case 1:
-                    sum<kRows, 1, true>(dst, rows_, columns, channels);
-                    break;
-                case 2:
-                    sum<kRows, 2, true>(dst, rows_, columns, channels);
-                    break;
-                default:
-                    sum<kRows, kFew, true>(dst, rows_, columns, channels);
-            }
-        }
-    }
-
-    void many(G* __restrict dst) const {
-        const int64_t channels = p_.channels;
-        T* __restrict total = sum_;
-        for (int64_t i = 0; i < p_.w.in; ++i, dst += channels) {
-            const Tap* const columns = columns_ + first_[i];
-            for (int64_t c = 0; c < channels; ++c) total[c] = T(0);
-            for (const Tap* row = rows_; row != rows_ + count_; ++row)
-                switch (first_[i + 1] - first_[i]) {
-                    case 0:
-                        break;
-                    case 1:
-                        sum<1, 1, false>(total, row, columns, channels);
-                        break;
-                    case 2:
-                        sum<1, 2, false>(total, row, columns, channels);
-                        break;
-                    case 3:
-                        sum<1, 3, false>(total, row, columns, channels);
-                        break;
-                    case 4:
-                        sum<1, 4, false>(total, row, columns, channels);
-                        break;
-                    default:
-                        sum<1, kMost, false>(total, row, columns, channels);
-                }
-            for (int64_t c = 0; c < channels; ++c) dst[c] = narrow<G>(total[c]);
-        }
-    }
-
-    // Writes to dst if these are all windows over the pixel, else adds to it.
-    template <int kRows, int kColumns, bool kAll>
-    void sum(std::conditional_t<kAll, G, T>* __restrict dst, const Tap* rows, const Tap* columns,
-             int64_t n) const {
-        constexpr int kTaps = kRows * kColumns;
-        const G* grad[kTaps];
-        const uint8_t* places[kTaps];
-        uint8_t wanted[kTaps];
-        for (int k = 0; k < kTaps; ++k) {
-            const Tap &row = rows[k / kColumns], &column = columns[k % kColumns];
-            grad[k] = grad_ + row.at + column.at;
-            places[k] = places_ + row.at + column.at;
-            wanted[k] = uint8_t(row.place + column.place);
-        }
-        for (int64_t i = 0; i < n; ++i) {
-            // By select: loads under a mask wait for the stores before them.
-            if constexpr (kAll && kTaps == 1) {
-                dst[i] = select(places[0][i] == wanted[0], grad[0][i], G{});
-            } else {
-                T total = T(0);
-                for (int k = 0; k < kTaps; ++k)
-                    total += select(places[k][i] == wanted[k], T(widen(grad[k][i])), T(0));
-                if constexpr (kAll)
-                    dst[i] = narrow<G>(total);
-                else
-                    dst[i] += total;
-            }
-        }
-    }
-
-    const PoolParams& p_;
-    const G* const grad_;
-    const uint8_t* const places_;
-    // The columns of windows over column i of the inputs are columns_[first_[i]] to
-    // columns_[first_[i + 1]].
-    int64_t* const first_;
-    Tap* const columns_;
-    const bool few_;
-    T* const sum_;
-    Tap rows_[kMost];
-    int64_t count_ = 0;
-};
-
 template <class G, class Place>
 void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
@@ -455,7 +300,7 @@ void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
         gather_rows<G>(
             job, begin, end, [&] { gatherer.start(); },
             [&](const SpreadRow<G>& row) { gatherer.add(row); },
-            [&](G* dst) { gatherer.finish(dst); });
+            [&](G* dst) { gatherer.finish(dst, [](int64_t) { return Narrowed<G>{}; }); });
     } else {
         gather_winners<G, Place>(job, begin, end, scratch);
     }

@@ -15,6 +15,7 @@ Kernel avg_pool_backward(DType);
 Kernel lp_pool(DType);
 BatchNormKernel batch_norm(DType, Step);
 BatchNormKernel add_relu_mean(DType, bool backward);
+StemKernel stem(DType, StemStep);
 
 // Calls `make` with a value of the floating type that `dtype` names.
 template <class Make>
