@@ -343,7 +343,9 @@ def _inference(found: Run, name: str, args: argparse.Namespace, device: str) -> 
                     FROZEN: partial(frozen, images),
                 }
                 compile_s = _add_compiled(rivals, lambda net: partial(net, images), model, args)  # noqa: B023
-                for rival, timing in measure(rivals, 2 * _budget(args) * len(rivals), shortest=SHORTEST).items():
+                for rival, timing in measure(
+                    rivals, 2 * _budget(args) * len(rivals), shortest=SHORTEST
+                ).items():
                     entry = _entry(name, dtype, "NHWC", batch, rival, timing, None, compile_s.get(rival))
                     found.entries.append(entry)
 

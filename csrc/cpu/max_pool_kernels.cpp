@@ -295,18 +295,20 @@ void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const*
     const In* x[kCount];
     int32_t offset[kCount];
     for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
-    for (int64_t i = 0; i < n; ++i) {
-        T best = Order::load(x[0][i]);
-        int32_t where = offset[0];
-        for (int k = 1; k < kCount; ++k) {
-            const T v = Order::load(x[k][i]);
-            const bool wins = (v > best) | is_nan(v);
-            best = select(wins, v, best);
-            where = select(wins, offset[k], where);
+    each_run<64 / sizeof(T)>(n, [&](int64_t first, auto count) {
+        for (int64_t i = first; i < first + count.value; ++i) {
+            T best = Order::load(x[0][i]);
+            int32_t where = offset[0];
+            for (int k = 1; k < kCount; ++k) {
+                const T v = Order::load(x[k][i]);
+                const bool wins = (v > best) | is_nan(v);
+                best = select(wins, v, best);
+                where = select(wins, offset[k], where);
+            }
+            y[i] = Order::store(best);
+            places[i] = uint8_t(where);
         }
-        y[i] = Order::store(best);
-        places[i] = uint8_t(where);
-    }
+    });
 }
 
 template <class In>

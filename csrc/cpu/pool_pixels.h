@@ -18,6 +18,23 @@ struct Taps {
     }
 };
 
+// Calls visit(i, count) for runs of channels that together are all n, where count is of a type that
+// says it, so that loops over it have whole vectors and no remainder; the last run may go over
+// channels of the one before again.
+template <int kRun, class Visit>
+POOLING_EXT_INLINE void each_run(int64_t n, Visit visit) {
+    constexpr int kShort = kRun / 4;
+    if (n >= kRun) {
+        for (int64_t i = 0; i < n; i += kRun)
+            visit(i + kRun <= n ? i : n - kRun, std::integral_constant<int, kRun>{});
+    } else if (n >= kShort) {
+        for (int64_t i = 0; i < n; i += kShort)
+            visit(i + kShort <= n ? i : n - kShort, std::integral_constant<int, kShort>{});
+    } else {
+        for (int64_t i = 0; i < n; ++i) visit(i, std::integral_constant<int, 1>{});
+    }
+}
+
 // Walks the windows of rows of outputs.
 template <class In>
 class PixelWalker {

@@ -359,10 +359,10 @@ def in_training(
     """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
     count = _count(input)
     if needs_grad(input, weight, bias, residual):
-        output, stats = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats)
+        output, found = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats)
     else:
-        output, stats = _normalise(input, weight, bias, residual, eps, relu, stats)
-    _update(running_mean, running_var, stats, count, momentum)
+        output, found = _normalise(input, weight, bias, residual, eps, relu, stats)
+    _update(running_mean, running_var, found, count, momentum)
     return output
 
 

@@ -23,7 +23,6 @@ from .batch_norm_act import (
     batch_norm_arguments,
     in_training,
     needs_grad,
-    parameter,
     transformed,
 )
 
@@ -130,8 +129,8 @@ def tuned(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation
             output,
             arguments["running_mean"],
             arguments["running_var"],
-            parameter(bn.weight, output),
-            parameter(bn.bias, output),
+            bn.weight,
+            bn.bias,
             arguments["momentum"],
             bn.eps,
             residual,

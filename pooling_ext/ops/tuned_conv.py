@@ -25,9 +25,9 @@ Way = Callable[..., Any]
 class Geometry(NamedTuple):
     """What a convolution is told besides its tensors, each for height and width."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
 

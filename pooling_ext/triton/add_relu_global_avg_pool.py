@@ -1,3 +1,6 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportInvalidTypeForm=false
 """Residual add, ReLU and global average pooling in Triton: each plane is one program's, and read once."""
 
 from __future__ import annotations

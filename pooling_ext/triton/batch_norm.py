@@ -1,3 +1,6 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportInvalidTypeForm=false
 """What the kernels on batch normalisation share: its coefficients, and the sums of all programs.
 
 As on the CPU, ``y = (x - center) * scale + shift``: the center is the mean rounded to the type that

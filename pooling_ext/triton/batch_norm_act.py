@@ -1,3 +1,6 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportInvalidTypeForm=false
 """Batch normalisation with residual and ReLU in Triton.
 
 The statistics are shifted sums: a program takes the mean of its first tile as center, so that a float32 sum

@@ -1,3 +1,6 @@
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportInvalidTypeForm=false
 """Batch normalisation, ReLU and max pooling in Triton: the stem of a ResNet.
 
 Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share
