@@ -1,7 +1,7 @@
 """Counts the bytes that Triton kernels read and write, from their memory accesses in the interpreter.
 
-A program is taken to have a small cache of its own, emptied when full: what it touches again while it is
-there is counted once, and what two programs touch is counted twice, as if nothing else were cached.
+A program is taken to have a small cache of its own: what it touches again while it is there is counted
+once, and what two programs touch is counted twice, as if nothing else were cached.
 """
 
 from __future__ import annotations
@@ -36,29 +36,36 @@ class Traffic:
 
 
 class _Cache:
-    """The addresses that one program read, or wrote, of late, of elements of one size."""
+    """What one program read, or wrote, of elements of one size; it knows again what it touched of late."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.elements: list[np.ndarray] = []
+        self.new: list[np.ndarray] = []
+        self.old = np.empty(0, np.uint64)
         self.pending = 0
         self.nbytes = self.sector_bytes = 0
 
     def touch(self, addresses: np.ndarray) -> None:
-        self.elements.append(addresses)
+        self.new.append(addresses)
         self.pending += addresses.size * self.size
-        if self.pending > CACHE_BYTES:  # it may be less: the same elements again
-            unique = np.unique(np.concatenate(self.elements))
-            self.elements, self.pending = [unique], unique.size * self.size
-            if self.pending > CACHE_BYTES:
-                self.flush()
+        if self.pending > CACHE_BYTES // 2:  # it may be less: the same elements again
+            self.new = [np.unique(np.concatenate(self.new))]
+            self.pending = self.new[0].size * self.size
+            if self.pending > CACHE_BYTES // 4:
+                self._age()
+
+    def _age(self) -> None:
+        """Count what is new; from now on it is old, and what was old is forgotten."""
+        unique = np.unique(np.concatenate(self.new))
+        self.nbytes += np.setdiff1d(unique, self.old, assume_unique=True).size * self.size
+        sectors = (np.unique(elements // np.uint64(SECTOR)) for elements in (unique, self.old))
+        self.sector_bytes += np.setdiff1d(*sectors, assume_unique=True).size * SECTOR
+        self.old, self.new, self.pending = unique, [], 0
 
     def flush(self) -> None:
-        if self.elements:
-            unique = np.unique(np.concatenate(self.elements))
-            self.nbytes += unique.size * self.size
-            self.sector_bytes += np.unique(unique // np.uint64(SECTOR)).size * SECTOR
-        self.elements, self.pending = [], 0
+        if self.new:
+            self._age()
+        self.old = self.old[:0]
 
 
 @contextmanager

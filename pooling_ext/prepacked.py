@@ -251,8 +251,8 @@ class PackedConv(Prepacked):
         fits = residual is None or (residual.dtype is x.dtype and residual.shape == self.output_shape(x))
         if not (fits and tuned_conv.takes(x, x.dtype)):
             return self._finish(self._convolution(x), residual)
-        pairs = (tuple(value) for value in (self.stride, self.padding, self.dilation))
-        geometry = tuned_conv.Geometry(*pairs, self.groups)
+        stride, padding, dilation = tuple(self.stride), tuple(self.padding), tuple(self.dilation)
+        geometry = tuned_conv.Geometry(stride, padding, dilation, self.groups)
         return tuned_conv.conv_bias_act(
             x, self.weight, self.bias, residual, geometry, self.activation == RELU
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import re
 
@@ -16,6 +18,7 @@ import pooling_ext
 from benchmarks import (
     block,
     block_cases,
+    gpu,
     machine,
     memory,
     model_families,
@@ -29,6 +32,7 @@ from benchmarks import (
     report,
     targets,
 )
+from benchmarks import bytes as benchmark_bytes
 from benchmarks.__main__ import main
 from benchmarks.block_cases import BlockCase
 from benchmarks.model_results import (
@@ -48,6 +52,7 @@ from benchmarks.model_results import (
 )
 from benchmarks.report import Document, Grid, milliseconds, ratio, size
 from benchmarks.results import Results, Row
+from pooling_ext.testing.launches import CASES as traffic_cases
 from pooling_ext.testing.shapes import PoolCase
 
 FACTS = machine.facts() | {"copy_gb_s": 10.0, "cores_busy_with_others": 0.5}
@@ -236,3 +241,36 @@ def test_bad_options_end_the_program(suite: str, options: list[str], capsys):
         main([suite, *options])
     assert raised.value.code == 2
     assert options[1] in capsys.readouterr().err
+
+
+@pytest.mark.native
+def test_bytes_of_triton_kernels():
+    """Pools and batch norm read and write little more than they must; counted on a few programs."""
+    pytest.importorskip("triton")
+    for name, layout in (("max-3x3-s2", "NHWC"), ("max-2x2-s2", "NCHW"), ("bn-relu-256-14", "NHWC")):
+        case = next(case for case in traffic_cases if case.name == name)
+        for count in benchmark_bytes.measure(case, "bfloat16", layout, batch=16):
+            assert 0.95 < count.ratio <= benchmark_bytes.LIMIT, count
+
+
+def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
+    """What it measures on a GPU, on tensors that the interpreter takes; without one it measures nothing."""
+    pytest.importorskip("triton")
+    small = [
+        dataclasses.replace(case, shape=(4, 6, 6))
+        for case in traffic_cases
+        if case.name in ("max-3x3-s2", "bn-add-relu-256-56", "stem", "tail", "global-avg")
+    ]
+    monkeypatch.setattr(gpu, "CASES", tuple(small))
+    monkeypatch.setattr(gpu, "MODELS", {})
+    monkeypatch.setattr(gpu, "QUICK_BUDGET", 0.001)
+    monkeypatch.setattr(gpu, "SHORTEST", 1e-6)
+    args = argparse.Namespace(quick=True, cases=None, batch=2, dtypes=["float32", "bfloat16"],
+                              layouts=["NHWC"], no_compile=True, list=False, out=tmp_path, threads=None)  # fmt: skip
+    assert gpu.run(args, device="cpu") == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {entry["rival"] for entry in found["entries"]} == {"eager", "triton"}
+    assert len(found["entries"]) == 2 * 2 * len(small) and not found["wrong"]
+    assert "of a copy's rate" in (tmp_path / "gpu.md").read_text()
+    if not torch.cuda.is_available():
+        assert gpu.run(args) == 2

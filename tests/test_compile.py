@@ -270,4 +270,10 @@ def test_every_operator_has_a_sample():
         for name in torch._C._dispatch_get_all_op_names()
         if "pooling_ext::" in name
     }
+    # Those of GPUs alone are checked where Triton's interpreter runs them, in test_conv.py.
+    names = {
+        name
+        for name in names
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "CPU")
+    }
     assert names == {op._qualified_op_name.removeprefix("pooling_ext::") for _, op, _ in SAMPLES}

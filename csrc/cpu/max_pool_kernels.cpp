@@ -292,22 +292,33 @@ void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const*
                   const int32_t* offsets, int64_t n) {
     using Order = Ordered<In>;
     using T = typename Order::T;
+    // As wide as the values, so that one vector of each belongs together.
+    using Where = std::make_signed_t<BitsOf<T>>;
     const In* x[kCount];
-    int32_t offset[kCount];
-    for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
-    each_run<64 / sizeof(T)>(n, [&](int64_t first, auto count) {
-        for (int64_t i = first; i < first + count.value; ++i) {
-            T best = Order::load(x[0][i]);
-            int32_t where = offset[0];
+    Where offset[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = Where(offsets[k]);
+    each_run<64 / sizeof(T)>(n, 0, [&](int64_t i, auto count) {
+        constexpr int kRun = count.value;
+        T maxima[kRun];
+        Where winners[kRun];
+// Unrolled they would no longer be loops, of which vectors are made.
+#pragma GCC unroll 1
+        for (int j = 0; j < kRun; ++j) {
+            T best = Order::load(x[0][i + j]);
+            Where where = offset[0];
             for (int k = 1; k < kCount; ++k) {
-                const T v = Order::load(x[k][i]);
+                const T v = Order::load(x[k][i + j]);
                 const bool wins = (v > best) | is_nan(v);
                 best = select(wins, v, best);
                 where = select(wins, offset[k], where);
             }
-            y[i] = Order::store(best);
-            places[i] = uint8_t(where);
+            maxima[j] = best;
+            winners[j] = where;
         }
+#pragma GCC unroll 1
+        for (int j = 0; j < kRun; ++j) y[i + j] = Order::store(maxima[j]);
+#pragma GCC unroll 1
+        for (int j = 0; j < kRun; ++j) places[i + j] = uint8_t(winners[j]);
     });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/pool_backward.h"
+#include "cpu/pool_pixels.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
@@ -157,7 +158,7 @@ class PixelGatherer {
             places[k] = places_ + row.at + column.at;
             wanted[k] = Bits(row.place + column.place);
         }
-        for (int64_t i = 0; i < n; ++i) {
+        const auto visit = [&](int64_t i) {
             const auto given = [&](int k) {
                 return bit_cast<G>(
                     Bits(bit_cast<Bits>(grad[k][i]) & same(Bits(places[k][i]), wanted[k])));
@@ -172,6 +173,17 @@ class PixelGatherer {
                 else
                     put(dst, i, output(i, total));
             }
+        };
+        if constexpr (std::is_same_v<Output, Added>) {
+            for (int64_t i = 0; i < n; ++i) visit(i);
+        } else {
+            // Vectors of what is most have no remainder there.
+            const int64_t whole = n - n % (kVector / 2);
+            for (int64_t i = 0; i < whole; ++i) visit(i);
+            each_run<64 / sizeof(G)>(n, whole, [&](int64_t first, auto count) {
+#pragma GCC unroll 1
+                for (int j = 0; j < count.value; ++j) visit(first + j);
+            });
         }
     }
 

@@ -18,20 +18,20 @@ struct Taps {
     }
 };
 
-// Calls visit(i, count) for runs of channels that together are all n, where count is of a type that
-// says it, so that loops over it have whole vectors and no remainder; the last run may go over
-// channels of the one before again.
+// Calls visit(i, count) for runs of channels that together are those from `begin` to n, where count
+// is of a type that says it, so that loops over it have whole vectors and no remainder; the last
+// run may go over channels before it again.
 template <int kRun, class Visit>
-POOLING_EXT_INLINE void each_run(int64_t n, Visit visit) {
+POOLING_EXT_INLINE void each_run(int64_t n, int64_t begin, Visit visit) {
     constexpr int kShort = kRun / 4;
     if (n >= kRun) {
-        for (int64_t i = 0; i < n; i += kRun)
+        for (int64_t i = begin; i < n; i += kRun)
             visit(i + kRun <= n ? i : n - kRun, std::integral_constant<int, kRun>{});
     } else if (n >= kShort) {
-        for (int64_t i = 0; i < n; i += kShort)
+        for (int64_t i = begin; i < n; i += kShort)
             visit(i + kShort <= n ? i : n - kShort, std::integral_constant<int, kShort>{});
     } else {
-        for (int64_t i = 0; i < n; ++i) visit(i, std::integral_constant<int, 1>{});
+        for (int64_t i = begin; i < n; ++i) visit(i, std::integral_constant<int, 1>{});
     }
 }
 

@@ -155,7 +155,7 @@ class _BatchNormAct(Function):
 
 
 class _BatchNormActTraining(Function):
-    """With the statistics of the batch, which are given back: one operator forward and one backward."""
+    """With the statistics of the batch: one operator forward and one backward."""
 
     @staticmethod
     def forward(
@@ -166,24 +166,25 @@ class _BatchNormActTraining(Function):
         residual: Tensor | None,
         eps: float,
         relu: bool,
-        known: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        known: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+    ) -> Tensor:
         output, stats = _normalise(input, weight, bias, residual, eps, relu, known)
+        # Before anything is saved: torch.utils.checkpoint, which runs this twice, may end there.
+        _update(running_mean, running_var, stats, _count(input), momentum)
         # ReLU's mask needs the output only where a residual went into it.
         kept = output if relu and residual is not None else None
         ctx.save_for_backward(input, weight, bias, stats, kept)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
         ctx.options = eps, relu
-        return output, stats
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight, bias, stats, output = ctx.saved_tensors
         eps, relu = ctx.options
-        grad = grads[0]
-        if grad is None:
-            return (None,) * 7
+        (grad,) = grads
         if torch.is_grad_enabled() and not is_compiling():
             options = eps, relu, 1.0, None
             found = _differentiable_backward(grad, input, weight, bias, stats, output, options)
@@ -199,9 +200,7 @@ class _BatchNormActTraining(Function):
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
             masked if needs_residual else None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -359,10 +358,10 @@ def in_training(
     """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
     count = _count(input)
     if needs_grad(input, weight, bias, residual):
-        output, found = _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats)
-    else:
-        output, found = _normalise(input, weight, bias, residual, eps, relu, stats)
-    _update(running_mean, running_var, found, count, momentum)
+        running = running_mean, running_var, momentum
+        return _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats, *running)
+    output, stats = _normalise(input, weight, bias, residual, eps, relu, stats)
+    _update(running_mean, running_var, stats, count, momentum)
     return output
 
 

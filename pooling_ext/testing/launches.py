@@ -45,8 +45,8 @@ class LaunchCase:
 
     @property
     def batch(self) -> int:
-        """Of the small input with which traffic is counted: enough for tiles of usual size."""
-        return max(1, 2**20 // (self.shape[0] * self.shape[1] * self.shape[2]))
+        """Of the input with which traffic is counted: enough to be cut as a large one is."""
+        return max(1, 2**24 // (self.shape[0] * self.shape[1] * self.shape[2]))
 
     def tensors(self, batch: int, dtype: torch.dtype, format: torch.memory_format, device: str) -> Tensors:
         """Random arguments; those of ``device="meta"`` have no values."""
@@ -187,3 +187,49 @@ def recorded_on_meta() -> Iterator[list[Launch]]:
             yield launches
     finally:
         library._destroy()
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution of ResNet-50 with what is fused into it: ``channels`` of ``size`` pixels a side in."""
+
+    name: str
+    channels: int
+    features: int
+    size: int
+    kernel: int
+    stride: int = 1
+
+    def run(self, batch: int, dtype: torch.dtype, device: str) -> None:
+        """Inference with a residual, training behind a batch norm, and that batch norm's gradient."""
+        ops = torch.ops.pooling_ext
+
+        def activation(channels: int, size: int) -> Tensor:
+            x = torch.randn(batch, channels, size, size, device=device).to(dtype)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        window = [self.stride] * 2, [self.kernel // 2] * 2, [1, 1]
+        input = activation(self.channels, self.size)
+        output = activation(self.features, self.size // self.stride)
+        weight = torch.randn(self.features, self.channels, self.kernel, self.kernel, device=device).to(dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        norm = torch.rand(2, self.channels, device=device, dtype=torch.float64) + 1
+        scale = torch.randn(self.channels, device=device), torch.randn(self.channels, device=device)
+        bias = torch.randn(self.features, device=device).to(dtype)
+        ops.conv_bias_act(input, weight, bias, output, *window, True)
+        ops.conv_stats(input, weight, None, norm, *scale, 1e-5, True, *window)
+        ops.conv_input_grad(output, weight, input.shape, input, norm, *scale, 1e-5, True, *window)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CONVOLUTIONS: tuple[ConvCase, ...] = (
+    ConvCase("conv-1x1-64-256-56", 64, 256, 56, 1),
+    ConvCase("conv-1x1-256-64-56", 256, 64, 56, 1),
+    ConvCase("conv-1x1-1024-512-14", 1024, 512, 14, 1),
+    ConvCase("conv-1x1-256-512-56-s2", 256, 512, 56, 1, 2),
+    ConvCase("conv-3x3-64-56", 64, 64, 56, 3),
+    ConvCase("conv-3x3-128-56-s2", 128, 128, 56, 3, 2),
+    ConvCase("conv-3x3-512-7", 512, 512, 7, 3),
+)

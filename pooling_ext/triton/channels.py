@@ -72,9 +72,11 @@ class Walk:
         at_once = slab // columns
         if not last:
             at_once = min(at_once, triton.next_power_of_2(max(channels, 1)))
-        # The rows of small tensors are not padded to a whole tile.
-        unroll = min(UNROLL, triton.next_power_of_2(max(rows // (at_once if last else 1), 1)))
         unit = gcd(width, vector) or 1
+        # Where a vector takes several loads, those are independent too. The rows of small tensors are
+        # not padded to a whole tile.
+        most = max(UNROLL * unit // vector, 1)
+        unroll = min(most, triton.next_power_of_2(max(rows // (at_once if last else 1), 1)))
         if last:
             self.blocks = triton.cdiv(channels, columns)
             self.tiles = triton.cdiv(rows, at_once * unroll)

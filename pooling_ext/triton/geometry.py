@@ -167,7 +167,7 @@ def tiling(
     itemsize: int,
     item_size: int,
     most: int = STRIP,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Tiling:
     """Cut ``[items, h, w, channels]`` into tiles.
 
@@ -175,9 +175,9 @@ def tiling(
         itemsize: of a value in bytes.
         item_size: the elements of an item that are read or written; the offsets in a tile fit 32 bits.
         most: the most tiles in a strip.
-        tile_bytes: of the values in a tile.
+        tile_bytes: of the values in a tile; by default ``TILE_BYTES``.
     """
-    elements = tile_bytes // itemsize
+    elements = (tile_bytes or TILE_BYTES) // itemsize
     if channels == 1:
         elements = min(elements, PLAIN_TILE)
     tc = min(triton.next_power_of_2(channels), CHANNEL_BYTES // itemsize)
