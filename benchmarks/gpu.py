@@ -170,7 +170,7 @@ def _try(found: Run, what: str, console: Console, part: Callable[[], None]) -> N
 
 
 def _theirs(case: LaunchCase) -> Callable[..., Tensor]:
-    """What a PyTorch user writes for ``case``."""
+    """What a PyTorch user writes for ``case``: a function of its tensors and ``kwargs_of``."""
 
     def batch_norm(
         input: Tensor,
@@ -258,7 +258,7 @@ def _time_operator(
         compile_s[COMPILED] = _first_call(rivals[COMPILED])
     for backend in ours:
         rivals[backend] = partial(_with, backend, partial(_step, case.function, tensors, **kwargs))
-    output = case.function(**tensors)
+    output = case.run(FORWARD, tensors)()
     least = sum(int(case.least(phase, tensors, output)) for phase in (TRAINING, BACKWARD))
     with use_backend(ours[0]):
         timings = measure(rivals, _budget(args) * len(rivals), shortest=SHORTEST)

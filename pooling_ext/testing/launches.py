@@ -46,7 +46,7 @@ class LaunchCase:
     @property
     def batch(self) -> int:
         """Of the input with which traffic is counted: enough to be cut as a large one is."""
-        return max(1, 2**24 // (self.shape[0] * self.shape[1] * self.shape[2]))
+        return max(1, 2**27 // (self.shape[0] * self.shape[1] * self.shape[2]))
 
     def tensors(self, batch: int, dtype: torch.dtype, format: torch.memory_format, device: str) -> Tensors:
         """Random arguments; those of ``device="meta"`` have no values."""
