@@ -158,7 +158,7 @@ class PixelGatherer {
             places[k] = places_ + row.at + column.at;
             wanted[k] = Bits(row.place + column.place);
         }
-        const auto visit = [&](int64_t i) {
+        const auto visit = [&](int64_t i) __attribute__((always_inline)) {
             const auto given = [&](int k) {
                 return bit_cast<G>(
                     Bits(bit_cast<Bits>(grad[k][i]) & same(Bits(places[k][i]), wanted[k])));
@@ -174,17 +174,16 @@ class PixelGatherer {
                     put(dst, i, output(i, total));
             }
         };
-        if constexpr (std::is_same_v<Output, Added>) {
-            for (int64_t i = 0; i < n; ++i) visit(i);
-        } else {
-            // Vectors of what is most have no remainder there.
-            const int64_t whole = n - n % (kVector / 2);
-            for (int64_t i = 0; i < whole; ++i) visit(i);
-            each_run<64 / sizeof(G)>(n, whole, [&](int64_t first, auto count) {
+        constexpr bool kAdds = std::is_same_v<Output, Added>;
+        // Here vectors have no remainder; what adds must not visit an element again.
+        const int64_t whole = kAdds ? n : n - n % (kVector / 2);
+        for (int64_t i = 0; i < whole; ++i) visit(i);
+        if constexpr (!kAdds)
+            each_run<64 / sizeof(G)>(n, whole,
+                                     [&](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma GCC unroll 1
-                for (int j = 0; j < count.value; ++j) visit(first + j);
-            });
-        }
+                                         for (int j = 0; j < count.value; ++j) visit(first + j);
+                                     });
     }
 
     const PoolParams& p_;
