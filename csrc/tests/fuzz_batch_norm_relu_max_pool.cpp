@@ -119,7 +119,7 @@ void check_job(const Case& c, Random& r) {
 
     const double roundoff = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
     std::vector<double> given(c.inputs()), terms(c.inputs()), first(channels), second(channels),
-        size(channels);
+        size(2 * channels);
     const auto value = [&](const Array& from, int64_t i) { return format.value(from.get(i)); };
     for (int64_t o = 0; o < c.outputs(); ++o) {
         const int64_t k = o % channels, ow = o / channels % p.w.out;
@@ -143,7 +143,8 @@ void check_job(const Case& c, Random& r) {
         if (from < 0) continue;
         const double g = value(*grad, o), d = value(*x, from) - center[k];
         given[from] += g, terms[from] += std::abs(g);
-        first[k] += g, second[k] += g * d, size[k] += std::abs(g) * (1 + std::abs(d));
+        first[k] += g, second[k] += g * d;
+        size[k] += std::abs(g), size[channels + k] += std::abs(g) * (1 + std::abs(d));
     }
 
     job.pool.src = grad->data.get(), job.pool.places_in = places.data.get();
@@ -157,7 +158,7 @@ void check_job(const Case& c, Random& r) {
         for (int64_t band = 0; band < bands; ++band) found += sums[band * 2 * channels + i];
         const int64_t k = i % channels;
         const double wanted = i < channels ? first[k] : second[k];
-        check("sum", i, found, wanted, std::isfinite(wanted) ? 300 * roundoff * size[k] : -1);
+        check("sum", i, found, wanted, std::isfinite(wanted) ? 300 * roundoff * size[i] : -1);
     }
 
     run(c, job, StemStep::Backward, p.in_rows(), r);
