@@ -112,7 +112,8 @@ def run(args: argparse.Namespace, device: str = "cuda") -> int:
     if device == "cuda" and not torch.cuda.is_available():
         console.print("[red]There is no GPU that PyTorch can use, so nothing is measured.[/]")
         return 2
-    torch.backends.cudnn.benchmark = True  # eager at its best
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True  # eager at its best
     start = perf_counter()
     with torch.device(device):
         found = Run(_facts(device))
