@@ -33,9 +33,9 @@ _MANY_PLACES = 2**30
 
 
 def places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
+    """What the places of the maxima over ``windows`` are kept in."""
     if indices:
         return torch.int64
-    """What the places of the maxima over ``windows`` are kept in."""
     sizes = windows.kernel_size
     if windows.adaptive:
         spatial = input.shape[input.dim() - len(windows.output_size) :]
