@@ -1,20 +1,29 @@
-"""Builds the native extension; everything else is in pyproject.toml.
+"""Builds the native libraries; everything else is in pyproject.toml.
 
-The kernels (csrc/cpu/*_kernels.cpp) are compiled once for each instruction set, the rest once.
-Without a C++ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without its native part and
-runs on PyTorch's operators.
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp, compiled once for each instruction set). Without a C++
+compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
+operators.
+
+_cuda has the GPU's (csrc/cuda). It is built where nvcc is found (CUDACXX, CUDA_HOME or PATH) and PyTorch is
+one for CUDA. POOLING_EXT_CUDA=0 leaves it out, =1 makes it an error that it cannot be built;
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the architectures.
+
+`python setup.py cuda_on_cpu [--sanitize]` makes the same sources into a library that runs on the CPU, for
+tests.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -24,82 +33,251 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # or errno. No contraction, so that every instruction set computes the same bits.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
+#: Compiled for by default, as far as nvcc knows them; the newest as PTX too, for what comes after it.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ISAS = {"baseline": []}
 if X86:
     ISAS["avx2"] = ["-march=x86-64-v3"]
     ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
 
-def sources():
-    """(source, flags of its own, name of its object file) for everything that is compiled."""
-    for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp")):
+class Object(NamedTuple):
+    """Something to compile: the source, its object file's name, the compiler, and flags of its own."""
+
+    source: Path
+    name: str
+    rule: str = "cxx"
+    flags: tuple[str, ...] = ()
+
+
+def glob(*patterns):
+    return [path for pattern in patterns for path in sorted(ROOT.glob(f"csrc/{pattern}"))]
+
+
+def cpu_objects():
+    for path in glob("*.cpp", "ops/*.cpp", "cpu/*.cpp"):
         if not path.stem.endswith("_kernels"):
-            yield path, [], path.stem
+            yield Object(path, path.stem)
             continue
         for isa, flags in ISAS.items():
-            yield path, [f"-DPOOLING_EXT_ISA={isa}", *flags], f"{path.stem}_{isa}"
+            yield Object(path, f"{path.stem}_{isa}", flags=(f"-DPOOLING_EXT_ISA={isa}", *flags))
 
 
-def settings():
-    """Compiler flags and linker flags that come from Python, pybind11 and PyTorch."""
+def cuda_objects(rule="nvcc", define=("-DPOOLING_EXT_CUDA", "-DUSE_CUDA")):
+    """The launchers, by the C++ compiler, and the kernels."""
+    for path in glob("ops/*.cpp", "cuda/*.cpp"):
+        yield Object(path, f"cuda_{path.stem}", flags=define)
+    for path in glob("cuda/*.cu"):
+        yield Object(path, f"cuda_{path.stem}_kernels", rule)
+
+
+# --- compilers -----------------------------------------------------------------------------------
+
+
+def cxx():
+    return os.environ.get("CXX") or "g++"
+
+
+def asked(name):
+    """What the environment says of an option: True, False, or None for nothing."""
+    value = os.environ.get(name, "")
+    return None if value == "" else value != "0"
+
+
+def torch_folder():
+    import torch
+
+    return Path(torch.__file__).parent
+
+
+def cxx_flags():
+    """Flags that come from Python, pybind11 and PyTorch."""
     import pybind11
     import torch
 
-    torch_dir = Path(torch.__file__).parent
     major, minor = TORCH_TARGET
     flags = [f"-I{ROOT / 'csrc'}"]
-    for folder in (torch_dir / "include", pybind11.get_include(), sysconfig.get_paths()["include"]):
+    for folder in (torch_folder() / "include", pybind11.get_include(), sysconfig.get_paths()["include"]):
         flags += ["-isystem", str(folder)]
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     flags += [
         f'-DPOOLING_EXT_TORCH_TARGET="{major}.{minor}"',
         f'-DPOOLING_EXT_BUILD_TORCH="{torch.__version__}"',
     ]
-    if X86:
-        flags += ["-DPOOLING_EXT_X86"]
-    return flags, [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
+    return FLAGS + flags + (["-DPOOLING_EXT_X86"] if X86 else [])
+
+
+def torch_libraries(*names):
+    return [f"-L{torch_folder() / 'lib'}", *(f"-l{name}" for name in ("torch_cpu", *names, "c10"))]
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("CUDACXX"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+class Toolkit:
+    """The CUDA toolkit of an nvcc: which may be a script elsewhere, and lack parts that PyTorch's packages have."""
+
+    def __init__(self, nvcc):
+        self.nvcc = nvcc
+        said = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+        )
+        tops = re.findall(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)
+        top = Path(tops[0].strip()) if tops else Path(nvcc).resolve().parents[1]
+        packages = sorted(torch_folder().parent.glob("nvidia/cu*"))
+        self.roots = [top, *top.glob("targets/*"), *packages]
+
+    def include_flags(self):
+        if any((root / "include" / "cuda_bf16.h").exists() for root in self.roots[:2]):
+            return []
+        return [
+            f"-I{root / 'include'}" for root in self.roots if (root / "include" / "cuda_bf16.h").exists()
+        ][:1]
+
+    def runtime(self):
+        """What links the CUDA runtime: its own copy, so that PyTorch's need not be the same."""
+        for root in self.roots:
+            for folder in ("lib64", "lib"):
+                if (root / folder / "libcudart_static.a").exists():
+                    return [str(root / folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+        raise SystemExit(
+            f"pooling_ext: libcudart_static.a is in none of {[str(root) for root in self.roots]}"
+        )
+
+    def architectures(self):
+        """The architectures to compile for, as (number, whether as PTX too)."""
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
+        if wanted.strip(";"):
+            named = [name for name in wanted.split(";") if name]
+            return [(name.removesuffix("+PTX").replace(".", ""), name.endswith("+PTX")) for name in named]
+        listed = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+        numbers = [name.replace(".", "") for name in ARCHITECTURES]
+        numbers = [number for number in numbers if f"sm_{number}" in listed.split()]
+        return [(number, number == numbers[-1]) for number in numbers]
+
+    def flags(self):
+        flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc'}", f"-ccbin={cxx()}", *self.include_flags()]
+        for number, ptx in self.architectures():
+            flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+            flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
+        return flags
+
+    def describe(self):
+        names = [f"{number[:-1]}.{number[-1]}" + "+PTX" * ptx for number, ptx in self.architectures()]
+        return [f'-DPOOLING_EXT_CUDA_ARCHITECTURES="{";".join(names)}"']
+
+
+# --- ninja ---------------------------------------------------------------------------------------
+
+
+def run_ninja(folder, target, objects, rules, libraries):
+    """Compile ``objects`` by the commands in ``rules`` and link them, in parallel and only what has changed."""
+
+    def quote(words):
+        return shlex.join(map(str, words)).replace("$", "$$")
+
+    def escape(path):
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for rule, command in rules.items():
+        lines += [f"rule {rule}", f"  command = {quote(command)} -MD -MF $out.d $own -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
+    lines += ["rule link", f"  command = {cxx()} -shared $in {quote(libraries)} -o $out"]
+    for source, name, rule, flags in objects:
+        lines += [f"build {name}.o: {rule} {escape(source)}", f"  own = {quote(flags)}"]
+    linked = " ".join(f"{name}.o" for _, name, _, _ in objects)
+    lines += [f"build {escape(target)}: link {linked}", f"default {escape(target)}"]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
 
 
 class NinjaBuild(build_ext):
-    """Compiles through ninja: in parallel, and only what has changed."""
+    """Builds both libraries in build/, which outlives pip's own build folder."""
 
     def build_extension(self, ext):
-        compiler = os.environ.get("CXX") or "g++"
-        flags, libraries = settings()
-        build = ROOT / "build" / "native"  # pip's own build folder is new every time
-        build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        def quote(words):
-            return shlex.join(map(str, words)).replace("$", "$$")
-
-        def escape(path):
-            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-        compile = f"{compiler} -MMD -MF $out.d {quote(FLAGS + flags)} $own -c $in -o $out"
-        lines = ["rule compile", f"  command = {compile}"]
-        lines += ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
-        lines += ["rule link", f"  command = {compiler} -shared $in {quote(libraries)} -o $out"]
-        objects = []
-        for path, own, name in sources():
-            lines += [f"build {name}.o: compile {escape(path)}", f"  own = {quote(own)}"]
-            objects.append(f"{name}.o")
-        lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}"]
-        (build / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+        if not ext.name.endswith("_cuda"):
+            objects = list(cpu_objects())
+            return run_ninja(
+                ROOT / "build/native", target, objects, {"cxx": [cxx(), *cxx_flags()]}, torch_libraries()
+            )
+        toolkit = Toolkit(find_nvcc())
+        rules = {
+            "cxx": [cxx(), *cxx_flags(), *toolkit.describe()],
+            "nvcc": [toolkit.nvcc, *toolkit.flags()],
+        }
+        libraries = [*torch_libraries("torch_cuda"), *toolkit.runtime()]
+        try:
+            run_ninja(ROOT / "build/cuda", target, list(cuda_objects()), rules, libraries)
+        except subprocess.CalledProcessError:
+            if asked("POOLING_EXT_CUDA"):
+                raise
+            print("pooling_ext: the CUDA kernels could not be compiled; going on without", file=sys.stderr)
 
 
-def native_wanted():
-    if os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0"):
-        return False
-    if shutil.which((os.environ.get("CXX") or "g++").split()[0]) is None:
+class CudaOnCpu(Command):
+    """Builds build/cuda_on_cpu.so, or with --sanitize build/cuda_on_cpu_sanitized.so."""
+
+    user_options = [("sanitize", None, "with AddressSanitizer and UndefinedBehaviorSanitizer")]
+    boolean_options = ["sanitize"]
+
+    def initialize_options(self):
+        self.sanitize = False
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        stand_in = ROOT / "tests" / "cuda_on_cpu"
+        define = ("-DPOOLING_EXT_CUDA", "-DPOOLING_EXT_CUDA_ON_CPU")
+        objects = list(cuda_objects("cxx", define))
+        objects = [o._replace(flags=define if o.source.suffix == ".cpp" else ("-x", "c++")) for o in objects]
+        objects += [Object(stand_in / "cuda_on_cpu.cpp", "cuda_on_cpu")]
+        flags = [flag for flag in cxx_flags() if flag != "-O3"] + ["-O1", f"-I{stand_in}"]
+        sanitizers = (
+            ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if self.sanitize else []
+        )
+        name = "cuda_on_cpu_sanitized" if self.sanitize else "cuda_on_cpu"
+        rules = {"cxx": [cxx(), *flags, *sanitizers]}
+        target = ROOT / "build" / f"{name}.so"
+        run_ninja(ROOT / "build" / name, target, objects, rules, [*torch_libraries(), *sanitizers])
+
+
+# --- what there is to build ----------------------------------------------------------------------
+
+
+def extensions():
+    if asked("POOLING_EXT_NO_NATIVE"):
+        return []
+    if shutil.which(cxx().split()[0]) is None:
         print("pooling_ext: no C++ compiler found; installing without native kernels", file=sys.stderr)
-        return False
-    return True
+        return []
+    found = [Extension("pooling_ext._C", sources=[])]
+    if asked("POOLING_EXT_CUDA") is not False:
+        why_not = cuda_why_not()
+        if why_not and asked("POOLING_EXT_CUDA"):
+            raise SystemExit(f"pooling_ext: POOLING_EXT_CUDA=1, but {why_not}")
+        if not why_not:
+            found.append(Extension("pooling_ext._cuda", sources=[], optional=True))
+    return found
 
 
-setup(
-    ext_modules=[Extension("pooling_ext._C", sources=[])] if native_wanted() else [],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def cuda_why_not():
+    if find_nvcc() is None:
+        return "there is no nvcc"
+    try:
+        if not (torch_folder() / "lib" / "libtorch_cuda.so").exists():
+            return "PyTorch was built without CUDA"
+    except ImportError:  # metadata is asked for before the requirements are installed
+        return None
+    return None
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "cuda_on_cpu": CudaOnCpu})

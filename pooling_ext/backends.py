@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
-from . import _native, triton
+from . import _native, cuda, triton
 from .errors import ArgumentError
 
 
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """What a backend may look at when it decides."""
 
     op: str
-    device: str
+    device: torch.device
     dtype: torch.dtype
     layout: torch.layout
     tensor_type: type
@@ -41,7 +41,7 @@ class Backend:
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
-_dtypes: dict[str, dict[str, frozenset[torch.dtype]]] = {"cpu": {}, "triton": {}}
+_dtypes: dict[str, dict[str, frozenset[torch.dtype]]] = {"cpu": {}, "cuda": {}, "triton": {}}
 
 
 def register(op: str, **dtypes: frozenset[torch.dtype]) -> None:
@@ -61,15 +61,34 @@ def _not_ours(call: Call) -> str | None:
 def _cpu_why_not(call: Call) -> str | None:
     if _native.module is None:
         return _native.why_not
-    if call.device not in ("cpu", "meta"):
+    if call.device.type not in ("cpu", "meta"):
         return f"the input is on {call.device}"
     if call.dtype not in _dtypes["cpu"].get(call.op, ()):
         return f"{call.op} has no CPU kernel for {call.dtype}"
     return _not_ours(call)
 
 
+def _on_a_gpu(call: Call, name: str) -> bool:
+    """Whether the GPU backend ``name`` may take the call: on a GPU, or where it stands in for the CPU's."""
+    return call.device.type in ("cuda", "meta") or (call.device.type == "cpu" and _on_cpu == name)
+
+
+def _cuda_why_not(call: Call) -> str | None:
+    if not _on_a_gpu(call, "cuda"):
+        return f"the input is on {call.device}"
+    if (why_not := cuda.why_not()) is not None:
+        return why_not
+    if call.device.type == "cuda" and (why_not := cuda.device_why_not(call.device.index or 0)) is not None:
+        return why_not
+    if call.op in TRITON_FIRST and _forced is None and triton.why_not() is None:
+        return "Triton's kernel is the faster one"
+    if call.dtype not in _dtypes["cuda"].get(call.op, ()):
+        return f"{call.op} has no CUDA kernel for {call.dtype}"
+    return _not_ours(call)
+
+
 def _triton_why_not(call: Call) -> str | None:
-    if call.device not in ("cuda", "meta") and not (call.device == "cpu" and _interpreting is not None):
+    if not _on_a_gpu(call, "triton"):
         return f"the input is on {call.device}"
     if (why_not := triton.why_not()) is not None:
         return why_not
@@ -79,13 +98,19 @@ def _triton_why_not(call: Call) -> str | None:
 
 
 CPU = Backend("cpu", _cpu_why_not)
+CUDA = Backend("cuda", _cuda_why_not)
 TRITON = Backend("triton", _triton_why_not)
 ATEN = Backend("aten", lambda call: None)
-BACKENDS: tuple[Backend, ...] = (CPU, TRITON, ATEN)
+BACKENDS: tuple[Backend, ...] = (CPU, CUDA, TRITON, ATEN)
+#: The operators of which Triton's kernels are to be taken where there are CUDA's too, because they were measured
+#: to be faster. No measurement has been made.
+TRITON_FIRST: frozenset[str] = frozenset()
 
-_gpu_library = torch.library.Library("pooling_ext", "IMPL")
-#: Holds Triton's kernels in the place of the CPU's while they are asked for and interpreted.
-_interpreting: torch.library.Library | None = None
+#: Triton's kernels on GPUs, of the operators that have no other or of which they are wanted.
+_gpu_library: torch.library.Library | None = None
+#: The kernels of a GPU backend in the CPU kernels' place, and that backend's name.
+_cpu_library: torch.library.Library | None = None
+_on_cpu: str | None = None
 _forced: str | None = None
 _decisions: dict[tuple, Backend] = {}  # by what `choose` looks at
 _recorded: list[Decision] | None = None
@@ -142,7 +167,7 @@ def choose(op: str, input: torch.Tensor) -> Backend:
         backend = _decisions.get(key)
         if backend is not None:
             return backend
-    backend, declined = _decide(Call(op, input.device.type, input.dtype, input.layout, type(input)))
+    backend, declined = _decide(Call(op, input.device, input.dtype, input.layout, type(input)))
     if is_compiling():
         return backend
     if _recorded is not None:
@@ -164,17 +189,47 @@ def _check_name(name: str | None) -> None:
 
 
 def _force(name: str | None) -> None:
-    global _forced, _interpreting
+    global _forced
     _check_name(name)
     _forced = name
     _decisions.clear()
-    interpret = name == "triton" and triton.interpreted()
-    if interpret and _interpreting is None:
-        _interpreting = torch.library.Library("pooling_ext", "IMPL")
-        triton.register(_interpreting, "CPU")
-    elif not interpret and _interpreting is not None:
-        _interpreting._destroy()
-        _interpreting = None
+    _wire_gpu()
+    _wire_cpu()
+
+
+def _wire_gpu() -> None:
+    """Register Triton's kernels for GPUs: the CUDA ones have registered themselves, and later ones go before."""
+    global _gpu_library
+    if _gpu_library is not None:
+        _gpu_library._destroy()
+    _gpu_library = torch.library.Library("pooling_ext", "IMPL")
+    for op in triton.MODULES:
+        ours = op in cuda.OPERATORS and cuda.why_not() is None and not cuda.on_cpu()
+        if not ours or _forced == "triton" or (_forced is None and op in TRITON_FIRST):
+            triton.register(_gpu_library, "CUDA", op)
+
+
+def _wire_cpu() -> None:
+    """Put the kernels of a GPU backend in the CPU kernels' place where it is asked for and can run there."""
+    global _cpu_library, _on_cpu
+    wanted = None
+    if (_forced == "triton" and triton.interpreted()) or (_forced == "cuda" and cuda.on_cpu()):
+        wanted = _forced
+    if wanted == _on_cpu:
+        return
+    if _cpu_library is not None:
+        _cpu_library._destroy()
+        _cpu_library = None
+    _on_cpu = wanted
+    if wanted is None:
+        return
+    _cpu_library = torch.library.Library("pooling_ext", "IMPL")
+    for op, operators in triton.MODULES.items():
+        if wanted == "triton":
+            triton.register(_cpu_library, "CPU", op)
+            continue
+        for operator in operators if op in cuda.OPERATORS else ():
+            _cpu_library.impl(operator, cuda.stand_in(operator), "CPU", allow_override=True)
 
 
 @contextmanager
@@ -185,7 +240,7 @@ def use_backend(name: str) -> Iterator[None]:
     environment sets it from the start.
 
     Args:
-        name: "aten", "cpu" or "triton" (which takes CPU tensors where ``TRITON_INTERPRET=1`` is set).
+        name: "aten", "cpu", "cuda" or "triton" (which takes CPU tensors where ``TRITON_INTERPRET=1`` is set).
 
     Raises:
         ArgumentError: there is no backend of that name.
@@ -221,5 +276,4 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         _recorded = before
 
 
-triton.register(_gpu_library, "CUDA")
 _force(os.environ.get("POOLING_EXT_BACKEND") or None)

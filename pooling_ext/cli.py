@@ -67,7 +67,7 @@ def _isa(name: str) -> str:
 
 def _availability(backend: backends.Backend) -> str:
     """Whether ``backend`` takes an ordinary call, and if not, why."""
-    call = backends.Call("max_pool", "cpu", torch.float32, torch.strided, torch.Tensor)
+    call = backends.Call("max_pool", torch.device("cpu"), torch.float32, torch.strided, torch.Tensor)
     reason = backend.why_not(call)
     forced = os.environ.get("POOLING_EXT_BACKEND")
     if reason is None and forced and backend.name not in (forced, "aten"):

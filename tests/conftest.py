@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
+    # The CUDA kernels as a library for the CPU, which `make test` builds.
+    if (stand_in := Path(__file__).parents[1] / "build" / "cuda_on_cpu.so").exists():
+        os.environ.setdefault("POOLING_EXT_CUDA_ON_CPU", str(stand_in))
 
 with warnings.catch_warnings():
     # Without the native kernels the import warns; test_backends.py checks that it does.
@@ -20,7 +24,7 @@ with warnings.catch_warnings():
     from helpers import require_native
 
     import pooling_ext
-    from pooling_ext import _native, chains, triton
+    from pooling_ext import _native, chains, cuda, triton
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
@@ -102,6 +106,10 @@ def backend(request: pytest.FixtureRequest):
         return
     if name == "cpu":
         require_native()
+    if name == "cuda" and cuda.why_not() is not None:
+        pytest.skip(f"needs the CUDA kernels: {cuda.why_not()}")
+    if name == "cuda" and cuda.on_cpu() == (device == "cuda"):
+        pytest.skip("the CUDA kernels are those of a GPU, or stand in for it, in the whole process")
     if name == "triton" and find_spec("triton") is None:
         pytest.skip("needs Triton")
     if name == "triton" and triton.interpreted() == (device == "cuda"):

@@ -21,14 +21,11 @@ from pooling_ext import _native
 from pooling_ext.testing.reference import axis_places
 from pooling_ext.windows import Windows, fixed_windows
 
-#: Parametrises a test with the backends; "triton" is its interpreter on the CPU.
-BACKENDS = pytest.mark.parametrize(
-    "backend", ["cpu", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
-)
+_ON_GPU = [pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+#: Parametrises a test with the backends; "cuda" and "triton" are what stands in for a GPU on the CPU.
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", *_ON_GPU], indirect=True)
 #: The same for what PyTorch's operators do too where there are no compiled kernels ("default").
-POOLING_BACKENDS = pytest.mark.parametrize(
-    "backend", ["default", "triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
-)
+POOLING_BACKENDS = pytest.mark.parametrize("backend", ["default", "cuda", "triton", *_ON_GPU], indirect=True)
 RANKS = (1, 2, 3)
 NATIVE = _native.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
@@ -67,7 +64,9 @@ def sweep(**axes: Sequence[Any]) -> pytest.MarkDecorator:
         pytest.param(backend, *case, id="-".join([backend, *map(case_id, case)]), marks=marks)
         for backend, marks, cases in (
             ("default", (), every),
+            ("cuda", (), every),
             ("triton", (), [case for i, case in enumerate(few) if case not in few[:i]]),
+            ("cuda-cuda", pytest.mark.gpu, every),
             ("triton-cuda", pytest.mark.gpu, every),
         )
         for case in cases

@@ -16,59 +16,60 @@ namespace pooling_ext {
 POOLING_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The windows along one spatial axis. A window has `kernel` places; place c of window o lies at
-// position start(o) + c * dilation, which may be outside [0, in).
-struct Axis {
-    int64_t in = 1;
-    int64_t out = 1;
-    int64_t kernel = 1;  // adaptive: an upper bound, the size of no window is larger
-    int64_t stride = 1;
-    int64_t pad_before = 0;
-    int64_t pad_after = 0;
-    int64_t dilation = 1;
+// position start(o) + c * dilation, which may be outside [0, in). GPUs count in 32 bits.
+template <class Int>
+struct AxisOf {
+    Int in = 1;
+    Int out = 1;
+    Int kernel = 1;  // adaptive: an upper bound, the size of no window is larger
+    Int stride = 1;
+    Int pad_before = 0;
+    Int pad_after = 0;
+    Int dilation = 1;
     bool adaptive = false;  // windows of unequal size, cut from [0, in)
 
-    POOLING_EXT_INLINE int64_t start(int64_t o) const {
-        return adaptive ? o * in / out : o * stride - pad_before;
+    POOLING_EXT_INLINE Int start(Int o) const {
+        return adaptive ? scaled(o, in, out) : o * stride - pad_before;
     }
 
     // One past the last place of window o, clipped or not.
-    POOLING_EXT_INLINE int64_t places(int64_t o) const {
-        return adaptive ? ceil_div((o + 1) * in, out) - start(o) : kernel;
+    POOLING_EXT_INLINE Int places(Int o) const {
+        return adaptive ? scaled_up(o + 1, in, out) - start(o) : kernel;
     }
 
     // The places of window o that lie inside the input are [first(o), end(o)).
-    POOLING_EXT_INLINE int64_t first(int64_t o) const {
-        const int64_t s = start(o);
+    POOLING_EXT_INLINE Int first(Int o) const {
+        const Int s = start(o);
         return s >= 0 ? 0 : steps(-s);
     }
 
-    POOLING_EXT_INLINE int64_t end(int64_t o) const {
-        const int64_t room = in - start(o);
-        const int64_t inside = room > 0 ? steps(room) : 0;
-        const int64_t all = places(o);
+    POOLING_EXT_INLINE Int end(Int o) const {
+        const Int room = in - start(o);
+        const Int inside = room > 0 ? steps(room) : 0;
+        const Int all = places(o);
         return inside < all ? inside : all;
     }
 
     // How many steps of the dilation cover a distance. Divisions are slow, and most have no need.
-    POOLING_EXT_INLINE int64_t steps(int64_t distance) const {
+    POOLING_EXT_INLINE Int steps(Int distance) const {
         return dilation == 1 ? distance : ceil_div(distance, dilation);
     }
 
     // The outputs whose windows may hold input i are [first_output(i), end_output(i)).
-    POOLING_EXT_INLINE int64_t first_output(int64_t i) const {
-        if (adaptive) return i * out / in;
-        const int64_t over = i + pad_before - dilation * (kernel - 1);
+    POOLING_EXT_INLINE Int first_output(Int i) const {
+        if (adaptive) return scaled(i, out, in);
+        const Int over = i + pad_before - dilation * (kernel - 1);
         return over <= 0 ? 0 : ceil_div(over, stride);
     }
 
-    POOLING_EXT_INLINE int64_t end_output(int64_t i) const {
-        const int64_t last = adaptive ? ceil_div((i + 1) * out, in) : (i + pad_before) / stride + 1;
+    POOLING_EXT_INLINE Int end_output(Int i) const {
+        const Int last = adaptive ? scaled_up(i + 1, out, in) : (i + pad_before) / stride + 1;
         return last < out ? last : out;
     }
 
     // The place of input i in window o, or -1 where dilation steps over it.
-    POOLING_EXT_INLINE int64_t place(int64_t o, int64_t i) const {
-        const int64_t offset = i - start(o);
+    POOLING_EXT_INLINE Int place(Int o, Int i) const {
+        const Int offset = i - start(o);
         if (dilation == 1) return offset >= 0 && offset < places(o) ? offset : -1;
         return offset >= 0 && offset % dilation == 0 && offset / dilation < places(o)
                    ? offset / dilation
@@ -76,11 +77,11 @@ struct Axis {
     }
 
     // How many elements the average over window o divides by.
-    POOLING_EXT_INLINE int64_t count(int64_t o, bool include_pad) const {
-        int64_t low = start(o);
-        int64_t high = low + places(o);
-        const int64_t bottom = include_pad ? -pad_before : 0;
-        const int64_t top = include_pad ? in + pad_after : in;
+    POOLING_EXT_INLINE Int count(Int o, bool include_pad) const {
+        Int low = start(o);
+        Int high = low + places(o);
+        const Int bottom = include_pad ? -pad_before : 0;
+        const Int top = include_pad ? in + pad_after : in;
         low = low < bottom ? bottom : low;
         high = high > top ? top : high;
         return high - low;
@@ -95,7 +96,16 @@ struct Axis {
     POOLING_EXT_INLINE bool whole() const {
         return out == 1 && start(0) == 0 && dilation == 1 && places(0) == in && pad_after == 0;
     }
+
+    // a * b / c, and the same rounded up; the product may need 64 bits.
+    static POOLING_EXT_INLINE Int scaled(Int a, Int b, Int c) { return Int(int64_t(a) * b / c); }
+    static POOLING_EXT_INLINE Int scaled_up(Int a, Int b, Int c) {
+        return Int(pooling_ext::ceil_div(int64_t(a) * b, int64_t(c)));
+    }
+    static POOLING_EXT_INLINE Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 };
+
+using Axis = AxisOf<int64_t>;
 
 // A tensor seen as [outer, d, h, w, channels], dense: the contiguous format has every plane in
 // `outer` and one channel, the channels-last formats have the batch in `outer`.

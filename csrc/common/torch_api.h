@@ -12,12 +12,13 @@
 #include <tuple>
 #include <vector>
 
+#include "common/windows.h"
+
 namespace pooling_ext {
 
 using Tensor = torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 using MemoryFormat = torch::headeronly::MemoryFormat;
-using Ints = std::vector<int64_t>;
 
 using torch::stable::parallel_for;
 
@@ -61,9 +62,15 @@ inline bool is_dense(const Tensor& x, bool channels_last) {
     return true;
 }
 
-// An uninitialised CPU tensor. The direct call, where torch::stable::empty would look the
-// operator up by its name.
-inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last) {
+// Where a tensor's memory is.
+struct Memory {
+    int32_t type = aoti_torch_device_type_cpu();
+    int32_t index = 0;
+};
+
+// An uninitialised tensor. The direct call, where torch::stable::empty would look the operator up
+// by its name.
+inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last, Memory memory = {}) {
     const int64_t dims = static_cast<int64_t>(sizes.size());
     Ints strides(sizes.size());
     int64_t stride = 1;
@@ -76,8 +83,8 @@ inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last) {
         if (!channels_last || axis != 1) next(axis);
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dims, sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), code,
+                                                           memory.type, memory.index, &handle));
     return Tensor(handle);
 }
 

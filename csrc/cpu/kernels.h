@@ -4,11 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/pooling.h"
+#include "common/pool_job.h"
 
 namespace pooling_ext {
-
-enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int64, UInt8 };
 
 // Windows too wide for a pass over the row for each column are reduced one by one.
 constexpr int64_t kWideWindow = 16;
@@ -19,28 +17,14 @@ constexpr int64_t kGatherWindow = 27;
 // How many planes max pooling's backward scatters to at a time in channels-last.
 constexpr int64_t kScatterChannels = 32;
 
-// How the winner of a max-pool window is remembered: not at all, as its offset in the window
-// (a byte or an int32), or as its index in the plane.
-enum class Places { None, Byte, Int32, Index };
-
-struct Job {
-    PoolParams p;
-    const void* src = nullptr;        // forward: the input; backward: the gradient of the output
-    void* dst = nullptr;              // forward: the output; backward: the gradient of the input
-    void* places_out = nullptr;       // max forward
-    const void* places_in = nullptr;  // max backward
+// A job with what the CPU's planning adds to it.
+struct Job : PoolJob {
     // Max backward: a row is a whole plane, or kScatterChannels planes in channels-last.
     bool by_plane = false;
     // If not 0: there are `planes` small planes, of which `p` describes `block`, as channels, and
     // a row is such a block (see interleave.h).
     int64_t block = 0;
     int64_t planes = 0;
-    // Averages divide by the window's count unless `divisor` is not 0.
-    bool count_include_pad = true;
-    int64_t divisor = 0;
-    // Lp: the norm, at least 1, and whether |x| is pooled.
-    int norm = 0;
-    bool magnitude = false;
 };
 
 // Computes rows [begin, end): output rows in a forward pass, input rows in a backward pass.

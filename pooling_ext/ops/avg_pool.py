@@ -20,7 +20,7 @@ from . import _library
 from ._dispatch import public
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-backends.register("avg_pool", cpu=FLOATS, triton=FLOATS)
+backends.register("avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 _avg_pool_forward = _library.define(
     "avg_pool(Tensor input, {windows}, bool count_include_pad, int? divisor_override)",

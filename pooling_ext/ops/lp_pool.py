@@ -24,7 +24,7 @@ from ._dispatch import public
 from .avg_pool import FLOATS, avg_pool, spread
 from .max_pool import max_pool
 
-backends.register("lp_pool", cpu=FLOATS, triton=FLOATS)
+backends.register("lp_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 #: The norms 1 to this one have kernels.
 _LARGEST_KERNEL_NORM = 3

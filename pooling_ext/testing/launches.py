@@ -182,7 +182,8 @@ def recorded_on_meta() -> Iterator[list[Launch]]:
 
     library = torch.library.Library("pooling_ext", "IMPL")
     try:
-        triton.register(library, "Meta")
+        for module in triton.MODULES:
+            triton.register(library, "Meta", module)
         with use_backend("triton"), watched(record):
             yield launches
     finally:

@@ -57,11 +57,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def register(library: torch.library.Library, dispatch_key: str) -> None:
-    """Give ``library`` our kernel of every operator under ``dispatch_key``, in place of any that is there."""
-    for module, operators in MODULES.items():
-        for name in operators:
-            library.impl(name, _Kernel(module, name), dispatch_key, allow_override=True)
+def register(library: torch.library.Library, dispatch_key: str, module: str) -> None:
+    """Give ``library`` the kernels in ``module`` under ``dispatch_key``, in place of any that are there."""
+    for name in MODULES[module]:
+        library.impl(name, _Kernel(module, name), dispatch_key, allow_override=True)
 
 
 class _Kernel:

@@ -1,6 +1,6 @@
-// Launchers of average pooling on the CPU. The operators are defined in
+// Launchers of average pooling, for each device. The operators are defined in
 // pooling_ext/ops/avg_pool.py.
-#include "cpu/launch.h"
+#include "common/forward_call.h"
 
 namespace pooling_ext {
 namespace {
@@ -10,7 +10,8 @@ Tensor avg_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints st
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.count_include_pad = count_include_pad;
     call.job.divisor = divisor_override.value_or(0);
-    return call.launch(kernels().avg_pool(dtype_of(input)), true);
+    if (call.any()) call.device.avg_pool(call.job, dtype_of(input));
+    return call.output;
 }
 
 Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last, Ints output_size,
@@ -20,24 +21,22 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
     STD_TORCH_CHECK(sizes_of(grad) == output_sizes(input_size, windows),
                     "pooling_ext: grad must have the output's size");
     const Tensor dense_grad = dense(grad, channels_last);
-    Tensor result = empty(input_size, grad.scalar_type(), channels_last);
-    Job job;
+    Device device(grad);
+    Tensor result = device.empty(input_size, grad.scalar_type(), channels_last);
+    PoolJob job;
     job.p = params_of(input_size, windows, channels_last);
     job.src = dense_grad.data_ptr();
     job.dst = result.data_ptr();
     job.count_include_pad = count_include_pad;
     job.divisor = divisor_override.value_or(0);
-    if (result.numel() > 0) {
-        const Rows rows = plan_avg_backward(job, grad.element_size());
-        launch(kernels().avg_pool_backward(dtype_of(grad)), job, rows);
-    }
+    if (result.numel() > 0) device.avg_pool_backward(job, dtype_of(grad));
     return result;
 }
 
 }  // namespace
 }  // namespace pooling_ext
 
-STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("avg_pool", TORCH_BOX(&pooling_ext::avg_pool));
     m.impl("avg_pool_backward", TORCH_BOX(&pooling_ext::avg_pool_backward));
 }

@@ -1,6 +1,6 @@
-// Launcher of power-average pooling on the CPU. The operator is defined in
+// Launcher of power-average pooling, for each device. The operator is defined in
 // pooling_ext/ops/lp_pool.py.
-#include "cpu/launch.h"
+#include "common/forward_call.h"
 
 namespace pooling_ext {
 namespace {
@@ -11,12 +11,13 @@ Tensor lp_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints str
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.norm = static_cast<int>(norm_type);
     call.job.magnitude = safe;
-    return call.launch(kernels().lp_pool(dtype_of(input)));
+    if (call.any()) call.device.lp_pool(call.job, dtype_of(input));
+    return call.output;
 }
 
 }  // namespace
 }  // namespace pooling_ext
 
-STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("lp_pool", TORCH_BOX(&pooling_ext::lp_pool));
 }

@@ -1,0 +1,94 @@
+"""Loads the CUDA kernels, or says why they are not there.
+
+They register themselves with PyTorch's dispatcher when their library is loaded. With ``POOLING_EXT_CUDA_ON_CPU``
+naming the library that ``python setup.py cuda_on_cpu`` builds, the same sources run on the CPU instead, for
+tests; ``use_backend("cuda")`` then puts them in the CPU kernels' place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+#: The operators that have CUDA kernels, as ``triton.MODULES`` names them.
+OPERATORS = frozenset(("avg_pool", "lp_pool", "max_pool"))
+#: The library that stands in for a GPU's, if one was asked for.
+ON_CPU = os.environ.get("POOLING_EXT_CUDA_ON_CPU") or None
+_library: ctypes.CDLL | None = None
+_why_not: str | None = None
+
+
+def _load() -> None:
+    global _library, _why_not
+    if os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0"):
+        _why_not = "POOLING_EXT_NO_NATIVE is set"
+        return
+    path = ON_CPU
+    if path is None:
+        spec = importlib.util.find_spec("pooling_ext._cuda")
+        if spec is None or spec.origin is None:
+            _why_not = "pooling_ext was built without CUDA"
+            return
+        if torch.version.cuda is None:
+            _why_not = "PyTorch was built without CUDA"
+            return
+        path = spec.origin
+    try:
+        _library = ctypes.CDLL(path)
+    except OSError as error:
+        _why_not = f"the CUDA kernels could not be loaded ({error})"
+
+
+_load()
+
+
+def why_not() -> str | None:
+    """Why the CUDA kernels cannot run in this process, or None if they can."""
+    return _why_not
+
+
+def on_cpu() -> bool:
+    """Whether the kernels are to run on the CPU, which takes CPU tensors."""
+    return _library is not None and ON_CPU is not None
+
+
+@cache
+def architectures() -> tuple[str, ...]:
+    """What the kernels were compiled for, in the terms of ``TORCH_CUDA_ARCH_LIST``."""
+    if _library is None:
+        return ()
+    function = _library.pooling_ext_cuda_architectures
+    function.restype = ctypes.c_char_p
+    return tuple(filter(None, function().decode().split(";")))
+
+
+def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
+    """Whether code for ``architectures`` runs on a GPU of compute capability ``capability``."""
+    for name in architectures:
+        major, _, minor = name.removesuffix("+PTX").partition(".")
+        built = (int(major), int(minor))
+        if built <= capability and (built[0] == capability[0] or name.endswith("+PTX")):
+            return True
+    return False
+
+
+@cache
+def device_why_not(index: int) -> str | None:
+    """Why the kernels cannot run on GPU ``index``, or None if they can."""
+    capability = torch.cuda.get_device_capability(index)
+    if runs_on(capability, architectures()):
+        return None
+    return f"the CUDA kernels are for {', '.join(architectures())}, not for {capability[0]}.{capability[1]}"
+
+
+def stand_in(operator: str) -> Callable[..., Any]:
+    """What runs the kernel of ``operator`` on CPU tensors."""
+    overload = getattr(torch.ops.pooling_ext, operator).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+    return lambda *args, **kwargs: overload.redispatch(keys, *args, **kwargs)

@@ -1,0 +1,423 @@
+// The threads of cuda_on_cpu.h, and the counts of their memory accesses.
+#include "cuda_on_cpu.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+// --- settings and counts -------------------------------------------------------------------------
+
+constexpr size_t kSector = 32, kCache = 48 << 10;  // bytes
+
+struct Counts {
+    int64_t launches = 0, blocks = 0, threads = 0;
+    // Bytes that threads ask for; that their warps touch, in whole sectors; and that come from
+    // outside a cache of kCache bytes which each block has to itself. Read, then written.
+    int64_t asked[2] = {}, touched[2] = {}, moved[2] = {};
+};
+
+struct Settings {
+    uint64_t seed = 0;
+    int64_t every = 1;  // runs only one block of so many
+    bool counting = false;
+} settings;
+
+std::mutex mutex;  // of the counts
+std::map<std::string, Counts> counts;
+
+struct Access {
+    unsigned warp, line, column, occurrence, ordinal;
+    bool writes;
+    uintptr_t address;
+    size_t bytes;
+
+    auto instruction() const { return std::tuple(warp, line, column, writes, occurrence); }
+};
+
+// The sectors that were used last.
+class Cache {
+  public:
+    // Whether the sector is new.
+    bool take(uintptr_t sector) {
+        if (const auto found = where_.find(sector); found != where_.end()) {
+            order_.splice(order_.begin(), order_, found->second);
+            return false;
+        }
+        order_.push_front(sector);
+        where_[sector] = order_.begin();
+        if (order_.size() > kCache / kSector) {
+            where_.erase(order_.back());
+            order_.pop_back();
+        }
+        return true;
+    }
+
+  private:
+    std::list<uintptr_t> order_;
+    std::unordered_map<uintptr_t, std::list<uintptr_t>::iterator> where_;
+};
+
+// The accesses of one block, a warp's instruction at a time, the warps in step.
+void count(std::vector<Access>& accesses, Counts& into) {
+    std::map<decltype(Access().instruction()), std::vector<const Access*>> instructions;
+    for (const Access& access : accesses) {
+        into.asked[access.writes] += access.bytes;
+        instructions[access.instruction()].push_back(&access);
+    }
+    std::vector<const std::vector<const Access*>*> order;
+    for (const auto& [key, lanes] : instructions) order.push_back(&lanes);
+    const auto time = [](const std::vector<const Access*>* lanes) {
+        return std::pair((*lanes)[0]->ordinal, (*lanes)[0]->warp);
+    };
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return time(a) < time(b); });
+    Cache caches[2];
+    for (const auto* lanes : order) {
+        std::vector<uintptr_t> sectors;
+        for (const Access* access : *lanes)
+            for (uintptr_t at = access->address / kSector;
+                 at <= (access->address + access->bytes - 1) / kSector; ++at)
+                sectors.push_back(at);
+        std::sort(sectors.begin(), sectors.end());
+        sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
+        const bool writes = (*lanes)[0]->writes;
+        into.touched[writes] += sectors.size() * kSector;
+        for (const uintptr_t sector : sectors)
+            into.moved[writes] += caches[writes].take(sector) ? kSector : 0;
+    }
+}
+
+// --- fibers --------------------------------------------------------------------------------------
+
+constexpr size_t kStack = 256 << 10;
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    unsigned thread = 0;
+};
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+struct Thread {
+    uint3 index;
+    Fiber* fiber = nullptr;
+    unsigned exchanges = 0, accesses = 0;
+    std::vector<std::vector<Copy>> copies;  // in groups, the last one open
+    std::map<std::pair<unsigned, unsigned>, unsigned> occurrences;
+};
+
+struct Warp {
+    unsigned arrived = 0;
+    alignas(16) unsigned char values[2][16 * warpSize];
+};
+
+// Runs the blocks of an OS thread's launches.
+class Machine {
+  public:
+    Machine() { pool_.reserve(1024); }
+
+    void run(const char* kernel, dim3 grid, dim3 block, size_t shared,
+             const std::function<void()>& function) {
+        const unsigned threads = block.x * block.y * block.z;
+        if (threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || grid.x == 0 ||
+            grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || shared > (227 << 10))
+            throw std::runtime_error(std::string("invalid configuration of ") + kernel);
+        gridDim = grid;
+        blockDim = block;
+        function_ = &function;
+        random_.seed(settings.seed);
+        Counts seen;
+        seen.launches = 1;
+        int64_t number = 0;
+        for (unsigned z = 0; z < grid.z; ++z)
+            for (unsigned y = 0; y < grid.y; ++y)
+                for (unsigned x = 0; x < grid.x; ++x) {
+                    if (number++ % settings.every) continue;
+                    blockIdx = {x, y, z};
+                    // Of exactly this size, and never zero by luck.
+                    shared_.reset(shared ? new (std::align_val_t(128)) char[shared] : nullptr);
+                    if (shared) std::memset(shared_.get(), 0xff, shared);
+                    run_block(threads, block, kernel);
+                    seen.blocks += 1;
+                    seen.threads += threads;
+                    if (settings.counting) count(accesses_, seen);
+                    accesses_.clear();
+                }
+        if (!settings.counting) return;
+        const std::lock_guard guard(mutex);
+        Counts& all = counts[kernel];
+        all.launches += seen.launches;
+        all.blocks += seen.blocks;
+        all.threads += seen.threads;
+        for (int i = 0; i < 2; ++i) {
+            all.asked[i] += seen.asked[i];
+            all.touched[i] += seen.touched[i];
+            all.moved[i] += seen.moved[i];
+        }
+    }
+
+    void* shared() { return shared_.get(); }
+
+    void block_barrier() {
+        at_barrier_.push_back(current_);
+        wait();
+    }
+
+    const unsigned char* exchange(unsigned mask, const void* value, size_t bytes,
+                                  const std::function<void(const unsigned char*)>& last) {
+        const unsigned me = current_, lane = me % warpSize;
+        Warp& warp = warps_[me / warpSize];
+        const unsigned left = threads_.size() - me / warpSize * warpSize;
+        if (left < warpSize) mask &= (1u << left) - 1;
+        unsigned char* const values = warp.values[threads_[me].exchanges++ % 2];
+        std::memcpy(values + 16 * lane, value, bytes);
+        warp.arrived |= 1u << lane;
+        if ((warp.arrived & mask) != mask) {
+            ++in_warps_;
+            wait();
+            return values;
+        }
+        if (last) last(values);
+        warp.arrived &= ~mask;
+        for (unsigned other = 0; other < warpSize; ++other)
+            if ((mask >> other & 1) && other != lane) {
+                ready_.push_back(me - lane + other);
+                --in_warps_;
+            }
+        return values;
+    }
+
+    void note(const void* address, size_t bytes, bool writes, const std::source_location& where) {
+        if (!settings.counting) return;
+        Thread& thread = threads_[current_];
+        const unsigned occurrence = thread.occurrences[{where.line(), where.column()}]++;
+        accesses_.push_back({current_ / warpSize, where.line(), where.column(), occurrence,
+                             thread.accesses++, writes, reinterpret_cast<uintptr_t>(address),
+                             bytes});
+    }
+
+    Thread& thread() { return threads_[current_]; }
+
+  private:
+    void run_block(unsigned count, dim3 block, const char* kernel) {
+        threads_.assign(count, {});
+        warps_.assign((count + warpSize - 1) / warpSize, {});
+        order_.resize(count);
+        for (unsigned i = 0; i < count; ++i) {
+            threads_[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+            order_[i] = i;
+        }
+        std::shuffle(order_.begin(), order_.end(), random_);
+        started_ = done_ = in_warps_ = 0;
+        ready_.clear();
+        at_barrier_.clear();
+        while (done_ < count) {
+            const bool start = started_ < count && (ready_.empty() || random_() % 4);
+            if (start) {
+                resume(idle_fiber());
+            } else if (!ready_.empty()) {
+                std::swap(ready_[random_() % ready_.size()], ready_.back());
+                current_ = ready_.back();
+                ready_.pop_back();
+                resume(threads_[current_].fiber);
+            } else if (at_barrier_.size() == count) {
+                ready_.swap(at_barrier_);
+            } else {
+                // The fibers that wait are never run again.
+                idle_.clear();
+                throw std::runtime_error(std::string(kernel) + ": of " + std::to_string(count) +
+                                         " threads " + std::to_string(at_barrier_.size()) +
+                                         " wait at a barrier, " + std::to_string(in_warps_) +
+                                         " for lanes of their warp, and " + std::to_string(done_) +
+                                         " have ended");
+            }
+        }
+    }
+
+    Fiber* idle_fiber() {
+        if (idle_.empty()) {
+            pool_.push_back(std::make_unique<Fiber>());
+            Fiber* fiber = pool_.back().get();
+            fiber->stack.reset(new char[kStack]);
+            getcontext(&fiber->context);
+            fiber->context.uc_stack.ss_sp = fiber->stack.get();
+            fiber->context.uc_stack.ss_size = kStack;
+            fiber->context.uc_link = nullptr;
+            makecontext(&fiber->context, &Machine::enter, 0);
+            return fiber;
+        }
+        Fiber* fiber = idle_.back();
+        idle_.pop_back();
+        return fiber;
+    }
+
+    static void enter();
+
+    void live() {
+        finish_switch();
+        for (;;) {
+            Fiber* const self = fiber_;
+            while (started_ < threads_.size()) {
+                current_ = order_[started_++];
+                threads_[current_].fiber = self;
+                threadIdx = threads_[current_].index;
+                (*function_)();
+                ++done_;
+            }
+            idle_.push_back(self);
+            leave();
+        }
+    }
+
+    void wait() {
+        const unsigned me = current_;
+        leave();
+        current_ = me;
+        threadIdx = threads_[me].index;
+    }
+
+    void resume(Fiber* fiber) {
+        fiber_ = fiber;
+#ifdef __SANITIZE_ADDRESS__
+        void* fake = nullptr;
+        __sanitizer_start_switch_fiber(&fake, fiber->stack.get(), kStack);
+        swapcontext(&main_, &fiber->context);
+        __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+        swapcontext(&main_, &fiber->context);
+#endif
+    }
+
+    void leave() {
+        Fiber* const self = fiber_;
+#ifdef __SANITIZE_ADDRESS__
+        void* fake = nullptr;
+        __sanitizer_start_switch_fiber(&fake, main_stack_, main_size_);
+        swapcontext(&self->context, &main_);
+        __sanitizer_finish_switch_fiber(fake, &main_stack_, &main_size_);
+#else
+        swapcontext(&self->context, &main_);
+#endif
+    }
+
+    void finish_switch() {
+#ifdef __SANITIZE_ADDRESS__
+        __sanitizer_finish_switch_fiber(nullptr, &main_stack_, &main_size_);
+#endif
+    }
+
+    struct Aligned {
+        void operator()(char* memory) const { operator delete[](memory, std::align_val_t(128)); }
+    };
+
+    const std::function<void()>* function_ = nullptr;
+    std::mt19937_64 random_;
+    std::unique_ptr<char[], Aligned> shared_;
+    std::vector<std::unique_ptr<Fiber>> pool_;
+    std::vector<Fiber*> idle_;
+    ucontext_t main_;
+    const void* main_stack_ = nullptr;
+    size_t main_size_ = 0;
+    Fiber* fiber_ = nullptr;  // that runs
+    unsigned current_ = 0;    // the thread that runs
+    std::vector<Thread> threads_;
+    std::vector<Warp> warps_;
+    std::vector<unsigned> order_, ready_, at_barrier_;
+    unsigned started_ = 0, done_ = 0, in_warps_ = 0;
+    std::vector<Access> accesses_;
+};
+
+thread_local Machine machine;
+
+void Machine::enter() { machine.live(); }
+
+}  // namespace
+
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared,
+         const std::function<void()>& thread) {
+    machine.run(kernel, grid, block, shared, thread);
+}
+
+void* dynamic_shared() { return machine.shared(); }
+
+void block_barrier() { machine.block_barrier(); }
+
+const unsigned char* warp_exchange(unsigned mask, const void* value, size_t bytes,
+                                   const std::function<void(const unsigned char*)>& last) {
+    return machine.exchange(mask, value, bytes, last);
+}
+
+void note_access(const void* address, size_t bytes, bool writes,
+                 const std::source_location& where) {
+    machine.note(address, bytes, writes, where);
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+    auto& groups = machine.thread().copies;
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back({to, from, bytes});
+}
+
+void commit_copies() {
+    auto& groups = machine.thread().copies;
+    if (groups.empty()) groups.emplace_back();
+    groups.emplace_back();
+}
+
+void wait_for_copies(unsigned groups_left) {
+    auto& groups = machine.thread().copies;
+    while (groups.size() > groups_left + 1) {
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+        groups.erase(groups.begin());
+    }
+}
+
+}  // namespace cuda_on_cpu
+
+// --- for the tests, through ctypes ---------------------------------------------------------------
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The seed of the order of threads; one block of how many is run; whether accesses are counted.
+EXPORTED void cuda_on_cpu_set(uint64_t seed, int64_t every, bool counting) {
+    cuda_on_cpu::settings = {seed, every, counting};
+}
+
+// A line for each kernel since the last call: its name, then its counts, between tabs.
+EXPORTED const char* cuda_on_cpu_counts() {
+    using namespace cuda_on_cpu;
+    static std::string text;
+    const std::lock_guard guard(mutex);
+    text.clear();
+    for (const auto& [name, c] : counts) {
+        text += name;
+        for (const int64_t value : {c.launches, c.blocks, c.threads, c.asked[0], c.asked[1],
+                                    c.touched[0], c.touched[1], c.moved[0], c.moved[1]})
+            text += "\t" + std::to_string(value);
+        text += "\n";
+    }
+    counts.clear();
+    return text.c_str();
+}
