@@ -119,7 +119,7 @@ def find_nvcc():
 
 
 class Toolkit:
-    """The CUDA toolkit of an nvcc: which may be a script elsewhere, and lack parts that PyTorch's packages have."""
+    """The CUDA toolkit of an nvcc, which may be a script elsewhere and lack what PyTorch's packages have."""
 
     def __init__(self, nvcc):
         self.nvcc = nvcc
@@ -175,7 +175,7 @@ class Toolkit:
 
 
 def run_ninja(folder, target, objects, rules, libraries):
-    """Compile ``objects`` by the commands in ``rules`` and link them, in parallel and only what has changed."""
+    """Compile ``objects`` by the commands in ``rules`` and link them; only what has changed."""
 
     def quote(words):
         return shlex.join(map(str, words)).replace("$", "$$")

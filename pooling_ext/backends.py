@@ -69,7 +69,7 @@ def _cpu_why_not(call: Call) -> str | None:
 
 
 def _on_a_gpu(call: Call, name: str) -> bool:
-    """Whether the GPU backend ``name`` may take the call: on a GPU, or where it stands in for the CPU's."""
+    """Whether the GPU backend ``name`` may take the call, which it also may where it stands in for the CPU."""
     return call.device.type in ("cuda", "meta") or (call.device.type == "cpu" and _on_cpu == name)
 
 
@@ -102,8 +102,8 @@ CUDA = Backend("cuda", _cuda_why_not)
 TRITON = Backend("triton", _triton_why_not)
 ATEN = Backend("aten", lambda call: None)
 BACKENDS: tuple[Backend, ...] = (CPU, CUDA, TRITON, ATEN)
-#: The operators of which Triton's kernels are to be taken where there are CUDA's too, because they were measured
-#: to be faster. No measurement has been made.
+#: The operators of which Triton's kernels are to be taken where there are CUDA's too, because they were
+#: measured to be faster. No measurement has been made.
 TRITON_FIRST: frozenset[str] = frozenset()
 
 #: Triton's kernels on GPUs, of the operators that have no other or of which they are wanted.
@@ -198,7 +198,7 @@ def _force(name: str | None) -> None:
 
 
 def _wire_gpu() -> None:
-    """Register Triton's kernels for GPUs: the CUDA ones have registered themselves, and later ones go before."""
+    """Register Triton's kernels for GPUs, before the CUDA ones, which have registered themselves."""
     global _gpu_library
     if _gpu_library is not None:
         _gpu_library._destroy()
