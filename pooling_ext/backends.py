@@ -69,7 +69,7 @@ def _cpu_why_not(call: Call) -> str | None:
 
 
 def _on_a_gpu(call: Call, name: str) -> bool:
-    """Whether the GPU backend ``name`` may take the call, which it also may where it stands in for the CPU."""
+    """Whether the GPU backend ``name`` may take the call; on the CPU, where it stands in for it."""
     return call.device.type in ("cuda", "meta") or (call.device.type == "cpu" and _on_cpu == name)
 
 

@@ -1,8 +1,8 @@
 """Loads the CUDA kernels, or says why they are not there.
 
 They register themselves with PyTorch's dispatcher when their library is loaded. With
-``POOLING_EXT_CUDA_ON_CPU`` naming the library that ``python setup.py cuda_on_cpu`` builds, the same sources run
-on the CPU instead, for tests; ``use_backend("cuda")`` then puts them in the CPU kernels' place.
+``POOLING_EXT_CUDA_ON_CPU`` naming the library that ``python setup.py cuda_on_cpu`` builds, the same sources
+run on the CPU instead, for tests; ``use_backend("cuda")`` then puts them in the CPU kernels' place.
 """
 
 from __future__ import annotations

@@ -112,17 +112,17 @@ struct Walk {
     // `planes` planes of depth x height rows of `columns` units, each of `vectors` vectors.
     Walk(int64_t planes, int64_t depth, int64_t height, int64_t columns_, int64_t vectors_) {
         constexpr int64_t kLanes = 8;  // 128 bytes
-        // So many threads keep a large GPU busy.
-        constexpr int64_t kBusy = 1 << 19, kRows = 8;
+        // So many threads keep a large GPU busy. More rows for each share more of their windows.
+        constexpr int64_t kBusy = 1 << 18, kRows = 16;
         lanes = 1;
         while (lanes < kLanes && lanes < vectors_) lanes *= 2;
         columns = unsigned(columns_);
         vectors = unsigned(vectors_);
         groups = unsigned(ceil_div(vectors_, lanes));
-        rows = 1;
-        while (rows < kRows && rows < height &&
-               planes * depth * ceil_div(height, 2 * rows) * columns_ * vectors_ >= kBusy)
-            rows *= 2;
+        const int64_t across = planes * depth * columns_ * vectors_;
+        int64_t divided = ceil_div(height, kRows);
+        while (divided < height && across * divided < kBusy) divided *= 2;
+        rows = unsigned(ceil_div(height, divided));
         parts = unsigned(ceil_div(height, rows));
         row_parts = unsigned(parts * depth);
         all_parts = planes * int64_t(row_parts);

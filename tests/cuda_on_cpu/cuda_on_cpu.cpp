@@ -36,7 +36,7 @@ struct Counts {
 
 struct Settings {
     uint64_t seed = 0;
-    int64_t every = 1;  // runs only one block of so many
+    int64_t most = 0;  // if not 0: runs only about so many blocks of each launch
     bool counting = false;
 } settings;
 
@@ -149,12 +149,17 @@ class Machine {
         function_ = &function;
         random_.seed(settings.seed);
         Counts seen;
-        seen.launches = 1;
+        // One of every so many that follow each other, so that they are of all kinds.
+        const int64_t all = int64_t(grid.x) * grid.y * grid.z;
+        const int64_t every =
+            settings.most && all > settings.most ? (all + settings.most - 1) / settings.most : 1;
+        int64_t chosen = 0;
         int64_t number = 0;
         for (unsigned z = 0; z < grid.z; ++z)
             for (unsigned y = 0; y < grid.y; ++y)
                 for (unsigned x = 0; x < grid.x; ++x) {
-                    if (number++ % settings.every) continue;
+                    if (number % every == 0) chosen = number + int64_t(random_() % uint64_t(every));
+                    if (number++ != chosen) continue;
                     blockIdx = {x, y, z};
                     // Of exactly this size, and never zero by luck.
                     shared_.reset(shared ? new (std::align_val_t(128)) char[shared] : nullptr);
@@ -167,14 +172,16 @@ class Machine {
                 }
         if (!settings.counting) return;
         const std::lock_guard guard(mutex);
-        Counts& all = counts[kernel];
-        all.launches += seen.launches;
-        all.blocks += seen.blocks;
-        all.threads += seen.threads;
+        Counts& total = counts[kernel];
+        const double share = double(all) / std::max<int64_t>(seen.blocks, 1);
+        const auto add = [&](int64_t& to, int64_t value) { to += std::llround(share * value); };
+        total.launches += 1;
+        add(total.blocks, seen.blocks);
+        add(total.threads, seen.threads);
         for (int i = 0; i < 2; ++i) {
-            all.asked[i] += seen.asked[i];
-            all.touched[i] += seen.touched[i];
-            all.moved[i] += seen.moved[i];
+            add(total.asked[i], seen.asked[i]);
+            add(total.touched[i], seen.touched[i]);
+            add(total.moved[i], seen.moved[i]);
         }
     }
 
@@ -236,7 +243,7 @@ class Machine {
         while (done_ < count) {
             const bool start = started_ < count && (ready_.empty() || random_() % 4);
             if (start) {
-                resume(idle_fiber());
+                resume(take_fiber());
             } else if (!ready_.empty()) {
                 std::swap(ready_[random_() % ready_.size()], ready_.back());
                 current_ = ready_.back();
@@ -256,20 +263,22 @@ class Machine {
         }
     }
 
-    Fiber* idle_fiber() {
-        if (idle_.empty()) {
-            pool_.push_back(std::make_unique<Fiber>());
-            Fiber* fiber = pool_.back().get();
-            fiber->stack.reset(new char[kStack]);
-            getcontext(&fiber->context);
-            fiber->context.uc_stack.ss_sp = fiber->stack.get();
-            fiber->context.uc_stack.ss_size = kStack;
-            fiber->context.uc_link = nullptr;
-            makecontext(&fiber->context, &Machine::enter, 0);
-            return fiber;
-        }
-        Fiber* fiber = idle_.back();
+    Fiber* take_fiber() {
+        if (idle_.empty()) idle_.push_back(make_fiber());
+        Fiber* const fiber = idle_.back();
         idle_.pop_back();
+        return fiber;
+    }
+
+    Fiber* make_fiber() {
+        pool_.push_back(std::make_unique<Fiber>());
+        Fiber* fiber = pool_.back().get();
+        fiber->stack.reset(new char[kStack]);
+        getcontext(&fiber->context);
+        fiber->context.uc_stack.ss_sp = fiber->stack.get();
+        fiber->context.uc_stack.ss_size = kStack;
+        fiber->context.uc_link = nullptr;
+        makecontext(&fiber->context, &Machine::enter, 0);
         return fiber;
     }
 
@@ -400,9 +409,10 @@ void wait_for_copies(unsigned groups_left) {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The seed of the order of threads; one block of how many is run; whether accesses are counted.
-EXPORTED void cuda_on_cpu_set(uint64_t seed, int64_t every, bool counting) {
-    cuda_on_cpu::settings = {seed, every, counting};
+// The seed of the order of threads; how many blocks of a launch are run, 0 for all; whether
+// accesses are counted.
+EXPORTED void cuda_on_cpu_set(uint64_t seed, int64_t most, bool counting) {
+    cuda_on_cpu::settings = {seed, most, counting};
 }
 
 // A line for each kernel since the last call: its name, then its counts, between tabs.
