@@ -187,7 +187,10 @@ def run_ninja(folder, target, objects, rules, libraries):
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for rule, command in rules.items():
-        lines += [f"rule {rule}", f"  command = {quote(command)} -MD -MF $out.d $own -c $in -o $out"]
+        compile = f"{quote(command)} -MD -MF $out.d $own -c $in -o $out"
+        if rule == "nvcc":
+            compile += " > $out.log 2>&1 || { cat $out.log; false; }"
+        lines += [f"rule {rule}", f"  command = {compile}"]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
     lines += ["rule link", f"  command = {cxx()} -shared $in {quote(libraries)} -o $out"]
     for source, name, rule, flags in objects:
@@ -211,7 +214,8 @@ class NinjaBuild(build_ext):
         toolkit = Toolkit(find_nvcc())
         rules = {
             "cxx": [cxx(), *cxx_flags(), *toolkit.describe()],
-            "nvcc": [toolkit.nvcc, *toolkit.flags()],
+            # Registers and spills of each kernel go to a log beside the object file, for a test to read.
+            "nvcc": [toolkit.nvcc, *toolkit.flags(), "-Xptxas=-v"],
         }
         libraries = [*torch_libraries("torch_cuda"), *toolkit.runtime()]
         try:

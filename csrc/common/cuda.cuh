@@ -145,10 +145,10 @@ void store(T* to, const Vec<T, N>& value,
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-// Whether each of `rows` of so many elements can be read in vectors of 16 bytes.
-template <class T>
+// Whether rows of so many elements can be read in vectors of N elements.
+template <class T, int N = kVector<T>>
 bool takes_vectors(const void* data, int64_t row) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row % kVector<T> == 0;
+    return reinterpret_cast<uintptr_t>(data) % (N * sizeof(T)) == 0 && row % N == 0;
 }
 
 }  // namespace pooling_ext

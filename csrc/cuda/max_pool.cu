@@ -85,7 +85,7 @@ struct MaxOp {
 
 // Reads the input at the winners' places.
 template <class Element, class Int>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gather_winners(PoolJob job, Geometry<Int> g, Places kind, int64_t total) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= total) return;

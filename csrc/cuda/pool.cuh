@@ -95,6 +95,10 @@ void with_window(const PoolParams& p, const Use& use) {
 
 constexpr int kThreads = 256;
 
+// Blocks that a multiprocessor is to have room for. ptxas then takes the registers that it needs,
+// where by its own lights it would have spilled some.
+constexpr int kResident = 2;
+
 // What a thread makes: a vector of elements at some rows below one another. In channels-last the
 // vectors of a pixel lie in groups, and the pixels of a row follow each other within a group, so
 // that a block covers pixels which share their windows.
@@ -170,6 +174,16 @@ struct Place {
         inside = part < walk.all_parts && vector < walk.vectors;
     }
 };
+
+// Calls runs(length) with the lengths of vectors along a row until one is taken: 16 bytes, and the
+// half of that for 16 bits, since the rows of smaller images have no more in common.
+template <class In, class Runs>
+bool in_runs(const Runs& runs) {
+    constexpr int N = kVector<In>;
+    if (runs(std::integral_constant<int, N>())) return true;
+    if constexpr (sizeof(In) == 2) return runs(std::integral_constant<int, N / 2>());
+    return false;
+}
 
 // --- dtypes --------------------------------------------------------------------------------------
 

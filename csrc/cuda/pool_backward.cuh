@@ -57,7 +57,7 @@ struct ToAll {
 
 // A vector of channels of one input pixel for each row.
 template <class To, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gather_pixels(BackwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
 // As many vectors of inputs along a row as the stride, from a vector of outputs with those beside
 // it whose windows reach in.
 template <class To, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gather_runs(BackwardCall call, Geometry<int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Planes with one window each, taken as one long row, so that vectors may begin anywhere.
 template <class To, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     spread_whole_planes(BackwardCall call, Geometry<int> g, int64_t planes) {
     using In = typename To::In;
     using T = typename To::T;
@@ -252,11 +252,19 @@ void launch_backward(const PoolJob& job, Stream stream) {
                 const Walk walk(p.outer, p.d.in, p.h.in, p.w.in, p.channels / N);
                 return launch<gather_pixels<To, Window, N>>(walk.grid(), stream, call, g, walk);
             }
-            if constexpr (Window::kFixed)
-                if (p.channels == 1 && takes_vectors<In>(job.src, p.w.out) && p.w.in % N == 0) {
-                    const Walk walk(p.outer, 1, p.h.in, ceil_div(p.w.in, N * Window::stride), 1);
-                    return launch<gather_runs<To, Window, N>>(walk.grid(), stream, call, g, walk);
-                }
+            if constexpr (Window::kFixed) {
+                const auto runs = [&](auto length) {
+                    constexpr int kRun = decltype(length)::value;
+                    if (p.channels > 1 || !takes_vectors<In, kRun>(job.src, p.w.out) ||
+                        p.w.in % kRun)
+                        return false;
+                    const int64_t columns = ceil_div(p.w.in, kRun * Window::stride);
+                    const Walk walk(p.outer, 1, p.h.in, columns, 1);
+                    launch<gather_runs<To, Window, kRun>>(walk.grid(), stream, call, g, walk);
+                    return true;
+                };
+                if (in_runs<In>(runs)) return;
+            }
         }
         const Walk walk(p.outer, p.d.in, p.h.in, p.w.in, p.channels);
         launch<gather_pixels<To, Window, 1>>(walk.grid(), stream, call, g, walk);

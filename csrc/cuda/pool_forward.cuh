@@ -80,7 +80,7 @@ POOLING_EXT_DEVICE typename Op::In finish(const Op& op, const typename Op::Acc& 
 
 // A vector of channels of one output pixel for each row; one element where the planes are apart.
 template <class Op, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     pool_pixels(Op op, ForwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
     using In = typename Op::In;
     using Int = typename Window::Int;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
 // A vector of outputs along a row, from as many vectors of inputs as the stride, with the columns
 // beside them that the first and the last windows need.
 template <class Op, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     pool_runs(Op op, ForwardCall call, Geometry<int> sizes, Walk walk) {
     using In = typename Op::In;
     constexpr int kBefore = Window::padding, kMiddle = Window::stride * N;
@@ -204,7 +204,7 @@ POOLING_EXT_DEVICE Acc shuffled(Acc acc, int bits) {
 
 // A plane for each row of threads: a warp, or the block.
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     pool_whole_planes(Op op, ForwardCall call, Geometry<int> g, int64_t planes) {
     using In = typename Op::In;
     using Acc = typename Op::Acc;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Vectors of channels side by side, the pixels divided among the rows of threads.
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     pool_whole_pixels(Op op, ForwardCall call, Geometry<int> g, unsigned tiles) {
     using In = typename Op::In;
     using Acc = typename Op::Acc;
@@ -329,11 +329,18 @@ void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream
                 const Walk walk(p.outer, p.d.out, p.h.out, p.w.out, p.channels / N);
                 return launch<pool_pixels<Op, Window, N>>(walk.grid(), stream, op, call, g, walk);
             }
-            if constexpr (Window::kFixed)
-                if (p.channels == 1 && takes_vectors<In>(job.src, p.w.in) && p.w.out % N == 0) {
-                    const Walk walk(p.outer, 1, p.h.out, p.w.out / N, 1);
-                    return launch<pool_runs<Op, Window, N>>(walk.grid(), stream, op, call, g, walk);
-                }
+            if constexpr (Window::kFixed) {
+                const auto runs = [&](auto length) {
+                    constexpr int kRun = decltype(length)::value;
+                    if (p.channels > 1 || !takes_vectors<In, kRun>(job.src, p.w.in) ||
+                        p.w.out % kRun)
+                        return false;
+                    const Walk walk(p.outer, 1, p.h.out, p.w.out / kRun, 1);
+                    launch<pool_runs<Op, Window, kRun>>(walk.grid(), stream, op, call, g, walk);
+                    return true;
+                };
+                if (in_runs<In>(runs)) return;
+            }
         }
         const Walk walk(p.outer, p.d.out, p.h.out, p.w.out, p.channels);
         if constexpr (std::is_same_v<Int, int>)

@@ -1,4 +1,4 @@
-"""Counts of the memory accesses of CUDA kernels that run on the CPU (tests/cuda_on_cpu), and of their threads."""
+"""Counts of what CUDA kernels do that run on the CPU (tests/cuda_on_cpu), and the order of their threads."""
 
 from __future__ import annotations
 

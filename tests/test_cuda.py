@@ -1,0 +1,163 @@
+"""The CUDA kernels as such: who takes a call, the order of threads, memory traffic and registers.
+
+What they compute is tested with the other backends: helpers.BACKENDS has them as "cuda".
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_resources
+import pytest
+import torch
+from helpers import dtype_id
+
+import pooling_ext
+import pooling_ext.functional as F
+from pooling_ext import backends, cuda, triton
+from pooling_ext.testing.cuda_counts import counted, thread_order
+from pooling_ext.testing.launches import BACKWARD, CASES, FORWARD, PHASES, TRAINING, LaunchCase
+
+ROOT = Path(__file__).parents[1]
+OURS = [
+    case for case in CASES if case.op in {*cuda.OPERATORS, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
+]
+FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+on_cpu = pytest.mark.skipif(not cuda.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")
+formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
+#: How far above the least possible the traffic of a kernel may be.
+MOST = 1.15
+
+
+# --- who takes a call ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ("9.0",), True),
+        ((8, 6), ("8.0",), True),
+        ((8, 0), ("8.6",), False),
+        ((9, 0), ("8.0",), False),
+        ((12, 0), ("9.0+PTX",), True),
+        ((8, 9), ("9.0+PTX",), False),
+        ((7, 5), (), False),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(capability, built, runs):
+    assert cuda.runs_on(capability, built) == runs
+
+
+@on_cpu
+@pytest.mark.parametrize("op", sorted(cuda.OPERATORS))
+def test_every_operator_has_its_kernels(op):
+    for name in triton.MODULES[op]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "PrivateUse1"), name
+
+
+@on_cpu
+def test_use_backend_puts_them_in_the_cpus_place_and_back():
+    x = torch.randn(1, 2, 8, 8)
+    with pooling_ext.use_backend("cuda"):
+        assert pooling_ext.explain(F.max_pool2d, x, 2).backend == "cuda"
+        with counted() as counts:
+            F.max_pool2d(x, 2)
+        assert [kernel.launches for kernel in counts] == [1]
+    assert pooling_ext.explain(F.max_pool2d, x, 2).backend != "cuda"
+    with counted() as counts:
+        F.max_pool2d(x, 2)
+    assert counts == []
+
+
+def test_their_order():
+    assert [backend.name for backend in backends.BACKENDS] == ["cpu", "cuda", "triton", "aten"]
+
+
+# --- the stand-in, and threads in any order ------------------------------------------------------
+
+
+@on_cpu
+def test_the_stand_in_itself(tmp_path):
+    folder = ROOT / "tests" / "cuda_on_cpu"
+    sources = [folder / "self_test.cu", folder / "cuda_on_cpu.cpp"]
+    program = tmp_path / "self_test"
+    compile = ["g++", "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", f"-I{folder}", "-x", "c++"]
+    subprocess.run([*compile, "-Wno-unknown-pragmas", *map(str, sources), "-o", str(program)], check=True)
+    subprocess.run([str(program)], check=True, timeout=60)
+
+
+def small(case: LaunchCase, channels: int, size: int) -> LaunchCase:
+    shape = (min(case.shape[0], channels), min(case.shape[1], size), min(case.shape[2], size))
+    return LaunchCase(case.name, case.op, shape, case.minimum, case.residual, case.kwargs)
+
+
+@on_cpu
+@formats
+@pytest.mark.parametrize("case", OURS, ids=str)
+def test_results_do_not_depend_on_the_order_of_threads(case, format):
+    tensors = small(case, 72, 20).tensors(3, torch.float32, format, "cpu")
+    results = []
+    for seed in range(3):
+        with thread_order(seed), pooling_ext.use_backend("cuda"):
+            results.append([case.run(phase, tensors)() for phase in PHASES])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, same, rtol=0, atol=0)
+
+
+# --- traffic -------------------------------------------------------------------------------------
+
+
+@on_cpu
+@pytest.mark.no_poison
+@formats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("case", OURS, ids=str)
+def test_traffic_is_near_the_least_possible(case, dtype, format):
+    # A few blocks of a large batch; their memory is all that is ever touched.
+    few, batch = 160, 256
+    tensors = {
+        name: torch.empty_like(tensor, device="cpu")
+        for name, tensor in case.tensors(batch, dtype, format, "meta").items()
+    }
+    with pooling_ext.use_backend("cuda"):
+        with counted(few):
+            pooled = case.run(FORWARD, tensors)()
+        for phase in (TRAINING, BACKWARD):
+            with counted(few):
+                call = case.run(phase, tensors)
+            with counted(few) as counts:
+                call()
+            moved = sum(sum(kernel.moved) for kernel in counts)
+            assert moved <= MOST * case.least(phase, tensors, pooled), (phase, counts)
+
+
+# --- registers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[cuda_resources.Resources]:
+    if shutil.which("nvcc") is None or not any(cuda_resources.LOGS.glob("*.log")):
+        pytest.skip("needs nvcc, and the kernels built with it")
+    measured = cuda_resources.measured()
+    if not measured:
+        pytest.skip("needs the kernels built for sm_90")
+    return measured
+
+
+def test_no_kernel_spills(resources):
+    assert [kernel for kernel in resources if kernel.spills] == []
+
+
+def test_registers_and_shared_memory_are_those_of_the_table(resources):
+    table = cuda_resources.TABLE.read_text().splitlines()
+    now = list(cuda_resources.lines(resources))
+    if table[0] != now[0]:
+        pytest.skip("the table is another compiler's")
+    assert now == table, "run tests/cuda_resources.py if this is meant"
+
+
+def test_shared_memory_fits_every_gpu(resources):
+    assert max(kernel.shared for kernel in resources) <= 48 << 10
