@@ -116,13 +116,14 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     if (job.block) return pool_blocks(job, begin, end, scratch, average<In>, true, sizeof(In), 0);
     if (job.p.channels == 1 && is_whole(job.p)) return average_planes<In>(job, begin, end);
     const Divisors<T> divisors(job, scratch);
-    if (PixelWalker<In>::takes(job.p))
-        return pool_pixels<SumOp<In>, In>(
-            job, begin, end, [&](int64_t od, int64_t oh, int64_t o, auto use) {
-                divisors.divide_pixel(od, oh, o, [&](auto divide) {
-                    use([=](T sum) { return narrow<In>(divide(sum)); });
+    if constexpr (kCommon<In>)
+        if (PixelWalker<In>::takes(job.p))
+            return pool_pixels<SumOp<In>, In>(
+                job, begin, end, [&](int64_t od, int64_t oh, int64_t o, auto use) {
+                    divisors.divide_pixel(od, oh, o, [&](auto divide) {
+                        use([=](T sum) { return narrow<In>(divide(sum)); });
+                    });
                 });
-            });
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {

@@ -44,9 +44,9 @@ struct Gradients {
                                 X& s2) const {
         const X d = kind.get(x + i) - center;
         X g = kind.get(grad + i);
-        if constexpr (kMask == Mask::Input) g = through(X(d * scale + shift), g);
+        if constexpr (kMask == Mask::Input) g = through(kind, X(d * scale + shift), g);
         if constexpr (kMask == Mask::Output) {
-            g = through(kind.get(output + i), g);
+            g = through(kind, kind.get(output + i), g);
             kind.put(masked + i, g);
         }
         s1 += g;
@@ -54,21 +54,26 @@ struct Gradients {
     }
 };
 
-// The sums of a channel in the contiguous format.
-template <Mask kMask, bool kWrites, class In, class T>
-void channel_sums(const BatchNormJob& job, int64_t channel, const T* centers, const T* scales,
-                  const T* shifts, double& first, double& second) {
-    const Values<false, In> center(centers), scale(scales), shift(shifts);
+// The sums of a block of channels in the contiguous format, of which the coefficients are given.
+// `writes`: the place of the input's gradient is going to be written next.
+template <Mask kMask, class In, class T>
+void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool writes,
+                  const T* centers, const T* scales, const T* shifts, double* first,
+                  double* second) {
     constexpr int64_t kBurst = kBurstMany / int64_t(sizeof(In));
-    ChannelSums<In> sums;
-    first = second = 0;
-    runs_of_channel<In>(
-        job, channel,
-        [&](int64_t start, int64_t n) {
+    ChannelSums<In> sums[ChannelBlock::kMost];
+    for (int64_t k = 0; k < count; ++k) {
+        sums[k].clear();
+        first[k] = second[k] = 0;
+    }
+    runs_of_channels<In>(
+        job, channel, count,
+        [&](int64_t k, int64_t start, int64_t n) {
+            const Values<false, In> center(centers + k), scale(scales + k), shift(shifts + k);
             const Gradients<In> all(job, start);
             if constexpr (kMask == Mask::Output) prefetch_written(all.masked, n);
-            if constexpr (kWrites) prefetch_written(static_cast<const In*>(job.y) + start, n);
-            sums.add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
+            if (writes) prefetch_written(static_cast<const In*>(job.y) + start, n);
+            sums[k].add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
                 if (i % kBurst == 0)
                     all.template prefetch_all<kMask>(i, n < kBurst ? n : kBurst, kAheadMany);
                 all.template add<kMask>(kind, i, center.at(kind, 0), scale.at(kind, 0),
@@ -76,12 +81,30 @@ void channel_sums(const BatchNormJob& job, int64_t channel, const T* centers, co
             });
         },
         [&](int64_t) {
-            double a, b;
-            sums.take(a, b);
-            first += a;
-            second += b;
+            for (int64_t k = 0; k < count; ++k) {
+                double a, b;
+                sums[k].take(a, b);
+                first[k] += a;
+                second[k] += b;
+            }
         });
 }
+
+// A block's coefficients.
+template <class T>
+struct Block {
+    T center[ChannelBlock::kMost], scale[ChannelBlock::kMost], shift[ChannelBlock::kMost];
+
+    Block() = default;
+    Block(const BatchNormJob& job, int64_t channel, int64_t count) {
+        const auto copy = [&](T* to, const double* from) {
+            for (int64_t k = 0; k < count; ++k) to[k] = from ? T(from[channel + k]) : T(0);
+        };
+        copy(center, job.center);
+        copy(scale, job.scale);
+        copy(shift, job.shift);
+    }
+};
 
 template <class In>
 void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
@@ -94,10 +117,11 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
     with_mask(job.mask, [&](auto mask) {
         constexpr Mask kMask = decltype(mask)::value;
         if (!job.channels_last) {
-            for (int64_t channel = begin; channel < end; ++channel)
-                channel_sums<kMask, false, In>(job, channel, center(channel), scale(channel),
-                                               shift(channel), job.sums[channel],
-                                               job.sums[channels + channel]);
+            ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t count) {
+                const Block<T> block(job, first, count);
+                channel_sums<kMask, In>(job, first, count, false, block.center, block.scale,
+                                        block.shift, job.sums + first, job.sums + channels + first);
+            });
             return;
         }
         const T *c = center(0), *a = scale(0), *b = shift(0);
@@ -150,7 +174,7 @@ void spread(const In* __restrict x, const In* __restrict grad, In* __restrict y,
             const auto a = scale.at(kind, at);
             if constexpr (kBatch || kMask) {
                 const auto d = kind.get(x + at) - center.at(kind, at);
-                if constexpr (kMask) g = through(decltype(g)(d * a + shift.at(kind, at)), g);
+                if constexpr (kMask) g = through(kind, decltype(g)(d * a + shift.at(kind, at)), g);
                 g *= a;
                 if constexpr (kBatch) g += d * slope.at(kind, at) + offset.at(kind, at);
                 kind.put(y + at, g);
@@ -195,26 +219,38 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
         constexpr Mask kMask = decltype(mask)::value;
         const In* const grad =
             static_cast<const In*>(kMask == Mask::Output ? job.masked : job.grad);
-        for (int64_t channel = begin; channel < end; ++channel) {
-            const double mean = job.moments[channel], variance = job.moments[channels + channel];
-            const Affine affine = affine_of(mean, variance, job.weight[channel], job.bias[channel],
-                                            job.eps, std::is_same_v<T, double>);
-            const T c = T(affine.center), a = T(affine.scale), b = T(affine.shift);
-            double first, second;
-            channel_sums<kMask, true, In>(job, channel, &c, &a, &b, first, second);
-            const double away = mean - affine.center;
-            second -= away * first;
-            job.sums[channel] = first;
-            job.sums[channels + channel] = second * affine.inverse;
-            const Through through =
-                through_of(first / count, second / count, away, affine.scale, affine.inverse);
-            const T k = T(through.slope), o = T(through.offset);
-            for (int64_t n = job.batch - 1; n >= 0; --n) {
-                const int64_t at = (n * channels + channel) * job.inner;
-                spread<false, true, kMask == Mask::Input>(x + at, grad + at, y + at, job.inner, &c,
-                                                          &a, &b, &k, &o);
+        ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
+            Affine affines[ChannelBlock::kMost];
+            Block<T> block;
+            T slope[ChannelBlock::kMost], offset[ChannelBlock::kMost];
+            for (int64_t k = 0; k < many; ++k) {
+                const int64_t channel = first + k;
+                affines[k] = affine_of(job.moments[channel], job.moments[channels + channel],
+                                       job.weight[channel], job.bias[channel], job.eps,
+                                       std::is_same_v<T, double>);
+                block.center[k] = T(affines[k].center), block.scale[k] = T(affines[k].scale);
+                block.shift[k] = T(affines[k].shift);
             }
-        }
+            double* const sums = job.sums + first;
+            double* const products = sums + channels;
+            channel_sums<kMask, In>(job, first, many, true, block.center, block.scale, block.shift,
+                                    sums, products);
+            for (int64_t k = 0; k < many; ++k) {
+                const double away = job.moments[first + k] - affines[k].center;
+                const double product = products[k] - away * sums[k];
+                products[k] = product * affines[k].inverse;
+                const Through through = through_of(sums[k] / count, product / count, away,
+                                                   affines[k].scale, affines[k].inverse);
+                slope[k] = T(through.slope), offset[k] = T(through.offset);
+            }
+            for (int64_t n = job.batch - 1; n >= 0; --n)
+                for (int64_t k = 0; k < many; ++k) {
+                    const int64_t at = (n * channels + first + k) * job.inner;
+                    spread<false, true, kMask == Mask::Input>(
+                        x + at, grad + at, y + at, job.inner, block.center + k, block.scale + k,
+                        block.shift + k, slope + k, offset + k);
+                }
+        });
     });
 }
 

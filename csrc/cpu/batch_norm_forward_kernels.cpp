@@ -26,6 +26,7 @@ template <class In>
 Accumulator<In> mean_of_some(const In* x, int64_t n) {
     constexpr int64_t kSamples = 128;
     ChannelSums<In> sums;
+    sums.clear();
     const int64_t few = n < kSamples ? n : kSamples;
     sums.add_row(few, [&](auto kind, int64_t i, auto& sum, auto&) { sum += kind.get(x + i); });
     double sum, none;
@@ -33,26 +34,30 @@ Accumulator<In> mean_of_some(const In* x, int64_t n) {
     return Accumulator<In>(sum / double(few));
 }
 
-// kWrites: the output's place is going to be written next.
-template <bool kWrites, class In>
-Moments channel_moments(const BatchNormJob& job, int64_t channel) {
+// Those of a block of channels. `writes`: the output's place is going to be written next.
+template <class In>
+void channel_moments(const BatchNormJob& job, int64_t channel, int64_t count, bool writes,
+                     Moments* moments) {
     using T = Accumulator<In>;
     const In* const x = static_cast<const In*>(job.x);
-    T center = mean_of_some(x + channel * job.inner, job.inner);
     constexpr int64_t kBurst = kBurstOne / int64_t(sizeof(In));
-    Moments moments;
-    ChannelSums<In> sums;
-    runs_of_channel<In>(
-        job, channel,
-        [&](int64_t start, int64_t n) {
+    T center[ChannelBlock::kMost];
+    ChannelSums<In> sums[ChannelBlock::kMost];
+    for (int64_t k = 0; k < count; ++k) {
+        center[k] = mean_of_some(x + (channel + k) * job.inner, job.inner);
+        sums[k].clear();
+    }
+    runs_of_channels<In>(
+        job, channel, count,
+        [&](int64_t k, int64_t start, int64_t n) {
             const In* const row = x + start;
-            const Values<false, In> about(&center);
-            if constexpr (kWrites) {
+            const Values<false, In> about(center + k);
+            if (writes) {
                 prefetch_written(static_cast<const In*>(job.y) + start, n);
                 if (job.residual != nullptr && n <= kBurst)
                     prefetch(static_cast<const In*>(job.residual) + start, n, kAheadOne);
             }
-            sums.add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
+            sums[k].add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
                 if (i % kBurst == 0) prefetch(row + i, n - i < kBurst ? n - i : kBurst, kAheadOne);
                 const auto d = kind.get(row + i) - about.at(kind, 0);
                 s1 += d;
@@ -60,12 +65,13 @@ Moments channel_moments(const BatchNormJob& job, int64_t channel) {
             });
         },
         [&](int64_t n) {
-            double s1, s2;
-            sums.take(s1, s2);
-            moments.add(double(n), double(center), s1, s2);
-            center = T(moments.mean);
+            for (int64_t k = 0; k < count; ++k) {
+                double s1, s2;
+                sums[k].take(s1, s2);
+                moments[k].add(double(n), double(center[k]), s1, s2);
+                center[k] = T(moments[k].mean);
+            }
         });
-    return moments;
 }
 
 // Rows in channels-last that are summed at once, so that sums are read and written less often. It
@@ -121,11 +127,14 @@ void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
     const int64_t channels = job.channels;
     if (!job.channels_last) {
-        for (int64_t channel = begin; channel < end; ++channel) {
-            const Moments moments = channel_moments<false, In>(job, channel);
-            job.sums[channel] = moments.mean;
-            job.sums[channels + channel] = moments.deviation;
-        }
+        ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t count) {
+            Moments moments[ChannelBlock::kMost];
+            channel_moments<In>(job, first, count, false, moments);
+            for (int64_t k = 0; k < count; ++k) {
+                job.sums[first + k] = moments[k].mean;
+                job.sums[channels + first + k] = moments[k].deviation;
+            }
+        });
         return;
     }
     Scratch scratch(memory);
@@ -205,7 +214,7 @@ POOLING_EXT_INLINE void act(const In* __restrict x, const In* __restrict residua
             auto z =
                 (kind.get(x + at) - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);
             if constexpr (kResidual) z += kind.get(residual + at);
-            if constexpr (kRelu) z = rectified(z);
+            if constexpr (kRelu) z = rectified(kind, z);
             kind.put(y + at, z);
         });
     });
@@ -245,20 +254,29 @@ void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
     const double count = double(job.batch * job.inner);
     with_constants(residual != nullptr, job.relu, [&](auto has_residual, auto relu) {
         constexpr bool kResidual = decltype(has_residual)::value, kRelu = decltype(relu)::value;
-        for (int64_t channel = begin; channel < end; ++channel) {
-            const Moments moments = channel_moments<true, In>(job, channel);
-            const double variance = moments.deviation / count;
-            job.moments[channel] = moments.mean;
-            job.moments[job.channels + channel] = variance;
-            const Affine affine = affine_of(moments.mean, variance, job.weight[channel],
-                                            job.bias[channel], job.eps, std::is_same_v<T, double>);
-            const T center = T(affine.center), scale = T(affine.scale), shift = T(affine.shift);
-            for (int64_t n = job.batch - 1; n >= 0; --n) {
-                const int64_t at = (n * job.channels + channel) * job.inner;
-                act<false, kResidual, kRelu>(x + at, kResidual ? residual + at : nullptr, y + at,
-                                             job.inner, &center, &scale, &shift);
+        ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
+            Moments moments[ChannelBlock::kMost];
+            T center[ChannelBlock::kMost], scale[ChannelBlock::kMost], shift[ChannelBlock::kMost];
+            channel_moments<In>(job, first, many, true, moments);
+            for (int64_t k = 0; k < many; ++k) {
+                const int64_t channel = first + k;
+                const double variance = moments[k].deviation / count;
+                job.moments[channel] = moments[k].mean;
+                job.moments[job.channels + channel] = variance;
+                const Affine affine =
+                    affine_of(moments[k].mean, variance, job.weight[channel], job.bias[channel],
+                              job.eps, std::is_same_v<T, double>);
+                center[k] = T(affine.center), scale[k] = T(affine.scale);
+                shift[k] = T(affine.shift);
             }
-        }
+            for (int64_t n = job.batch - 1; n >= 0; --n)
+                for (int64_t k = 0; k < many; ++k) {
+                    const int64_t at = (n * job.channels + first + k) * job.inner;
+                    act<false, kResidual, kRelu>(x + at, kResidual ? residual + at : nullptr,
+                                                 y + at, job.inner, center + k, scale + k,
+                                                 shift + k);
+                }
+        });
     });
 }
 

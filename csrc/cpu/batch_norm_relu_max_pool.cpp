@@ -280,7 +280,7 @@ struct StemCall {
     // Runs a step of the kernels for whole windows; false if there are none.
     bool run(StemStep step) const {
         const StemJob job{norm.job, pool};
-        if (!job.taken()) return false;
+        if (!job.taken(dtype_of(norm.input))) return false;
         const PoolParams& p = pool.p;
         const Rows rows = step == StemStep::Forward ? Rows{p.out_rows(), 4 * p.in_row()}
                           : step == StemStep::Sums  ? Rows{norm.job.batch * job.bands(), 1 << 20}
@@ -341,7 +341,8 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
     if (call.norm.job.numel() == 0) return result;
     const Tiled all = call.tiled();
     const StemJob direct{call.norm.job, call.pool};
-    const int64_t tiles = direct.taken() ? call.norm.job.batch * direct.bands() : all.tiles(true);
+    const int64_t tiles =
+        direct.taken(dtype_of(input)) ? call.norm.job.batch * direct.bands() : all.tiles(true);
     const BatchNormKernel add = kernels().batch_norm(dtype_of(input), Step::Sums);
     // Each tile's own sums, added up in their order.
     std::vector<double> parts(tiles * 2 * channels);

@@ -19,10 +19,13 @@ struct StemJob {
     BatchNormJob norm;  // x, the coefficients, `y` of a backward pass and `sums`
     Job pool;           // dst and places_out, or src and places_in
 
+    // The dtypes that networks are trained in; others go by tiles.
+    static bool has(DType dtype) { return dtype == DType::Float32 || dtype == DType::BFloat16; }
+
     // Whether there are kernels for it.
-    bool taken() const {
+    bool taken(DType dtype) const {
         const PoolParams& p = pool.p;
-        return p.channels > 1 && p.h.out > 0 && p.d.in == 1 && p.d.out == 1 &&
+        return has(dtype) && p.channels > 1 && p.h.out > 0 && p.d.in == 1 && p.d.out == 1 &&
                p.h.kernel <= kMost && p.w.kernel <= kMost && p.h.dilation == 1 &&
                p.w.dilation == 1 && !p.h.adaptive && !p.w.adaptive;
     }

@@ -310,11 +310,13 @@ struct Spread {
     const In* __restrict x;
     const T* __restrict center, * __restrict scale, * __restrict slope, * __restrict offset;
 
-    POOLING_EXT_INLINE In operator()(int64_t c, T g) const {
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE X operator()(Kind kind, int64_t c, X g) const {
+        X sum = g * kind.own(scale + c);
         if constexpr (kBatch)
-            return narrow<In>(g * scale[c] + ((widen(x[c]) - center[c]) * slope[c] + offset[c]));
-        else
-            return narrow<In>(g * scale[c]);
+            sum += (kind.get(x + c) - kind.own(center + c)) * kind.own(slope + c) +
+                   kind.own(offset + c);
+        return sum;
     }
 };
 
@@ -360,17 +362,17 @@ void backward(const StemJob& job, int64_t begin, int64_t end, void* memory) {
         backward_rows<In, false>(job, begin, end, Scratch(memory));
 }
 
+template <class In>
+StemKernel stem_of(StemStep step) {
+    constexpr StemKernel steps[] = {forward<In>, sums<In>, backward<In>};
+    return steps[int(step)];
+}
+
 }  // namespace
 
 StemKernel stem(DType dtype, StemStep step) {
-    StemKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
-        using In = decltype(zero);
-        constexpr StemKernel steps[] = {forward<In>, sums<In>, backward<In>};
-        found = steps[int(step)];
-        return nullptr;
-    });
-    return found;
+    if (!StemJob::has(dtype)) return nullptr;
+    return dtype == DType::Float32 ? stem_of<float>(step) : stem_of<BFloat16>(step);
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

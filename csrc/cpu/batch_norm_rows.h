@@ -6,86 +6,11 @@
 
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
-
-#define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
+#include "cpu/vector.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
 BatchNormKernel batch_norm_backward(DType, Step);
-
-// Some elements at a time, of as many bytes when computed whatever the instruction set, so that
-// sums are too.
-template <class In>
-struct Vector {
-    using T = Accumulator<In>;
-    typedef T X __attribute__((vector_size(64)));
-    static constexpr int64_t kSize = 64 / sizeof(T);
-
-    static POOLING_EXT_INLINE X splat(T value) { return value - X{}; }  // -0 stays -0
-
-    // Computed values.
-    static POOLING_EXT_INLINE X own(const T* from) {
-        X x;
-        std::memcpy(&x, from, sizeof(x));
-        return x;
-    }
-    static POOLING_EXT_INLINE void keep(T* to, X x) { std::memcpy(to, &x, sizeof(x)); }
-
-    static POOLING_EXT_INLINE X get(const In* from) {
-        if constexpr (std::is_same_v<In, T>) {
-            return own(from);
-        } else if constexpr (std::is_same_v<In, BFloat16>) {
-            Half half;
-            std::memcpy(&half, from, sizeof(half));
-            return (X)(__builtin_convertvector(half, Bits) << 16);
-        } else {
-            alignas(64) T values[kSize];
-            for (int64_t i = 0; i < kSize; ++i) values[i] = widen(from[i]);
-            return own(values);
-        }
-    }
-
-    static POOLING_EXT_INLINE void put(In* to, X x) {
-        if constexpr (std::is_same_v<In, T>) {
-            keep(to, x);
-        } else if constexpr (std::is_same_v<In, BFloat16>) {
-            // As narrow().
-            const Bits bits = (Bits)x, high = bits >> 16;
-            const Bits rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
-            const Half half = __builtin_convertvector(x != x ? high | 0x40u : rounded, Half);
-            std::memcpy(to, &half, sizeof(half));
-        } else {
-            alignas(64) T values[kSize];
-            keep(values, x);
-            for (int64_t i = 0; i < kSize; ++i) POOLING_EXT_ISA::put(to, i, narrow<In>(values[i]));
-        }
-    }
-
-    // x in the last `n` lanes, else 0.
-    static POOLING_EXT_INLINE X last(const X& x, int64_t n) {
-        Order order;
-        for (int64_t i = 0; i < kSize; ++i) order[i] = i;
-        return order >= Order{} + Index(kSize - n) ? x : X{};
-    }
-
-  private:
-    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    typedef Index Order __attribute__((vector_size(64)));
-    typedef uint32_t Bits __attribute__((vector_size(64)));
-    typedef uint16_t Half __attribute__((vector_size(32)));
-};
-
-// One element, through the same names.
-template <class In>
-struct Single {
-    using T = Accumulator<In>;
-    using X = T;
-    static POOLING_EXT_INLINE X splat(T value) { return value; }
-    static POOLING_EXT_INLINE X own(const T* from) { return *from; }
-    static POOLING_EXT_INLINE void keep(T* to, X x) { *to = x; }
-    static POOLING_EXT_INLINE X get(const In* from) { return widen(*from); }
-    static POOLING_EXT_INLINE void put(In* to, X x) { POOLING_EXT_ISA::put(to, 0, narrow<In>(x)); }
-};
 
 // Calls run(kind, i) for the vectors from i on that n elements consist of. The last may begin
 // within the one before it: run must not mind to compute an element twice.
@@ -128,18 +53,24 @@ struct Values {
     }
 };
 
-template <class X>
-POOLING_EXT_INLINE X rectified(X z) {
-    const X zero{};
-    return z < zero ? zero : z;
+template <class Kind, class X = typename Kind::X>
+POOLING_EXT_INLINE X rectified(Kind, X z) {
+    using T = typename Kind::T;
+    return by_registers<T, T>(z, z, [](auto value, auto) POOLING_EXT_INLINE_LAMBDA {
+        const decltype(value) zero{};
+        return value < zero ? zero : value;
+    });
 }
 
 // The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as
 // in PyTorch.
-template <class X>
-POOLING_EXT_INLINE X through(X z, X grad) {
-    const X zero{};
-    return z <= zero ? zero : grad;
+template <class Kind, class X = typename Kind::X>
+POOLING_EXT_INLINE X through(Kind, X z, X grad) {
+    using T = typename Kind::T;
+    return by_registers<T, T>(z, grad, [](auto value, auto given) POOLING_EXT_INLINE_LAMBDA {
+        const decltype(value) zero{};
+        return value <= zero ? zero : given;
+    });
 }
 
 // Asks for what is read soon: the processor's own guesses end with a page, and where two tensors
@@ -238,8 +169,10 @@ POOLING_EXT_INLINE void row_groups(const BatchNormJob& job, int64_t begin, int64
     using Several = std::integral_constant<int64_t, kRows>;
     using One = std::integral_constant<int64_t, 1>;
     int64_t at = begin;
-    for (; at + kRows * row <= end; at += kRows * row)
-        in_pieces<kBytes, In>(row, [&](int64_t from, int64_t n) { run(Several{}, at, from, n); });
+    if constexpr (kRows > 1)
+        for (; at + kRows * row <= end; at += kRows * row)
+            in_pieces<kBytes, In>(row,
+                                  [&](int64_t from, int64_t n) { run(Several{}, at, from, n); });
     for (; at < end; at += row)
         in_pieces<kBytes, In>(end - at < row ? end - at : row,
                               [&](int64_t from, int64_t n) { run(One{}, at, from, n); });
@@ -253,7 +186,11 @@ struct ChannelSums {
     // No lane adds up more, in its own type.
     static constexpr int64_t kMost = 256;
 
-    X first[kSets] = {}, second[kSets] = {};
+    X first[kSets], second[kSets];
+
+    void clear() {
+        for (int64_t set = 0; set < kSets; ++set) first[set] = second[set] = X{};
+    }
 
     // Calls terms(kind, i, a, b), which adds to a and b what the elements from i on give.
     template <class Terms>
@@ -295,15 +232,36 @@ struct ChannelSums {
         X y = (second[0] + second[1]) + (second[2] + second[3]);
         a = b = 0;
         for (int64_t i = 0; i < kSize; ++i) a += double(x[i]), b += double(y[i]);
-        for (int64_t set = 0; set < kSets; ++set) first[set] = second[set] = X{};
+        clear();
     }
 };
 
-// Calls visit(start, n) for the runs of a channel in the contiguous format, and flush(n) after
-// every n elements, so that no lane sums many.
+// Channels with short planes are taken some at a time, so that what is read of an image is not.
+struct ChannelBlock {
+    static constexpr int64_t kMost = 16;
+
+    static int64_t size(const BatchNormJob& job, int64_t element) {
+        constexpr int64_t kBytes = 2048;
+        const int64_t planes = kBytes / (job.inner * element);
+        return planes < 1 ? 1 : planes < kMost ? planes : kMost;
+    }
+
+    // Calls run(first, count) for the blocks of channels [begin, end).
+    template <class Run>
+    static void each(const BatchNormJob& job, int64_t element, int64_t begin, int64_t end,
+                     const Run& run) {
+        const int64_t most = size(job, element);
+        for (int64_t first = begin; first < end; first += most)
+            run(first, end - first < most ? end - first : most);
+    }
+};
+
+// Calls visit(k, start, n) for the runs of a block's channels in the contiguous format, where k is
+// the channel's number in the block, and flush(n) after every n elements of each, so that no lane
+// sums many.
 template <class In, class Visit, class Flush>
-void runs_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visit,
-                     const Flush& flush) {
+void runs_of_channels(const BatchNormJob& job, int64_t channel, int64_t count, const Visit& visit,
+                      const Flush& flush) {
     using Sums = ChannelSums<In>;
     // A short run may add to one set alone.
     constexpr int64_t kRun = Sums::kMost * Sums::kSize * Sums::kSets;
@@ -318,7 +276,7 @@ void runs_of_channel(const BatchNormJob& job, int64_t channel, const Visit& visi
                 flush(pending);
                 pending = 0;
             }
-            visit(begin + from, some);
+            for (int64_t k = 0; k < count; ++k) visit(k, begin + k * job.inner + from, some);
             pending += some;
         }
     }

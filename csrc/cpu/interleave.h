@@ -10,14 +10,6 @@
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
-#if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
-#else
-constexpr int64_t kVectorBytes = 16;
-#endif
-
 template <class E, int64_t kCount>
 struct VectorOf {
     typedef E Type __attribute__((vector_size(kCount * sizeof(E))));

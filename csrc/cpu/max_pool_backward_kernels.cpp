@@ -291,19 +291,18 @@ void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.by_plane) {
         Scatter<G, Place> scatter(job, scratch);
-        if (job.p.channels == 1)
-            scatter.planes(begin, end);
-        else
-            scatter.channels(begin, end);
-    } else if (std::is_same_v<Place, uint8_t> && PixelGatherer<G>::takes(job.p)) {
-        PixelGatherer<G> gatherer(job, scratch);
-        gather_rows<G>(
-            job, begin, end, [&] { gatherer.start(); },
-            [&](const SpreadRow<G>& row) { gatherer.add(row); },
-            [&](G* dst) { gatherer.finish(dst, [](int64_t) { return Narrowed<G>{}; }); });
-    } else {
-        gather_winners<G, Place>(job, begin, end, scratch);
+        return job.p.channels == 1 ? scatter.planes(begin, end) : scatter.channels(begin, end);
     }
+    if constexpr (kCommon<G> && std::is_same_v<Place, uint8_t>) {
+        if (PixelGatherer<G>::takes(job.p)) {
+            PixelGatherer<G> gatherer(job, scratch);
+            return gather_rows<G>(
+                job, begin, end, [&] { gatherer.start(); },
+                [&](const SpreadRow<G>& row) { gatherer.add(row); },
+                [&](G* dst) { gatherer.finish(dst, [](int64_t) { return Narrowed<G>{}; }); });
+        }
+    }
+    gather_winners<G, Place>(job, begin, end, scratch);
 }
 
 template <class G>

@@ -23,10 +23,11 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
         return pool_blocks(job, begin, end, Scratch(scratch), max_values<In>, true, sizeof(In), 0);
     using Order = typename Fastest<In>::Order;
     using Op = MaxOp<Order, In>;
-    if (PixelWalker<In>::takes(job.p))
-        return pool_pixels<Op, In>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
-            use([](typename Op::T x) { return Order::store(x); });
-        });
+    if constexpr (kCommon<In>)
+        if (PixelWalker<In>::takes(job.p))
+            return pool_pixels<Op, In>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
+                use([](typename Op::T x) { return Order::store(x); });
+            });
     const int64_t n = job.p.out_row();
     pool_rows<Op, In>(
         job, begin, end, Scratch(scratch),
@@ -288,8 +289,9 @@ void max_of_planes(const Job& job, int64_t begin, int64_t end) {
 // The maxima of a window in channels-last, and the offsets of their winners; x holds its elements
 // in order.
 template <class In, int kCount>
-void argmax_pixel(In* __restrict y, uint8_t* __restrict places, const In* const* elements,
-                  const int32_t* offsets, int64_t n) {
+__attribute__((noinline)) void argmax_pixel(In* __restrict y, uint8_t* __restrict places,
+                                            const In* const* elements, const int32_t* offsets,
+                                            int64_t n) {
     using Order = Ordered<In>;
     using T = typename Order::T;
     // As wide as the values, so that one vector of each belongs together.
@@ -351,23 +353,28 @@ void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
         });
 }
 
-template <class In, class Place>
-void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
-    Scratch scratch(memory);
-    if (job.block)
-        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place>, true, sizeof(In),
-                           sizeof(Place));
-    if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
-    if (std::is_same_v<Place, uint8_t> && PixelWalker<In>::takes(job.p))
-        return argmax_pixels<In>(job, begin, end);
+// Stores a row's winners: their offsets in the windows, or indices in the plane.
+template <class Place>
+void store_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offsets,
+                  Place* __restrict where, Place* places) {
+    if constexpr (std::is_same_v<Place, int64_t>) {
+        write_indices(p, od, oh, offsets, places);
+    } else {
+        const int64_t out = p.out_row(), n = whole_vectors(out, kVector);
+        for (int64_t i = 0; i < n; ++i) where[i] = Place(offsets[i] < kNowhere ? offsets[i] : -1);
+        std::memcpy(places, where, out * sizeof(Place));
+    }
+}
+
+template <class In>
+void max_by_rows(const Job& job, int64_t begin, int64_t end, Places kind, Scratch scratch) {
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
     const auto* src = static_cast<const In*>(job.src);
     const int64_t plane = p.d.in * p.h.in * p.in_row(), out = p.out_row();
     ArgmaxReducer<In> argmax(p, src + p.outer * plane, scratch);
     In* __restrict maxima = scratch.take<In>(out + kVector);
-    Place* __restrict where =
-        scratch.take<Place>(sizeof(Place) > sizeof(int32_t) ? 0 : out + kVector);
+    int32_t* const where = scratch.take<int32_t>(out + kVector);
     each_index(begin, end, p.d.out, p.h.out,
                [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
                    argmax(src + outer * plane, od, oh);
@@ -376,16 +383,30 @@ void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
                    const int64_t n = whole_vectors(out, kVector);
                    for (int64_t i = 0; i < n; ++i) maxima[i] = Order::store(values[i]);
                    std::memcpy(static_cast<In*>(job.dst) + index * out, maxima, out * sizeof(In));
-                   Place* const places = static_cast<Place*>(job.places_out) + index * out;
-                   if constexpr (std::is_same_v<Place, int64_t>) {
-                       write_indices(p, od, oh, argmax.offsets(), places);
-                   } else {
-                       const int32_t* __restrict offsets = argmax.offsets();
-                       for (int64_t i = 0; i < n; ++i)
-                           where[i] = Place(offsets[i] < kNowhere ? offsets[i] : -1);
-                       std::memcpy(places, where, out * sizeof(Place));
-                   }
+                   const auto store = [&](auto place) {
+                       using Place = decltype(place);
+                       store_places(p, od, oh, argmax.offsets(), reinterpret_cast<Place*>(where),
+                                    static_cast<Place*>(job.places_out) + index * out);
+                   };
+                   if (kind == Places::Byte)
+                       store(uint8_t{});
+                   else if (kind == Places::Int32)
+                       store(int32_t{});
+                   else
+                       store(int64_t{});
                });
+}
+
+template <class In, class Place, Places kPlaces>
+void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
+    Scratch scratch(memory);
+    if (job.block)
+        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place, kPlaces>, true,
+                           sizeof(In), sizeof(Place));
+    if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
+    if constexpr (kCommon<In> && kPlaces == Places::Byte)
+        if (PixelWalker<In>::takes(job.p)) return argmax_pixels<In>(job, begin, end);
+    max_by_rows<In>(job, begin, end, kPlaces, scratch);
 }
 
 template <class In>
@@ -394,11 +415,11 @@ Kernel forward_of(Places places) {
         case Places::None:
             return max_values<In>;
         case Places::Byte:
-            return max_with_places<In, uint8_t>;
+            return max_with_places<In, uint8_t, Places::Byte>;
         case Places::Int32:
-            return max_with_places<In, int32_t>;
+            return max_with_places<In, int32_t, Places::Int32>;
         case Places::Index:
-            return max_with_places<In, int64_t>;
+            return max_with_places<In, int64_t, Places::Index>;
     }
     return nullptr;
 }

@@ -16,6 +16,15 @@
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
+// Of a register.
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
 struct BFloat16 {
     uint16_t bits;
 };
@@ -87,6 +96,11 @@ POOLING_EXT_INLINE Float16 narrow<Float16>(float x) {
     half = magnitude > 0x7f800000u ? 0x7e00u : half;
     return {uint16_t(sign | half)};
 }
+
+// Whether networks compute in a type. The rest goes without the kernels that are there for speed
+// alone: each takes its time to compile, for every type and instruction set.
+template <class In>
+constexpr bool kCommon = std::is_same_v<In, float> || std::is_same_v<In, BFloat16>;
 
 // The unsigned integer as wide as a type.
 template <class T>

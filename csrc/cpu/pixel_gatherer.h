@@ -4,6 +4,7 @@
 
 #include "cpu/pool_backward.h"
 #include "cpu/pool_pixels.h"
+#include "cpu/vector.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
@@ -19,8 +20,9 @@ POOLING_EXT_INLINE Bits same(Bits a, Bits b) {
 template <class G>
 struct Narrowed {
     static constexpr bool kOne = true;  // a sum of one gradient is written as it is
-    POOLING_EXT_INLINE G operator()(int64_t, Accumulator<G> total) const {
-        return narrow<G>(total);
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE X operator()(Kind, int64_t, X total) const {
+        return total;
     }
 };
 
@@ -53,26 +55,38 @@ class PixelGatherer {
                     columns_[count++] = {o * p_.channels, k};
         }
         first_[w.in] = count;
+        if (w.stride != 2 || w.dilation != 1 || (w.kernel != 2 && w.kernel != 3) ||
+            p_.channels < kRun)
+            return;
+        // Those with a window before them if theirs overlap.
+        pairs_begin_ = w.kernel == 3 ? 1 : 0;
+        while (w.start(pairs_begin_) < 0) ++pairs_begin_;
+        pairs_end_ = w.out;
+        while (pairs_end_ > pairs_begin_ && w.start(pairs_end_ - 1) + 1 >= w.in) --pairs_end_;
     }
 
     void start() { count_ = 0; }
 
     void add(const SpreadRow<G>& row) { rows_[count_++] = {row.offset, row.place * p_.w.kernel}; }
 
-    // Writes a row of pixels; output(i) is what makes the outputs of pixel i from its channels and
-    // their sums.
+    // Writes a row of pixels; output(i) is what makes the outputs of pixel i from a kind of vector,
+    // the first of its channels and their sums.
     template <class Output>
     void finish(G* dst, const Output& output) const {
-        if (!few_)
-            many(dst, output);
-        else if (count_ == 0)
-            few<0>(dst, output);
+        if (!few_) return many(dst, output);
+        const int64_t from = pairs_end_ > pairs_begin_ ? p_.w.start(pairs_begin_) : p_.w.in;
+        few(dst, 0, from, output);
+        if (from == p_.w.in) return;
+        const int64_t to = p_.w.start(pairs_end_);
+        if (count_ == 1 && p_.w.kernel == 2)
+            pairs<1, 2>(dst, output);
         else if (count_ == 1)
-            few<1>(dst, output);
-        else if (count_ == 2)
-            few<2>(dst, output);
+            pairs<1, 3>(dst, output);
+        else if (count_ == 2 && p_.w.kernel == 3)
+            pairs<2, 3>(dst, output);
         else
-            few<kFew>(dst, output);
+            few(dst, from, to, output);
+        few(dst, to, p_.w.in, output);
     }
 
   private:
@@ -81,31 +95,81 @@ class PixelGatherer {
     struct Tap {
         int64_t at, place;
     };
-    static constexpr int64_t kFew = 3, kMost = 5;
+    static constexpr int64_t kFew = 3, kMost = 5, kRun = Vector<G>::kSize;
+
+    // What a pixel gathers.
+    struct Taken {
+        const G* grad[kFew * kFew];
+        const uint8_t* places[kFew * kFew];
+        Bits wanted[kFew * kFew];
+    };
 
     // How many windows there may be over an input.
     static int64_t over(const Axis& axis) {
         return axis.dilation == 1 ? ceil_div(axis.kernel, axis.stride) : axis.kernel;
     }
 
-    template <int kRows, class Output>
-    void few(G* dst, const Output& output) const {
-        const int64_t channels = p_.channels;
-        for (int64_t i = 0; i < p_.w.in; ++i, dst += channels) {
-            const Tap* const columns = columns_ + first_[i];
-            switch (first_[i + 1] - first_[i]) {
-                case 0:
-                    sum<kRows, 0>(dst, rows_, columns, channels, output(i));
-                    break;
-                case 1:
-                    sum<kRows, 1>(dst, rows_, columns, channels, output(i));
-                    break;
-                case 2:
-                    sum<kRows, 2>(dst, rows_, columns, channels, output(i));
-                    break;
-                default:
-                    sum<kRows, kFew>(dst, rows_, columns, channels, output(i));
+    static POOLING_EXT_INLINE Bits given(G grad, uint8_t place, Bits wanted) {
+        return Bits(bit_cast<Bits>(grad) & same(Bits(place), wanted));
+    }
+
+    // Pixels of two columns for each window, of which only the first is in the one before, too:
+    // so regular that each gradient is read for both.
+    template <int kRows, int kKernel, class Output>
+    __attribute__((noinline)) void pairs(G* row, const Output& output) const {
+        using V = Vector<G>;
+        using X = typename V::X;
+        const int64_t n = p_.channels;
+        for (int64_t o = pairs_begin_; o < pairs_end_; ++o) {
+            const int64_t i = p_.w.start(o);
+            const G* grad[kRows];
+            const uint8_t* places[kRows];
+            uint32_t wanted[kRows];
+            for (int r = 0; r < kRows; ++r) {
+                grad[r] = grad_ + rows_[r].at + o * n;
+                places[r] = places_ + rows_[r].at + o * n;
+                wanted[r] = uint32_t(rows_[r].place);
             }
+            G* const to = row + i * n;
+            const auto first = output(i), second = output(i + 1);
+            for (int64_t next = 0; next < n; next += kRun) {
+                const int64_t c = next + kRun <= n ? next : n - kRun;
+                X a, b;
+                for (int r = 0; r < kRows; ++r) {
+                    const X same = V::given(grad[r] + c, places[r] + c, wanted[r]);
+                    const X beside = V::given(grad[r] + c, places[r] + c, wanted[r] + 1);
+                    X all = same;
+                    if constexpr (kKernel == 3) {
+                        // The window before.
+                        const int64_t at = c - n;
+                        all += V::given(grad[r] + at, places[r] + at, wanted[r] + 2);
+                    }
+                    a = r == 0 ? all : a + all;
+                    b = r == 0 ? beside : b + beside;
+                }
+                V::put(to + c, first(V{}, c, a));
+                V::put(to + n + c, second(V{}, c, b));
+            }
+        }
+    }
+
+    // Pixels [begin, end) of the row at dst.
+    template <class Output>
+    void few(G* dst, int64_t begin, int64_t end, const Output& output) const {
+        const int64_t channels = p_.channels;
+        for (int64_t i = begin; i < end; ++i) {
+            const Tap* const columns = columns_ + first_[i];
+            const int64_t over = first_[i + 1] - first_[i];
+            Taken taken;
+            int64_t count = 0;
+            for (int64_t r = 0; r < count_; ++r)
+                for (int64_t k = 0; k < over; ++k, ++count) {
+                    const int64_t at = rows_[r].at + columns[k].at;
+                    taken.grad[count] = grad_ + at;
+                    taken.places[count] = places_ + at;
+                    taken.wanted[count] = Bits(rows_[r].place + columns[k].place);
+                }
+            sum(count, dst + i * channels, taken, channels, output(i));
         }
     }
 
@@ -114,76 +178,88 @@ class PixelGatherer {
         const int64_t channels = p_.channels;
         T* __restrict total = sum_;
         for (int64_t i = 0; i < p_.w.in; ++i, dst += channels) {
-            const Tap* const columns = columns_ + first_[i];
             for (int64_t c = 0; c < channels; ++c) total[c] = T(0);
             for (const Tap* row = rows_; row != rows_ + count_; ++row)
-                switch (first_[i + 1] - first_[i]) {
-                    case 0:
-                        break;
-                    case 1:
-                        sum<1, 1>(total, row, columns, channels, Added{});
-                        break;
-                    case 2:
-                        sum<1, 2>(total, row, columns, channels, Added{});
-                        break;
-                    case 3:
-                        sum<1, 3>(total, row, columns, channels, Added{});
-                        break;
-                    case 4:
-                        sum<1, 4>(total, row, columns, channels, Added{});
-                        break;
-                    default:
-                        sum<1, kMost>(total, row, columns, channels, Added{});
-                }
+                for (const Tap *column = columns_ + first_[i], *last = columns_ + first_[i + 1];
+                     column < last;)
+                    if (last - column >= kMost)
+                        column = add_columns<kMost>(total, *row, column);
+                    else if (last - column >= 2)
+                        column = add_columns<2>(total, *row, column);
+                    else
+                        column = add_columns<1>(total, *row, column);
             const auto to_output = output(i);
-            for (int64_t c = 0; c < channels; ++c) dst[c] = to_output(c, total[c]);
+            for (int64_t c = 0; c < channels; ++c)
+                put(dst, c, narrow<G>(to_output(Single<G>{}, c, total[c])));
         }
     }
 
-    // Adds to what dst holds, instead of making outputs.
-    struct Added {
-        static constexpr bool kOne = false;
-    };
+    // Returns the first column that is not added yet.
+    template <int kColumns>
+    const Tap* add_columns(T* __restrict total, const Tap& row, const Tap* columns) const {
+        const G* grad[kColumns];
+        const uint8_t* places[kColumns];
+        Bits wanted[kColumns];
+        for (int k = 0; k < kColumns; ++k) {
+            grad[k] = grad_ + row.at + columns[k].at;
+            places[k] = places_ + row.at + columns[k].at;
+            wanted[k] = Bits(row.place + columns[k].place);
+        }
+        for (int64_t c = 0; c < p_.channels; ++c) {
+            T sum = T(0);
+            for (int k = 0; k < kColumns; ++k)
+                sum += widen(bit_cast<G>(given(grad[k][c], places[k][c], wanted[k])));
+            total[c] += sum;
+        }
+        return columns + kColumns;
+    }
 
-    template <int kRows, int kColumns, class Dst, class Output>
-    void sum(Dst* __restrict dst, const Tap* rows, const Tap* columns, int64_t n,
-             const Output output) const {
-        constexpr int kTaps = kRows * kColumns;
+    template <class Output>
+    static void sum(int64_t count, G* dst, const Taken& taken, int64_t n, const Output& output) {
+        switch (count) {
+            case 0:
+                return sum<0>(dst, taken, n, output);
+            case 1:
+                return sum<1>(dst, taken, n, output);
+            case 2:
+                return sum<2>(dst, taken, n, output);
+            case 3:
+                return sum<3>(dst, taken, n, output);
+            case 4:
+                return sum<4>(dst, taken, n, output);
+            case 6:
+                return sum<6>(dst, taken, n, output);
+            default:
+                return sum<9>(dst, taken, n, output);
+        }
+    }
+
+    template <int kTaps, class Output>
+    __attribute__((noinline)) static void sum(G* __restrict dst, const Taken& taken, int64_t n,
+                                              const Output output) {
         const G* grad[kTaps + 1];
         const uint8_t* places[kTaps + 1];
         Bits wanted[kTaps + 1];
-        for (int k = 0; k < kTaps; ++k) {
-            const Tap &row = rows[k / kColumns], &column = columns[k % kColumns];
-            grad[k] = grad_ + row.at + column.at;
-            places[k] = places_ + row.at + column.at;
-            wanted[k] = Bits(row.place + column.place);
-        }
+        for (int k = 0; k < kTaps; ++k)
+            grad[k] = taken.grad[k], places[k] = taken.places[k], wanted[k] = taken.wanted[k];
         const auto visit = [&](int64_t i) __attribute__((always_inline)) {
-            const auto given = [&](int k) {
-                return bit_cast<G>(
-                    Bits(bit_cast<Bits>(grad[k][i]) & same(Bits(places[k][i]), wanted[k])));
-            };
             if constexpr (Output::kOne && kTaps == 1) {
-                put(dst, i, given(0));
+                put(dst, i, bit_cast<G>(given(grad[0][i], places[0][i], wanted[0])));
             } else {
                 T total = T(0);
-                for (int k = 0; k < kTaps; ++k) total += widen(given(k));
-                if constexpr (std::is_same_v<Output, Added>)
-                    dst[i] += total;
-                else
-                    put(dst, i, output(i, total));
+                for (int k = 0; k < kTaps; ++k)
+                    total += widen(bit_cast<G>(given(grad[k][i], places[k][i], wanted[k])));
+                put(dst, i, narrow<G>(output(Single<G>{}, i, total)));
             }
         };
-        constexpr bool kAdds = std::is_same_v<Output, Added>;
-        // Here vectors have no remainder; what adds must not visit an element again.
-        const int64_t whole = kAdds ? n : n - n % (kVector / 2);
+        // Here vectors have no remainder.
+        const int64_t whole = n - n % (kVector / 2);
         for (int64_t i = 0; i < whole; ++i) visit(i);
-        if constexpr (!kAdds)
-            each_run<64 / sizeof(G)>(n, whole,
-                                     [&](int64_t first, auto count) __attribute__((always_inline)) {
+        each_run<64 / sizeof(G)>(n, whole,
+                                 [&](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma GCC unroll 1
-                                         for (int j = 0; j < count.value; ++j) visit(first + j);
-                                     });
+                                     for (int j = 0; j < count.value; ++j) visit(first + j);
+                                 });
     }
 
     const PoolParams& p_;
@@ -197,6 +273,8 @@ class PixelGatherer {
     T* const sum_;
     Tap rows_[kMost];
     int64_t count_ = 0;
+    // The windows whose two columns are gathered for together.
+    int64_t pairs_begin_ = 0, pairs_end_ = 0;
 };
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -245,11 +245,13 @@ template <class Op>
 auto slide_for(const PoolParams& p) -> decltype(&slide<Op, 1, 2>) {
     if (p.channels != 1 || p.w.adaptive || p.w.dilation != 1) return nullptr;
     const int64_t stride = p.w.stride, kernel = p.w.kernel;
-    if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
-    if (stride == 1 && kernel == 3) return slide<Op, 1, 3>;
-    if (stride == 2 && kernel == 2) return slide<Op, 2, 2>;
-    if (stride == 2 && kernel == 3) return slide<Op, 2, 3>;
-    if (stride == 4 && kernel == 4) return slide<Op, 4, 4>;
+    if constexpr (kCommon<typename Op::In>) {
+        if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
+        if (stride == 1 && kernel == 3) return slide<Op, 1, 3>;
+        if (stride == 2 && kernel == 2) return slide<Op, 2, 2>;
+        if (stride == 2 && kernel == 3) return slide<Op, 2, 3>;
+        if (stride == 4 && kernel == 4) return slide<Op, 4, 4>;
+    }
     return nullptr;
 }
 

@@ -118,15 +118,16 @@ class PixelWalker {
     int64_t count_ = 0;
 };
 
-// y[i] = finish(taps[0][i] + taps[1][i] + ...), where + is the operator's.
-template <class Op, int kRows, int kColumns, class Out, class Finish>
-void reduce_pixel(Out* __restrict y, const Taps<typename Op::In>& taps, int64_t n, Finish finish) {
-    constexpr int kCount = kRows * kColumns;
+// y[i] = finish(elements[0][i] + elements[1][i] + ...), where + is the operator's.
+template <class Op, int kCount, class Out, class Finish>
+__attribute__((noinline)) void reduce_pixel(Out* __restrict y,
+                                            const typename Op::In* const* elements, int64_t n,
+                                            Finish finish) {
     if constexpr (kCount == 0) {
         for (int64_t i = 0; i < n; ++i) y[i] = finish(Op::identity());
     } else {
         const typename Op::In* x[kCount];
-        for (int k = 0; k < kCount; ++k) x[k] = taps.at(k, kColumns);
+        for (int k = 0; k < kCount; ++k) x[k] = elements[k];
         for (int64_t i = 0; i < n; ++i) {
             typename Op::T total = Op::load(x[0][i]);
             for (int k = 1; k < kCount; ++k) total = Op::combine(total, Op::load(x[k][i]));
@@ -147,9 +148,11 @@ POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, 
             const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
             Out* row = static_cast<Out*>(job.dst) + index * p.out_row();
             walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
+                constexpr int kCount = rows.value * columns.value;
+                const In* elements[kCount + 1];
+                for (int k = 0; k < kCount; ++k) elements[k] = taps.at(k, columns.value);
                 finish(od, oh, o, [&](auto to_output) {
-                    reduce_pixel<Op, rows.value, columns.value>(row + o * p.channels, taps,
-                                                                p.channels, to_output);
+                    reduce_pixel<Op, kCount>(row + o * p.channels, elements, p.channels, to_output);
                 });
             });
         });

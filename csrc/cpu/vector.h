@@ -1,0 +1,127 @@
+// Vectors of one size for every instruction set.
+#pragma once
+
+#include "cpu/numeric.h"
+
+#define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// A vector as registers. Compilers take comparisons of what no register holds apart, lane by lane.
+template <class T>
+struct Registers {
+    typedef T One __attribute__((vector_size(kVectorBytes)));
+    static constexpr int kCount = 64 / kVectorBytes;
+    One part[kCount];
+};
+
+// run(a, b) for vectors of T and U, register by register; or for two numbers.
+template <class T, class U, class A, class B, class Run>
+POOLING_EXT_INLINE A by_registers(A a, B b, const Run& run) {
+    if constexpr (sizeof(A) == sizeof(T)) {
+        return run(a, b);
+    } else {
+        auto x = bit_cast<Registers<T>>(a);
+        const auto y = bit_cast<Registers<U>>(b);
+#pragma GCC unroll 4
+        for (int i = 0; i < Registers<T>::kCount; ++i) x.part[i] = run(x.part[i], y.part[i]);
+        return bit_cast<A>(x);
+    }
+}
+
+// Some elements at a time, of as many bytes when computed whatever the instruction set, so that
+// sums are too.
+template <class In>
+struct Vector {
+    using T = Accumulator<In>;
+    typedef T X __attribute__((vector_size(64)));
+    static constexpr int64_t kSize = 64 / sizeof(T);
+
+    static POOLING_EXT_INLINE X splat(T value) { return value - X{}; }  // -0 stays -0
+
+    // Computed values.
+    static POOLING_EXT_INLINE X own(const T* from) {
+        X x;
+        std::memcpy(&x, from, sizeof(x));
+        return x;
+    }
+    static POOLING_EXT_INLINE void keep(T* to, X x) { std::memcpy(to, &x, sizeof(x)); }
+
+    static POOLING_EXT_INLINE X get(const In* from) {
+        if constexpr (std::is_same_v<In, T>) {
+            return own(from);
+        } else if constexpr (std::is_same_v<In, BFloat16>) {
+            Half half;
+            std::memcpy(&half, from, sizeof(half));
+            return (X)(__builtin_convertvector(half, Bits) << 16);
+        } else {
+            alignas(64) T values[kSize];
+            for (int64_t i = 0; i < kSize; ++i) values[i] = widen(from[i]);
+            return own(values);
+        }
+    }
+
+    static POOLING_EXT_INLINE void put(In* to, X x) {
+        if constexpr (std::is_same_v<In, T>) {
+            keep(to, x);
+        } else if constexpr (std::is_same_v<In, BFloat16>) {
+            // As narrow().
+            const Bits words = by_registers<uint32_t, T>(
+                (Bits)x, x, [](auto bits, auto value) POOLING_EXT_INLINE_LAMBDA {
+                    const auto high = bits >> 16;
+                    const auto rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+                    return value != value ? high | 0x40u : rounded;
+                });
+            const Half half = __builtin_convertvector(words, Half);
+            std::memcpy(to, &half, sizeof(half));
+        } else {
+            alignas(64) T values[kSize];
+            keep(values, x);
+            for (int64_t i = 0; i < kSize; ++i) POOLING_EXT_ISA::put(to, i, narrow<In>(values[i]));
+        }
+    }
+
+    // The gradients whose places are `wanted`, else 0.
+    static POOLING_EXT_INLINE X given(const In* grad, const uint8_t* places, uint32_t wanted) {
+        Bytes bytes;
+        std::memcpy(&bytes, places, sizeof(bytes));
+        // Compilers have an instruction for each of these two steps, but not for both at once.
+        const Half halves = __builtin_convertvector(bytes, Half);
+        const Bits words = __builtin_convertvector(halves, Bits);
+        return by_registers<T, uint32_t>(get(grad), words,
+                                         [=](auto value, auto place) POOLING_EXT_INLINE_LAMBDA {
+                                             return place == wanted ? value : decltype(value){};
+                                         });
+    }
+
+    // x in the last `n` lanes, else 0.
+    static POOLING_EXT_INLINE X last(const X& x, int64_t n) {
+        Order order;
+        for (int64_t i = 0; i < kSize; ++i) order[i] = i;
+        return by_registers<T, Index>(
+            x, order, [=](auto value, auto lane) POOLING_EXT_INLINE_LAMBDA {
+                return lane >= Index(kSize - n) ? value : decltype(value){};
+            });
+    }
+
+  private:
+    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    typedef Index Order __attribute__((vector_size(64)));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+};
+
+// One element, through the same names.
+template <class In>
+struct Single {
+    using T = Accumulator<In>;
+    using X = T;
+    static POOLING_EXT_INLINE X splat(T value) { return value; }
+    static POOLING_EXT_INLINE X own(const T* from) { return *from; }
+    static POOLING_EXT_INLINE void keep(T* to, X x) { *to = x; }
+    static POOLING_EXT_INLINE X get(const In* from) { return widen(*from); }
+    static POOLING_EXT_INLINE void put(In* to, X x) { POOLING_EXT_ISA::put(to, 0, narrow<In>(x)); }
+};
+
+}  // namespace pooling_ext::POOLING_EXT_ISA
