@@ -25,11 +25,13 @@ KEEP   := -c $(STAMPS)/constraints.txt
 NO_NATIVE := $(filter-out 0,$(POOLING_EXT_NO_NATIVE))$(if $(shell command -v $(firstword $(CXX))),,none)
 PACKAGE   := $(STAMPS)/package$(if $(NO_NATIVE),-no-native)
 CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+STAND_IN  := $(wildcard tests/cuda_on_cpu/*)
+CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo finetune test bench gpu lint format abi sanitize setup clean distclean FORCE
+.PHONY: help demo finetune test bench gpu lint format abi sanitize sanitize-cpu sanitize-cuda setup clean distclean FORCE
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
@@ -42,7 +44,7 @@ demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unless ARGS="--data DIR"
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-test: $(STAMPS)/test ## run the whole test suite
+test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
@@ -65,7 +67,7 @@ format: $(STAMPS)/lint ## reformat Python and C++
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CLANG_FORMATTED)
 
-CLANG_FORMATTED = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMATTED = $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 setup: $(PACKAGE) ## make .venv, install PyTorch, build and install the package
 
@@ -101,6 +103,10 @@ $(EXTRAS): $(STAMPS)/%: pyproject.toml | $(PACKAGE)
 	$(PIP) install $(KEEP) "pooling_ext[$*]"
 	@touch $@
 
+# The CUDA kernels as a library for the CPU, which stands in for a GPU's in the tests.
+build/cuda_on_cpu.so: $(CSRC) $(STAND_IN) setup.py | $(PACKAGE)
+	$(BIN)/python setup.py cuda_on_cpu
+
 # --- the stable ABI ------------------------------------------------------------------------------
 
 # Runs the library built in this checkout, not a copy built again, under another PyTorch.
@@ -131,13 +137,22 @@ build/kernels.a: $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
 $(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h build/kernels.a
 	$(SANITIZE) $< build/kernels.a -o $@
 
-sanitize: $(FUZZERS) ## fuzz the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: sanitize-cpu sanitize-cuda ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+
+sanitize-cpu: $(FUZZERS)
 	for fuzzer in $(FUZZERS); do $$fuzzer $(ARGS) || exit; done
+
+# A small case of each CUDA kernel, in a Python into which the sanitizers are loaded first.
+sanitize-cuda: | $(PACKAGE)
+	$(BIN)/python setup.py cuda_on_cpu --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 POOLING_EXT_CUDA_ON_CPU=build/cuda_on_cpu_sanitized.so \
+	    $(BIN)/python tests/gpu_smoke.py --on-cpu
 
 # --- cleaning ------------------------------------------------------------------------------------
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info pooling_ext/_C*.so $(STAMPS)/package* .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info pooling_ext/_C*.so pooling_ext/_cuda*.so $(STAMPS)/package* .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -23,7 +23,7 @@ _ENTRY = re.compile(
 
 
 class Resources(NamedTuple):
-    """Of one kernel: registers of a thread, and bytes: static shared memory of a block, spills of a thread."""
+    """Of one kernel: registers of a thread, bytes of static shared memory of a block and of spills."""
 
     kernel: str
     registers: int
