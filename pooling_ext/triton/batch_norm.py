@@ -55,10 +55,14 @@ def affine(stats, weight, bias, channels, channel, exists, eps, acc: tl.constexp
 
 
 @triton.jit
-def slopes(sums, scale, away, inverse, channels, channel, exists, count, acc: tl.constexpr):
-    """Slope and offset of the input's gradient ``g * scale + (x - center) * slope + offset``."""
-    mean = tl.load(sums + channel, mask=exists, other=0.0) / count
-    product = tl.load(sums + channels + channel, mask=exists, other=0.0) / count
+def slopes(sums, scale, away, inverse, channels, channel, exists, share, acc: tl.constexpr):
+    """Slope and offset of the input's gradient ``g * scale + (x - center) * slope + offset``.
+
+    Args:
+        share: of an element in a mean; to divide in float64 takes a call that spills registers.
+    """
+    mean = tl.load(sums + channel, mask=exists, other=0.0) * share
+    product = tl.load(sums + channels + channel, mask=exists, other=0.0) * share
     product = product * inverse * inverse
     wide = scale.to(tl.float64)
     return (-wide * product).to(acc), (wide * (away * product - mean)).to(acc)
