@@ -27,9 +27,9 @@ SECTOR = 32
 
 
 #: Programs of a launch that are run and counted, where it has more.
-SAMPLE = 8
+SAMPLE = 4
 #: The bytes that a program stores at least where it makes an output, not a few numbers for each channel.
-OUTPUT = 4096
+OUTPUT = 2048
 
 
 @dataclass

@@ -264,9 +264,9 @@ def test_a_few_programs_stand_for_all(monkeypatch):
     pytest.importorskip("triton")
     from benchmarks import traffic
 
-    x = torch.randn(1, 40, 38, 50).contiguous(memory_format=torch.channels_last)
-    least = 4 * 40 * (38 * 50 + 19 * 25)
-    for sample in (10**6, 8, 3):
+    x = torch.randn(1, 64, 38, 50).contiguous(memory_format=torch.channels_last)
+    least = 4 * 64 * (38 * 50 + 19 * 25)
+    for sample in (10**6, 8, 4):
         monkeypatch.setattr(traffic, "SAMPLE", sample)
         with pooling_ext.use_backend("triton"), traffic.counted() as found:
             pooling_ext.functional.max_pool2d(x, 2)
