@@ -26,6 +26,7 @@ from .ops.avg_pool import adaptive_avg_pool2d
 from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 from .ops.conv_bn_act import folded, folds, outputs, tuned, tunes
+from .ops.deferred_norm import Deferred
 from .ops.max_pool import max_pool2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -130,18 +131,29 @@ class BatchNormChain:
         pool: nn.Module | None,
         input: Any,
         residual: Any = None,
+        following: nn.Module | None = None,
     ) -> Any:
+        """Run the chain.
+
+        Args:
+            input: a value, or what an earlier chain left to this one.
+            following: the convolution of the chain that alone takes the result, which then may be left to it.
+        """
         pooled = pool is not None or self.pool is not None
         if conv is not None:
+            deferred = type(input) is Deferred
+            value = input.output if deferred else input
             if (
-                isinstance(input, Tensor)
+                isinstance(value, Tensor)
                 and not pooled
-                and tunes(conv, bn, input, residual)
+                and tunes(conv, bn, value, residual)
                 and calls_only_forward(conv)
                 and self._is_fused(bn, relu, pool)
-                and (self.add is None or _fits(residual, conv, input))
+                and (self.add is None or _fits(residual, conv, value))
             ):
-                return tuned(conv, bn, input, residual, self._activation(relu))
+                return tuned(conv, bn, input, residual, self._activation(relu), following)
+            if deferred:
+                input = input.computed()
             if (
                 not (bn.training or pooled)
                 and type(conv) is nn.Conv2d

@@ -68,6 +68,7 @@ def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
     # From the end, so that of two that are added, the one that is computed last takes the addition.
     norms = [node for node in reversed(nodes) if match.is_module(node, BATCH_NORMS)]
     yield from reversed([match.batch_norm(node) for node in norms])
+    _let_defer(graph)
     for node in nodes:
         if node not in match.taken:
             pooled = match.add_pool(node) or _pool_function(node)
@@ -99,6 +100,31 @@ def is_plain_sequential(module: Any) -> bool:
         and calls_only_forward(module)
         and not _has_any_global_hook()
     )
+
+
+def _let_defer(graph: fx.Graph) -> None:
+    """Tell each chain whose output goes into the convolution of one other chain alone which that is."""
+    for node in graph.nodes:
+        user = _only_user(node)
+        if not (_is_conv_chain(node) and _is_conv_chain(user)):
+            continue
+        conv, *_, input = user.args[: _INPUT_AT + 1]
+        if input is node and node.target.add is None:
+            with graph.inserting_before(node):
+                following = graph.create_node("get_attr", conv.target)
+            node.kwargs = {"following": following}
+
+
+#: Where a chain's input stands among its arguments, after its modules.
+_INPUT_AT = 4
+
+
+def _is_conv_chain(node: fx.Node | None) -> bool:
+    """Whether ``node`` calls a chain with a convolution and without a pooling."""
+    if node is None or not isinstance(node.target, BatchNormChain):
+        return False
+    conv, _, _, pool, *_ = node.args
+    return conv is not None and pool is None and node.target.pool is None
 
 
 class _Match:

@@ -28,7 +28,7 @@ _WARM_UP, _RUNS, _REPEATS = 3, 5, 5
 
 _choices: dict[tuple[str, str], str] = {}  # (card, call) -> way
 _loaded: set[str] = set()  # cards
-_lock = threading.Lock()
+_lock = threading.RLock()  # what is measured may itself have parts to be measured
 
 
 def fastest(call: str, ways: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
@@ -68,10 +68,6 @@ def fastest(call: str, ways: Mapping[str, Callable[[], Any]], device: torch.devi
         _choices[card, call] = best
     remember(card, call, best, times)
     return best
-
-
-def _may_measure() -> bool:
-    return os.environ.get("POOLING_EXT_TUNE") != "0" and not torch.cuda.is_current_stream_capturing()
 
 
 def measure(

@@ -259,6 +259,32 @@ def test_bytes_of_triton_kernels(monkeypatch):
     geometry.tiling.cache_clear()
 
 
+def test_a_few_programs_stand_for_all(monkeypatch):
+    """Those at an edge, which have less to do, too."""
+    pytest.importorskip("triton")
+    from benchmarks import traffic
+
+    x = torch.randn(1, 64, 38, 50).contiguous(memory_format=torch.channels_last)
+    least = 4 * 64 * (38 * 50 + 19 * 25)
+    for sample in (10**6, 8, 4):
+        monkeypatch.setattr(traffic, "SAMPLE", sample)
+        with pooling_ext.use_backend("triton"), traffic.counted() as found:
+            pooling_ext.functional.max_pool2d(x, 2)
+        assert found.nbytes == pytest.approx(least, rel=1e-3), sample
+
+
+def test_summary_of_bytes():
+    counts = [
+        benchmark_bytes.Count("a", dtype, "NCHW", phase, 1, 100, moved, sectors)
+        for phase in ("forward", "training forward", "backward")
+        for dtype, moved, sectors in (
+            ("float32", 101, 105),
+            ("bfloat16", 105, 120 if phase == "backward" else 1),
+        )
+    ]
+    assert list(benchmark_bytes.summary(counts).rows) == [("a", "1.050", "1.050", "1.050 (1.20)")]
+
+
 def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
     """What it measures on a GPU, on tensors that the interpreter takes; without one it measures nothing."""
     pytest.importorskip("triton")

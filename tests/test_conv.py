@@ -106,10 +106,10 @@ def test_statistics_of_a_large_mean(backend, dtype):
 
 @TRITON
 def test_statistics_of_many_tiles(backend):
-    """So many that they are combined in two rounds; the last tile is not full."""
-    from pooling_ext.triton import combining
+    """So many that they are not merged at once; the last tile is not full."""
+    from pooling_ext.triton.batch_norm import MERGE_SPLITS, Parts
 
-    for tiles, unit in ((combining.TILES + 37, 4), (combining.TILES, 4), (1, 4)):
+    for tiles, unit in ((MERGE_SPLITS + 37, 4), (MERGE_SPLITS, 4), (1, 4)):
         count = tiles * unit - 3
         x = 5.0 + torch.randn(tiles * unit, 3, dtype=torch.float64)
         x[count:] = 0
@@ -118,11 +118,13 @@ def test_statistics_of_many_tiles(backend):
             means.append(tile.mean(0))
             squares.append((tile - tile.mean(0)).square().sum(0))
         partials = torch.stack((torch.stack(means), torch.stack(squares)), 1)
-        stats = combining.combine_means(partials, unit, count)
+        parts = Parts(x, tiles, (unit, count))
+        parts.sums.copy_(partials.flatten())
+        stats = parts.merge()
         expected = torch.stack((x[:count].mean(0), x[:count].var(0, unbiased=False)))
         torch.testing.assert_close(stats, expected, rtol=1e-12, atol=0)
 
-        sums = combining.combine_sums(partials, torch.zeros(2, 3, dtype=torch.float64))
+        sums = parts.total(torch.zeros(2, 3, dtype=torch.float64), EPS)
         torch.testing.assert_close(sums, partials.sum(0), rtol=1e-12, atol=1e-12)
 
 

@@ -63,12 +63,11 @@ def test_every_kernel_compiles(target):
     assert not {label(facts): facts["error"] for facts in compiled(target) if "error" in facts}
 
 
-@pytest.mark.xfail(
-    reason="up to 16 bytes in contiguous batch norm on sm_80 and sm_100, scalar registers on gfx942",
-    strict=False,
-)
 @TARGET
-def test_no_kernel_spills(target):
+def test_no_kernel_spills(target, request):
+    if target == "gfx942":
+        reason = "a scalar register of the stem's forward with places in bfloat16"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     assert not {label(facts): facts["spills"] for facts in working(target) if facts["spills"]}
 
 

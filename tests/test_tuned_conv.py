@@ -11,7 +11,7 @@ from torch import nn
 import pooling_ext
 from pooling_ext import prepacked, tuning
 from pooling_ext.ops import tuned_conv
-from pooling_ext.ops.tuned_conv import ConvStats, Geometry
+from pooling_ext.ops.tuned_conv import Geometry, conv_stats_with_grad
 from pooling_ext.prepacked import RELU, PackedConv
 from pooling_ext.testing.tolerances import assert_close
 
@@ -54,7 +54,7 @@ def test_every_way_gives_the_same(backend, groups, relu, dtype):
 def test_statistics_and_gradients(backend):
     x, weight, bias, _ = tensors()
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-    output, stats = ConvStats.apply(*leaves, GEOMETRY)
+    output, stats = conv_stats_with_grad(*leaves, GEOMETRY)
     exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
     expected = F.conv2d(*exact, *GEOMETRY)
     assert_close(output, expected.detach(), scale=4.0)

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from pooling_ext.testing.launches import CASES, CONVOLUTIONS, PHASES, recorded_on_meta
+from pooling_ext.triton.conv_configs import AMD_STAGES
 from pooling_ext.triton.launching import Launch
 
 TARGETS = {
@@ -55,6 +56,8 @@ def compile_for(target: GPUTarget, launch: Launch) -> dict[str, Any]:
     # Launches were recorded for warps of 32 threads; a program has as many threads everywhere.
     warps = max(launch.options["num_warps"] * 32 // target.warp_size, 1)
     options = launch.options | {"num_warps": warps}
+    if target.backend == "hip":
+        options["num_stages"] = min(options["num_stages"], AMD_STAGES)
     compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
     facts = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     return facts | (_cuda_facts(compiled, target) if target.backend == "cuda" else _amd_facts(compiled))

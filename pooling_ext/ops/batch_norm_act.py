@@ -365,6 +365,17 @@ def in_training(
     return output
 
 
+def update_running(
+    input: Tensor,
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> None:
+    """Move the running statistics, if there are any, towards the input's, as :func:`in_training` does."""
+    _update(running_mean, running_var, stats, _count(input), momentum)
+
+
 def check(
     input: Tensor,
     residual: Tensor | None,

@@ -24,7 +24,9 @@ from .batch_norm_act import (
     in_training,
     needs_grad,
     transformed,
+    update_running,
 )
+from .deferred_norm import Deferred
 
 # The dtypes in which oneDNN adds and rectifies as it writes.
 backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
@@ -101,42 +103,57 @@ def tunes(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
     return tuned_conv.takes(input, dtype)
 
 
-def tuned(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """:func:`conv_bn_act` where :func:`tunes` holds."""
-    device, relu = input.device.type, activation == "relu"
-    dtype = _autocast_dtype(device) or input.dtype
+def tuned(
+    conv: Any,
+    bn: Any,
+    input: Tensor | Deferred,
+    residual: Tensor | None,
+    activation: str,
+    following: nn.Module | None = None,
+) -> Any:
+    """:func:`conv_bn_act` where :func:`tunes` holds.
+
+    Args:
+        input: a tensor, or one that is yet to be computed.
+        following: the convolution into which alone the result goes, if there is one.
+
+    Returns:
+        A tensor; or with ``following``, where that is faster, a :class:`Deferred`.
+    """
+    trains = bn.training or bn.running_mean is None
+    if isinstance(input, Deferred) and (not trains or conv.groups != 1):
+        input = input.computed()
+    first = input.output if isinstance(input, Deferred) else input
+    device, relu = first.device.type, activation == "relu"
+    dtype = _autocast_dtype(device) or first.dtype
     geometry = tuned_conv.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     with torch.autocast(device, enabled=False):
-        x = input.to(dtype)
-        if not bn.training and bn.running_mean is not None:
+        if not trains:
             with torch.no_grad():
                 weight, bias = _fold(conv, bn)
                 weight = weight.to(dtype, memory_format=torch.channels_last)
+                x = first.to(dtype)
                 return tuned_conv.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
         weight = conv.weight.to(dtype)
         bias = None if conv.bias is None else conv.bias.to(dtype)
-        if needs_grad(x, weight, bias):
-            output, stats = tuned_conv.ConvStats.apply(x, weight, bias, geometry)
+        if isinstance(input, Deferred):
+            output, stats = input.convolved(weight, bias, geometry)
         else:
-            output, stats = tuned_conv.conv_stats(x, weight, bias, geometry)
+            output, stats = tuned_conv.conv_stats_with_grad(input.to(dtype), weight, bias, geometry)
         if residual is not None and residual.shape != output.shape:
             raise ArgumentError(
                 f"residual must have the output's shape {tuple(output.shape)}, but got "
                 f"{tuple(residual.shape)}"
             )
         arguments = batch_norm_arguments(bn)
-        return in_training(
-            output,
-            arguments["running_mean"],
-            arguments["running_var"],
-            bn.weight,
-            bn.bias,
-            arguments["momentum"],
-            bn.eps,
-            residual,
-            relu,
-            stats,
-        )
+        running = arguments["running_mean"], arguments["running_var"]
+        momentum = arguments["momentum"]
+        if following is not None and residual is None:
+            norm = Deferred(output, stats, bn.weight, bn.bias, bn.eps, relu)
+            if norm.pays(following):
+                update_running(output, stats, *running, momentum)
+                return norm
+        return in_training(output, *running, bn.weight, bn.bias, momentum, bn.eps, residual, relu, stats)
 
 
 def outputs(conv: Any, input: Tensor) -> int:

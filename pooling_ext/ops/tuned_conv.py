@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from .. import backends, tuning
 from . import conv as _conv
 from .batch_norm_act import _stats as batch_norm_stats
+from .batch_norm_act import needs_grad
 
 Way = Callable[..., Any]
 
@@ -57,10 +58,26 @@ def conv_bias_act(
 
 
 def conv_stats(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    """``conv(input, weight) + bias`` and its statistics, those of ``batch_norm_stats``; without gradients."""
-    return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry)
+    """``conv(input, weight) + bias`` and its statistics, those of ``batch_norm_stats``; without gradients.
+
+    Args:
+        norm: nothing, or the batch norm that ``input`` is yet to pass: its statistics, weight, bias, eps and
+            whether ReLU follows. Only our kernels take that.
+    """
+    return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry, *norm)
+
+
+def conv_input_grad(
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradient of what :func:`conv_stats` made of ``norm``'s output, and its sums, by our kernels alone.
+
+    Returns:
+        The gradient of what ReLU was given, and the sums of ``batch_norm_act_sums``.
+    """
+    return _fastest("conv_input_grad", _input_grad_ways, grad, weight, input, geometry, *norm)
 
 
 def takes(input: Tensor, dtype: torch.dtype) -> bool:
@@ -74,6 +91,16 @@ def takes(input: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _fastest(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Any:
+    return choose(name, ways, *args)(*args)
+
+
+def choose(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Way:
+    """The fastest of the ways to do ``name`` with ``args``.
+
+    Args:
+        ways: gives them for such arguments, each a function of these; the first is taken where there is no
+            measuring. The first argument is a tensor on the device that counts.
+    """
     key = (name, torch.backends.cudnn.allow_tf32, *map(_kind, args))
     way = _chosen.get(key)
     if way is None or backends.forced() is not None:
@@ -82,13 +109,14 @@ def _fastest(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Any:
             offered = {label: way for label, way in offered.items() if "cudnn" not in label} or offered
         calls = {label: partial(way, *args) for label, way in offered.items()}
         input = args[0]
-        best = next(iter(offered))
-        if input.is_cuda:
-            best = tuning.fastest(" ".join((name, *map(_written, args))), calls, input.device)
-        way = offered[best]
+        way = offered[_measured(" ".join((name, *map(_written, args))), calls, input)]
         if backends.forced() is None and not (input.is_cuda and torch.cuda.is_current_stream_capturing()):
             _chosen[key] = way
-    return way(*args)
+    return way
+
+
+def _measured(call: str, ways: dict[str, Way], input: Tensor) -> str:
+    return tuning.fastest(call, ways, input.device) if input.is_cuda else next(iter(ways))
 
 
 def _kind(x: Any) -> Any:
@@ -171,12 +199,17 @@ def _triton_bias_act(
     return conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, config=config)
 
 
-def _stats_ways(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> dict[str, Way]:
-    ways: dict[str, Way] = {"cudnn, then statistics": _convolved_then_stats}
-    none = (None, None, None, 0.0, False)
-    for config in _configs(geometry, "conv_stats", input, weight, bias, *none, *geometry[:3]):
+def _stats_ways(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+) -> dict[str, Way]:
+    ways: dict[str, Way] = {} if norm else {"cudnn, then statistics": _convolved_then_stats}
+    given = norm or _NO_NORM
+    for config in _configs(geometry, "conv_stats", input, weight, bias, *given, *geometry[:3]):
         ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
     return ways
+
+
+_NO_NORM: tuple[Any, ...] = (None, None, None, 0.0, False)
 
 
 def _convolved_then_stats(
@@ -187,12 +220,31 @@ def _convolved_then_stats(
 
 
 def _triton_stats(
-    config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     from ..triton.conv import conv_stats
 
-    none = (None, None, None, 0.0, False)
-    return conv_stats(input, weight, bias, *none, *geometry[:3], config=config)
+    rest: tuple[Any, ...] = (*(norm or _NO_NORM), *geometry[:3])
+    return conv_stats(input, weight, bias, *rest, config=config)
+
+
+def _input_grad_ways(
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+) -> dict[str, Way]:
+    args = grad, weight, input.shape, input, *norm, *geometry[:3]
+    return {
+        f"triton {_label(config)}": partial(_triton_input_grad, config)
+        for config in _configs(geometry, "conv_input_grad", *args)
+    }
+
+
+def _triton_input_grad(
+    config: Any, grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+) -> tuple[Tensor, Tensor]:
+    from ..triton.conv_input_grad import conv_input_grad
+
+    rest: tuple[Any, ...] = (*norm, *geometry[:3])
+    return conv_input_grad(grad, weight, input.shape, input, *rest, config=config)
 
 
 def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
@@ -214,9 +266,16 @@ def _label(config: Any) -> str:
 # --- training ------------------------------------------------------------------------------------
 
 
-class ConvStats(Function):
+def conv_stats_with_grad(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
     """:func:`conv_stats` with gradients of the convolution; the statistics pass none on."""
+    if needs_grad(input, weight, bias):
+        return _ConvStats.apply(input, weight, bias, geometry)
+    return conv_stats(input, weight, bias, geometry)
 
+
+class _ConvStats(Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry

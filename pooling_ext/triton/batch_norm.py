@@ -20,8 +20,8 @@ from torch import Tensor
 from .geometry import WARP_SIZE
 from .launching import launch
 
-#: Channels of a program that updates running statistics.
-RUNNING_CHANNELS = 128
+#: Channels of a program that updates running statistics, and of one that makes coefficients.
+RUNNING_CHANNELS = AFFINE_CHANNELS = 128
 #: How many programs' sums one of the second stage adds up at a time, how many channels it has at least, and
 #: how many sums in all.
 MERGE_SPLITS, MERGE_CHANNELS, MERGE_SUMS, MERGE_WARPS = 512, 4, 2048, 256 // WARP_SIZE
@@ -55,10 +55,14 @@ def affine(stats, weight, bias, channels, channel, exists, eps, acc: tl.constexp
 
 
 @triton.jit
-def slopes(sums, scale, away, inverse, channels, channel, exists, count, acc: tl.constexpr):
-    """Slope and offset of the input's gradient ``g * scale + (x - center) * slope + offset``."""
-    mean = tl.load(sums + channel, mask=exists, other=0.0) / count
-    product = tl.load(sums + channels + channel, mask=exists, other=0.0) / count
+def slopes(sums, scale, away, inverse, channels, channel, exists, share, acc: tl.constexpr):
+    """Slope and offset of the input's gradient ``g * scale + (x - center) * slope + offset``.
+
+    Args:
+        share: of an element in a mean; to divide in float64 takes a call that spills registers.
+    """
+    mean = tl.load(sums + channel, mask=exists, other=0.0) * share
+    product = tl.load(sums + channels + channel, mask=exists, other=0.0) * share
     product = product * inverse * inverse
     wide = scale.to(tl.float64)
     return (-wide * product).to(acc), (wide * (away * product - mean)).to(acc)
@@ -94,34 +98,43 @@ def _merge_kernel(
     stats,
     channels,
     splits,
+    unit,
+    total,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Means and variances from those of the programs: Chan, Golub and LeVeque's formula for all at once."""
+    """Means and variances from those of the programs: Chan, Golub and LeVeque's formula for all at once.
+
+    Without ``counts`` each has ``unit`` elements of ``total``, but perhaps the last.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels
-    first = tl.load(parts + channel, mask=exists, other=0.0)
+    first = tl.load(parts + channel, mask=exists, other=0.0).to(tl.float64)
     count = tl.full((SPLITS,), 0.0, tl.float64)
     away = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
     deviation = tl.full((SPLITS, CHANNELS), 0.0, tl.float64)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         some = split < splits
-        n = tl.load(counts + split, mask=some, other=0.0)
+        if counts is not None:
+            n = tl.load(counts + split, mask=some, other=0.0)
+        else:
+            left = total - split.to(tl.int64) * unit
+            n = tl.maximum(tl.minimum(left, unit), 0).to(tl.float64)
         mask = some[:, None] & exists[None, :]
         row = parts + split.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        mean = tl.load(row, mask=mask, other=0.0)
+        mean = tl.load(row, mask=mask, other=0.0).to(tl.float64)
         # As a difference to the first, so that nothing is lost where means are large.
         difference = tl.where(mask, mean - first[None, :], 0.0)
         count += n
         away += n[:, None] * difference
-        deviation += tl.load(row + channels, mask=mask, other=0.0) + n[:, None] * difference * difference
-    total = tl.sum(count, 0)
-    offset = tl.sum(away, 0) / total
-    squares = tl.sum(deviation, 0) - offset * offset * total
-    mean = first + offset
-    tl.store(stats + channel, mean, mask=exists)
-    tl.store(stats + channels + channel, squares / total, mask=exists)
+        squares = tl.load(row + channels, mask=mask, other=0.0).to(tl.float64)
+        deviation += squares + n[:, None] * difference * difference
+    elements = tl.sum(count, 0)
+    offset = tl.sum(away, 0) / elements
+    variance = tl.sum(deviation, 0) / elements - offset * offset
+    tl.store(stats + channel, first + offset, mask=exists)
+    tl.store(stats + channels + channel, variance, mask=exists)
 
 
 @triton.jit
@@ -178,8 +191,8 @@ def _total_kernel(
         split = start + tl.arange(0, SPLITS)
         mask = (split < splits)[:, None] & exists[None, :]
         row = parts + split.to(tl.int64)[:, None] * 2 * channels + channel[None, :]
-        first += tl.load(row, mask=mask, other=0.0)
-        second += tl.load(row + channels, mask=mask, other=0.0)
+        first += tl.load(row, mask=mask, other=0.0).to(tl.float64)
+        second += tl.load(row + channels, mask=mask, other=0.0).to(tl.float64)
     mean = tl.load(stats + channel, mask=exists, other=0.0)
     gradients = tl.sum(first, 0)
     products = tl.sum(second, 0) - (mean - mean.to(acc).to(tl.float64)) * gradients
@@ -194,24 +207,32 @@ def _total_kernel(
 
 
 class Parts:
-    """Two float64 sums for each channel and program, and how they become those of all.
+    """Two numbers for each channel and program, and how they become those of all in a fixed order.
 
     Args:
-        input: what they are of; its dtype and device.
+        input: what they are of; its channels, dtype and device.
         splits: how many programs share a channel.
+        elements: of a channel for each program (the last has what is left), and in all. Without it the
+            programs write how many they have into ``counts``, where that is of interest.
+        brief: keep those of 16-bit values in float32, since there are many, each of few elements.
     """
 
-    def __init__(self, input: Tensor, splits: int):
+    def __init__(
+        self, input: Tensor, splits: int, elements: tuple[int, int] | None = None, brief: bool = False
+    ):
         self.channels, self.splits = input.shape[1], splits
         self.double = input.dtype == torch.float64
-        n = splits * 2 * self.channels
-        memory = input.new_empty(n + splits, dtype=torch.float64)
-        self.sums, self.counts = memory[:n], memory[n:]
+        wide = torch.float32 if brief and input.dtype.itemsize == 2 else torch.float64
+        self.sums = input.new_empty(splits * 2 * self.channels, dtype=wide)
+        self.counts = input.new_empty(splits, dtype=torch.float64) if elements is None else None
+        self.elements = elements or (0, 0)
 
     def merge(self) -> Tensor:
-        """Statistics out of means and sums of squared deviations."""
+        """Statistics out of means and sums of squared deviations; zeros where there are none."""
         stats = self._result()
-        self._launch(_merge_kernel, self.sums, self.counts, stats)
+        if self.splits == 0:
+            return stats.zero_()
+        self._launch(_merge_kernel, self.sums, self.counts, stats, after=self.elements)
         return stats
 
     def total(
@@ -224,11 +245,11 @@ class Parts:
         return sums
 
     def _result(self) -> Tensor:
-        return self.sums.new_empty((2, self.channels))
+        return self.sums.new_empty((2, self.channels), dtype=torch.float64)
 
     def _launch(self, kernel: Any, *tensors: Tensor | None, after: tuple = (), **constants: Any) -> None:
         n = self.channels
-        at_once = min(MERGE_SPLITS, triton.next_power_of_2(self.splits))
+        at_once = min(MERGE_SPLITS, triton.next_power_of_2(max(self.splits, 1)))
         width = max(min(MERGE_SUMS // at_once, triton.next_power_of_2(n)), MERGE_CHANNELS)
         constants |= {"CHANNELS": width, "SPLITS": at_once}
         grid = (triton.cdiv(n, width),)
@@ -238,6 +259,28 @@ class Parts:
 def vector(values: Tensor | None) -> Tensor | None:
     """A parameter as kernels read it."""
     return None if values is None else values.contiguous()
+
+
+@triton.jit
+def _affine_kernel(stats, weight, bias, coefficients, channels, eps: tl.float64, CHANNELS: tl.constexpr):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    center, scale, shift, _away, _inverse = affine(
+        stats, weight, bias, channels, channel, exists, eps, tl.float32
+    )
+    tl.store(coefficients + channel, center, mask=exists)
+    tl.store(coefficients + channels + channel, scale, mask=exists)
+    tl.store(coefficients + 2 * channels + channel, shift, mask=exists)
+
+
+def affine_of(stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """A batch norm as ``(x - center) * scale + shift``: these three, float32 ``(3, C)``."""
+    channels = stats.shape[1]
+    coefficients = stats.new_empty((3, channels), dtype=torch.float32)
+    tensors = stats.contiguous(), vector(weight), vector(bias), coefficients
+    grid = (triton.cdiv(channels, AFFINE_CHANNELS),)
+    launch(_affine_kernel, grid, *tensors, channels, eps, CHANNELS=AFFINE_CHANNELS)
+    return coefficients
 
 
 def batch_norm_update_running(

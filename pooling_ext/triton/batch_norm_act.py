@@ -190,7 +190,7 @@ def _backward_kernel(
     tiles,
     blocks,
     splits,
-    count,
+    share: tl.float64,
     eps: tl.float64,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
@@ -205,7 +205,7 @@ def _backward_kernel(
     )
     center, scale, shift, away, inverse = affine(stats, weight, bias, channels, channel, exists, eps, acc)
     if sums is not None:
-        slope, offset = slopes(sums, scale, away, inverse, channels, channel, exists, count, acc)
+        slope, offset = slopes(sums, scale, away, inverse, channels, channel, exists, share, acc)
     for i in range(split, tiles, splits):
         at, mask, _n = tile(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
@@ -331,7 +331,7 @@ def spread_gradient(
         sums,
         *walk.shape,
         splits,
-        int(count),
+        1.0 / max(count, 1.0),
         eps,
         RELU=relu,
         num_warps=WARPS,

@@ -121,9 +121,9 @@ def _pool_kernel(
                 ok = within(
                     row_ok, w_start + kw * DILATION[2], in_w, kw * DILATION[2] < PADDING[2], kw >= INSIDE[2]
                 )
-                ok = ok[:, None] & c_ok
+                ok = ok[:, None]
                 step = (kh * DILATION[1] * in_w + kw * DILATION[2]) * channels
-                v = tl.load(x + step + origin, mask=ok, other=0.0).to(acc)
+                v = tl.load(x + step + origin, mask=ok & c_ok, other=0.0).to(acc)
                 # Rounded as the operators in turn would, on which it depends who wins.
                 z = tl.fma(v - center, scale, shift).to(y.dtype.element_ty).to(acc)
                 z = tl.where(ok, z, float("-inf"))
@@ -251,7 +251,7 @@ def _backward_kernel(
     in_w,
     out_h,
     out_w,
-    count,
+    share: tl.float64,
     eps: tl.float64,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -279,7 +279,7 @@ def _backward_kernel(
     exists = channel < planes
     center, scale, shift, rest, inverse = affine(stats, weight, bias, planes, channel, exists, eps, acc)
     if sums is not None:
-        slope, offset = slopes(sums, scale, rest, inverse, planes, channel, exists, count, acc)
+        slope, offset = slopes(sums, scale, rest, inverse, planes, channel, exists, share, acc)
     item_ok = first_item + item_at < items
     cell_w = first_w + w_at
     if WIDE:
@@ -472,5 +472,7 @@ def batch_norm_relu_max_pool_backward(
             bias,
             sums,
         )
-        stem.launch(_backward_kernel, tensors, (int(count), eps), *cells, tile_bytes=BACKWARD_TILE_BYTES)
+        stem.launch(
+            _backward_kernel, tensors, (1.0 / max(count, 1.0), eps), *cells, tile_bytes=BACKWARD_TILE_BYTES
+        )
     return grad_input

@@ -24,7 +24,8 @@ THREADS = 128
 WARPS = THREADS // WARP_SIZE
 #: Bytes that a thread moves with one instruction.
 ACCESS = 16
-#: Independent loads of a thread, for each tensor that is read.
+#: Independent loads of a thread, for each tensor that is read; in the contiguous format no more than have 16
+#: values, since there a thread's columns have sums of their own.
 UNROLL = 4
 #: Columns in channels_last: with a whole line of memory in each row, many channels leave enough rows to each
 #: program that its sums are few beside what it read.
@@ -75,7 +76,8 @@ class Walk:
         unit = gcd(width, vector) or 1
         # Where a vector takes several loads, those are independent too. The rows of small tensors are
         # not padded to a whole tile.
-        most = max(UNROLL * unit // vector, 1)
+        loads = UNROLL if last else min(UNROLL, itemsize)
+        most = max(loads * unit // vector, 1)
         unroll = min(most, triton.next_power_of_2(max(rows // (at_once if last else 1), 1)))
         if last:
             self.blocks = triton.cdiv(channels, columns)

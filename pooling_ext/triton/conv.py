@@ -24,7 +24,7 @@ from ..ops.conv import (
     empty,
     geometry,
 )
-from .combining import affine_of, combine_means, new_partials
+from .batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, folds, forward_problem
 from .gemm import finish_output, grouped_tile, normalised, pixels, product
 from .launching import launch
@@ -155,7 +155,8 @@ def _forward(
     output = empty(input, geometry.output_shape)
     m, n = problem.m, problem.n
     tiles = triton.cdiv(m, config.block_m)
-    partials = new_partials(input, tiles, n) if statistics else None
+    parts = Parts(output, tiles, (config.block_m, m), brief=True) if statistics else None
+    partials = None if parts is None else parts.sums
     grid = (tiles * triton.cdiv(n, config.block_n), 1, 1)
     strides = {"STRIDE_H": geometry.stride[0], "STRIDE_W": geometry.stride[1]}
     common = {
@@ -187,7 +188,7 @@ def _forward(
             **common,
             **config.options,
         )
-    return output, None if partials is None else combine_means(partials, config.block_m, m)
+    return output, None if parts is None else parts.merge()
 
 
 def conv_bias_act(

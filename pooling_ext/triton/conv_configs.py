@@ -14,10 +14,16 @@ import torch
 import triton
 
 from ..ops.conv import Geometry, geometry
+from .geometry import WARP_SIZE
 
 #: With fewer channels than this (or twice as many that do not divide evenly) a step takes several places of a
 #: window.
 FEW_CHANNELS = 16
+
+
+#: More make AMD's compiler spill.
+AMD_STAGES = 2
+MOST_STAGES = AMD_STAGES if torch.version.hip else 8
 
 
 class Config(NamedTuple):
@@ -35,14 +41,14 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What ``launch`` is to be given by name."""
+        """What ``launch`` is to be given by name; AMD's warps are twice as wide, its pipelines shorter."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "GROUP": self.group,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
+            "num_warps": max(self.num_warps * 32 // WARP_SIZE, 1),
+            "num_stages": min(self.num_stages, MOST_STAGES),
         }
 
 

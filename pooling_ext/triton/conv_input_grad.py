@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..ops.conv import channels_last, check_dtypes, check_like, check_stats, check_vector, empty, geometry
-from .combining import affine_of, combine_sums, new_partials
+from .batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, input_grad_problem
 from .gemm import finish_grad, grouped_tile, pixels, product
 from .launching import launch
@@ -192,7 +192,8 @@ def conv_input_grad(
     grad, (weight, steps) = channels_last(grad), _laid_out(weight)
     output = empty(grad, found.input_shape)
     tiles = triton.cdiv(problem.m, config.block_m) * found.stride[0] * found.stride[1]
-    partials = None if affine is None else new_partials(grad, tiles, found.channels)
+    parts = None if affine is None else Parts(output, tiles, brief=True)
+    partials = None if parts is None else parts.sums
     grid = (tiles * triton.cdiv(problem.n, config.block_n), 1, 1)
     strides = {"STRIDE_H": found.stride[0], "STRIDE_W": found.stride[1]}
     common = {
@@ -226,6 +227,6 @@ def conv_input_grad(
             **common,
             **config.options,
         )
-    if partials is None or stats is None:
+    if parts is None or stats is None:
         return output, grad.new_empty(0, dtype=torch.float64)
-    return output, combine_sums(partials, stats)
+    return output, parts.total(stats.contiguous(), eps)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import interpreted
+from .batch_norm import store_parts, through
 
 #: The most columns of a tile that an epilogue works on at a time, so that what it reads besides finds room
 #: in registers.
@@ -68,14 +69,6 @@ def normalised(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
 
 
 @triton.jit
-def _store_partials(partials, tile, column, column_ok, N, first, second):
-    """Write a tile's two numbers of each column, where combining.py looks for them."""
-    at = partials + tile.to(tl.int64) * (2 * N) + column
-    tl.store(at, first.to(partials.dtype.element_ty), mask=column_ok)
-    tl.store(at + N, second.to(partials.dtype.element_ty), mask=column_ok)
-
-
-@triton.jit
 def _halves(sums):
     """The left and the right half of a tile's columns."""
     rows: tl.constexpr = sums.shape[0]
@@ -125,7 +118,7 @@ def finish_output(
             total = tl.sum(deviation, 0)
             squares = tl.sum(deviation * deviation, 0) - total * (total / count)
             mean = mean.to(wide) + (total / count).to(wide)
-            _store_partials(partials, tile, column, column_ok, N, mean, squares)
+            store_parts(partials, tile, mean, squares, N, column, column_ok)
 
 
 @triton.jit
@@ -155,9 +148,9 @@ def finish_grad(sums, output, offset, row_ok, first, N, x, affine, partials, til
                 scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
                 shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
                 z = tl.fma(deviation, scale[None, :], shift[None, :])
-                sums = tl.where(z <= 0.0, 0.0, sums)  # NaN lets it through, as in PyTorch
+                sums = through(z, sums)
             grad = sums.to(output.dtype.element_ty)
             tl.store(output + at, grad, mask=mask)
             grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)
             total, products = tl.sum(grad, 0), tl.sum(grad * deviation, 0)
-            _store_partials(partials, tile, column, column_ok, N, total, products)
+            store_parts(partials, tile, total, products, N, column, column_ok)
