@@ -230,6 +230,8 @@ def _wire_cpu() -> None:
             continue
         for operator in operators if op in cuda.OPERATORS else ():
             _cpu_library.impl(operator, cuda.stand_in(operator), "CPU", allow_override=True)
+    for operator in cuda.OWN if wanted == "cuda" else ():
+        _cpu_library.impl(operator, cuda.stand_in(operator), "CPU")
 
 
 @contextmanager

@@ -17,9 +17,14 @@ from torch.compiler import is_compiling
 
 from .. import backends, tuning
 from . import conv as _conv
+from . import cuda_conv
 from .batch_norm_act import _stats as batch_norm_stats
 
 Way = Callable[..., Any]
+
+
+#: Triton's and CUDA's.
+_OPERATORS = ("conv_bias_act", "conv_bias_act_cuda")
 
 
 class Geometry(NamedTuple):
@@ -69,7 +74,7 @@ def takes(input: Tensor, dtype: torch.dtype) -> bool:
         input.dim() == 4
         and dtype in _conv.DTYPES
         and not is_compiling()
-        and backends.choose("conv_bias_act", input) is not backends.ATEN
+        and any(backends.choose(name, input) is not backends.ATEN for name in _OPERATORS)
     )
 
 
@@ -125,6 +130,8 @@ def _bias_act_ways(
         ways["cudnn, fused"] = _cudnn_fused
     for config in _configs(geometry, "conv_bias_act", input, weight, bias, residual, *geometry[:3], relu):
         ways[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
+    for label, tile in _tiles(geometry, input, weight):
+        ways[f"cuda {label}"] = partial(_cuda_bias_act, tile)
     return ways
 
 
@@ -171,11 +178,25 @@ def _triton_bias_act(
     return conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, config=config)
 
 
+def _cuda_bias_act(
+    tile: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    return cuda_conv.conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, tile)
+
+
 def _stats_ways(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> dict[str, Way]:
     ways: dict[str, Way] = {"cudnn, then statistics": _convolved_then_stats}
     none = (None, None, None, 0.0, False)
     for config in _configs(geometry, "conv_stats", input, weight, bias, *none, *geometry[:3]):
         ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
+    for label, tile in _tiles(geometry, input, weight):
+        ways[f"cuda {label}"] = partial(_cuda_stats, tile)
     return ways
 
 
@@ -193,6 +214,18 @@ def _triton_stats(
 
     none = (None, None, None, 0.0, False)
     return conv_stats(input, weight, bias, *none, *geometry[:3], config=config)
+
+
+def _cuda_stats(
+    tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    none = (None, None, None, 0.0, False)
+    return cuda_conv.conv_stats(input, weight, bias, *none, *geometry[:3], tile)
+
+
+def _tiles(geometry: Geometry, input: Tensor, weight: Tensor) -> list[tuple[str, int]]:
+    """The tiles of the CUDA kernels; none where they do not take the call."""
+    return list(cuda_conv.tiles(input, weight, geometry[:3])) if geometry.groups == 1 else []
 
 
 def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
