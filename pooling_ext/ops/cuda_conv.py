@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import backends, cuda
 from . import _library
 from .conv import (
-    DTYPES,
     GEOMETRY,
     Geometry,
     check_dtypes,
@@ -46,9 +45,6 @@ _stats = _library.define(
     vmap=False,
 )
 
-for _name in cuda.OWN:
-    backends.register(_name, cuda=DTYPES)
-
 
 def tiles(input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> Iterator[tuple[str, int]]:
     """The name and number of each tile worth trying for a convolution; none where there are no kernels.
@@ -56,7 +52,7 @@ def tiles(input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> I
     Args:
         geometry: stride, padding and dilation.
     """
-    if any(backends.choose(name, input) is not backends.CUDA for name in cuda.OWN):
+    if not backends.offers(backends.CUDA, "conv_bias_act", input):
         return
     found = _geometry(input, weight, None, *geometry)
     pixels = found.batch * found.output_size[0] * found.output_size[1]
@@ -142,9 +138,7 @@ def conv_stats(
         check_stats("stats", stats, found.channels)
         check_vector("bn_weight", bn_weight, found.channels)
         check_vector("bn_bias", bn_bias, found.channels)
-    return _stats(
-        input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation, tile
-    )
+    return _stats(input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation, tile)
 
 
 def _geometry(

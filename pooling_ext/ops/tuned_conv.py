@@ -23,10 +23,6 @@ from .batch_norm_act import _stats as batch_norm_stats
 Way = Callable[..., Any]
 
 
-#: Triton's and CUDA's.
-_OPERATORS = ("conv_bias_act", "conv_bias_act_cuda")
-
-
 class Geometry(NamedTuple):
     """What a convolution is told besides its tensors, each for height and width."""
 
@@ -74,7 +70,7 @@ def takes(input: Tensor, dtype: torch.dtype) -> bool:
         input.dim() == 4
         and dtype in _conv.DTYPES
         and not is_compiling()
-        and any(backends.choose(name, input) is not backends.ATEN for name in _OPERATORS)
+        and backends.choose("conv_bias_act", input) is not backends.ATEN
     )
 
 
@@ -232,7 +228,7 @@ def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
     """The configurations of our kernels; none where they do not take the call."""
     if geometry.groups != 1:
         return ()
-    if backends.choose(operator, args[0]) is not backends.TRITON:
+    if not backends.offers(backends.TRITON, operator, args[0]):
         return ()
     from ..triton.conv_configs import configs_of
 
