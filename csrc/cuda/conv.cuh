@@ -197,6 +197,26 @@ POOLING_EXT_DEVICE void store_statistics(const ConvJob& job, const float* part, 
     store(to + job.features, {{Wide(squares - away * (away / count))}});
 }
 
+// N elements, or the first `some` of them one by one where the row is not of whole vectors.
+template <class T, int N>
+POOLING_EXT_DEVICE void load_row(const T* from, int some, bool vectors, Vec<T, N>& to) {
+    if (vectors) {
+        to = load<N>(from);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        if (i < some) to.at[i] = load(from + i).at[0];
+}
+
+template <class T, int N>
+POOLING_EXT_DEVICE void store_row(T* to, int some, bool vectors, const Vec<T, N>& from) {
+    if (vectors) return store<N>(to, from);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        if (i < some) store(to + i, {{from.at[i]}});
+}
+
 // Adds bias and residual to a part, applies ReLU and stores it.
 template <class T, class Tile>
 POOLING_EXT_DEVICE void store_part(const ConvJob& job, float* part, int64_t first_row, int rows,
@@ -205,40 +225,42 @@ POOLING_EXT_DEVICE void store_part(const ConvJob& job, float* part, int64_t firs
     const int within = int(threadIdx.x) % kAcross * N, column = first_column + within;
     const int some = job.features - column;
     if (some <= 0) return;
-    float bias[N];
+    float bias[N] = {};
+    read(job.bias, column, some, bias);
+    const int64_t own = first_row * job.features + column;
+    const T* const residual = static_cast<const T*>(job.residual) + own;
+    T* const output = static_cast<T*>(job.output) + own;
+    // Several independent loads of a thread at a time.
+    constexpr int kBatch = 4;
+    for (int first = int(threadIdx.x) / kAcross; first < rows; first += kBatch * kPass) {
+        Vec<T, N> y[kBatch] = {};
+        if (job.residual) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-        bias[i] = job.bias.data && i < some ? number<float>(job.bias, column + i) : 0.0f;
-    for (int r = int(threadIdx.x) / kAcross; r < rows; r += kPass) {
-        float* const own = part + r * Tile::kPartStride + within;
-        const int64_t at = (first_row + r) * job.features + column;
-        const T* const residual = static_cast<const T*>(job.residual) + at;
-        Vec<T, N> y;
-        if (job.residual && job.vectors_out) y = load<N>(residual);
-#pragma unroll
-        for (int four = 0; four < N; four += 4) {
-            Vec<float, 4> sum = vector<4>(own + four);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int i = four + e;
-                sum.at[e] += bias[i];
-                if (job.residual) {
-                    if (!job.vectors_out && i < some) y.at[i] = load(residual + i).at[0];
-                    sum.at[e] += widen(y.at[i]);
-                }
-                if (job.relu && sum.at[e] < 0) sum.at[e] = 0;
-                y.at[i] = narrow<T>(sum.at[e]);
-                sum.at[e] = widen(y.at[i]);
+            for (int b = 0; b < kBatch; ++b) {
+                const int r = first + b * kPass;
+                if (r < rows)
+                    load_row(residual + int64_t(r) * job.features, some, job.vectors_out, y[b]);
             }
-            if (job.partials) vector<4>(own + four) = sum;
         }
-        T* const output = static_cast<T*>(job.output) + at;
-        if (job.vectors_out) {
-            store<N>(output, y);
-        } else {
 #pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (i < some) store(output + i, {{y.at[i]}});
+        for (int b = 0; b < kBatch; ++b) {
+            const int r = first + b * kPass;
+            if (r >= rows) break;
+            float* const sums = part + r * Tile::kPartStride + within;
+#pragma unroll
+            for (int four = 0; four < N; four += 4) {
+                Vec<float, 4> sum = vector<4>(sums + four);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int i = four + e;
+                    float x = sum.at[e] + bias[i] + widen(y[b].at[i]);
+                    if (job.relu && x < 0) x = 0;
+                    y[b].at[i] = narrow<T>(x);
+                    sum.at[e] = widen(y[b].at[i]);
+                }
+                if (job.partials) vector<4>(sums + four) = sum;
+            }
+            store_row(output + int64_t(r) * job.features, some, job.vectors_out, y[b]);
         }
     }
 }

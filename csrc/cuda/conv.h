@@ -77,7 +77,9 @@ struct CombineJob {
     int channels = 0;
     double* output = nullptr;
 
-    int64_t parts() const { return tiles > kCombined ? ceil_div(tiles, kCombined) : 1; }
+    POOLING_EXT_INLINE int64_t parts() const {
+        return tiles > kCombined ? ceil_div(tiles, kCombined) : 1;
+    }
 };
 
 // Writes those of each kCombined tiles; where that is all, the mean and the biased variance.

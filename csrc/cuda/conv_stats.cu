@@ -59,12 +59,13 @@ __global__ void __launch_bounds__(kChannels* kLanes)
     const int channel = blockIdx.x * (kChannels * kLanes) + threadIdx.x;
     if (channel >= channels) return;
     const double mean = load(stats + channel).at[0];
-    double scale = 1.0 / sqrt(load(stats + channels + channel).at[0] + eps);
-    if (weight.data) scale *= number<double>(weight, channel);
+    double factor[1] = {1.0}, offset[1] = {0.0};
+    read(weight, channel, 1, factor);
+    read(bias, channel, 1, offset);
+    const double scale = factor[0] / sqrt(load(stats + channels + channel).at[0] + eps);
     // What the center's rounding leaves of the mean goes into the shift.
     const float center = float(mean);
-    double shift = (double(center) - mean) * scale;
-    if (bias.data) shift += number<double>(bias, channel);
+    const double shift = (double(center) - mean) * scale + offset[0];
     store(affine + channel, {{center}});
     store(affine + channels + channel, {{float(scale)}});
     store(affine + 2 * channels + channel, {{float(shift)}});
