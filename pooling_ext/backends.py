@@ -177,6 +177,13 @@ def choose(op: str, input: torch.Tensor) -> Backend:
     return backend
 
 
+def offers(backend: Backend, op: str, input: torch.Tensor) -> bool:
+    """Whether ``backend`` can take ``op`` on ``input``, be it the one that is chosen or not."""
+    if _forced not in (None, backend.name):
+        return False
+    return backend.why_not(Call(op, input.device, input.dtype, input.layout, type(input))) is None
+
+
 def forced() -> str | None:
     """The backend that :func:`use_backend` asks for."""
     return _forced
@@ -230,6 +237,8 @@ def _wire_cpu() -> None:
             continue
         for operator in operators if op in cuda.OPERATORS else ():
             _cpu_library.impl(operator, cuda.stand_in(operator), "CPU", allow_override=True)
+    for operator in cuda.OWN if wanted == "cuda" else ():
+        _cpu_library.impl(operator, cuda.stand_in(operator), "CPU")
 
 
 @contextmanager

@@ -12,12 +12,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 #: The operators that have CUDA kernels, as ``triton.MODULES`` names them.
 OPERATORS = frozenset(("avg_pool", "lp_pool", "max_pool"))
+#: Low-level operators that only CUDA has: beside Triton's, not in their place.
+OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
 #: The library that stands in for a GPU's, if one was asked for.
 ON_CPU = os.environ.get("POOLING_EXT_CUDA_ON_CPU") or None
 _library: ctypes.CDLL | None = None
@@ -66,6 +68,24 @@ def architectures() -> tuple[str, ...]:
     function = _library.pooling_ext_cuda_architectures
     function.restype = ctypes.c_char_p
     return tuple(filter(None, function().decode().split(";")))
+
+
+class ConvTile(NamedTuple):
+    """What a block of the convolutions' kernels computes, pixels by channels; stages are in shared memory."""
+
+    pixels: int
+    channels: int
+    stages: int
+
+
+@cache
+def conv_tiles() -> tuple[ConvTile, ...]:
+    """The tiles that the convolutions' kernels were compiled for; the last takes any channels."""
+    if _library is None:
+        return ()
+    function = _library.pooling_ext_cuda_conv_tiles
+    function.restype = ctypes.c_char_p
+    return tuple(ConvTile(*map(int, tile.split())) for tile in function().decode().split(";"))
 
 
 def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:

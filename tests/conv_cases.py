@@ -5,7 +5,8 @@ Data are small integers wherever that is possible: sums are exact then, and resu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +15,9 @@ import torch.nn.functional as TF
 from helpers import dtype_id, integers
 from torch import Tensor
 
+from pooling_ext import cuda
+from pooling_ext.ops import cuda_conv
+from pooling_ext.ops.conv import conv_bias_act, conv_stats
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
@@ -21,8 +25,33 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON = pytest.mark.parametrize(
     "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
 )
+CUDA = pytest.mark.parametrize(
+    "backend", ["cuda", pytest.param("cuda-cuda", marks=pytest.mark.gpu)], indirect=True
+)
+#: The same for what CUDA has kernels of too: `kernels` gives them.
+KERNELS = pytest.mark.parametrize(
+    "backend",
+    ["cuda", "triton", *(pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("cuda", "triton"))],
+    indirect=True,
+)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 EPS = 2.0**-10
+
+
+class Kernels(NamedTuple):
+    """A backend's forward operators."""
+
+    conv_bias_act: Callable[..., Tensor]
+    conv_stats: Callable[..., tuple[Tensor, Tensor]]
+
+
+def kernels(backend: str, tile: int | None = None) -> Kernels:
+    """Those of ``backend``: CUDA's in one of its tiles, the last if none is named."""
+    if backend == "triton":
+        return Kernels(conv_bias_act, conv_stats)
+    number = len(cuda.conv_tiles()) - 1 if tile is None else tile
+    functions = cuda_conv.conv_bias_act, cuda_conv.conv_stats
+    return Kernels(*(partial(function, tile=number) for function in functions))
 
 
 class Conv(NamedTuple):

@@ -1,4 +1,4 @@
-"""The convolutions with fused prologues and epilogues, which only Triton has.
+"""The convolutions with fused prologues and epilogues: Triton's, and what CUDA has of them.
 
 Data are small integers wherever that is possible: sums are exact then, and results are compared bit by bit.
 """
@@ -11,7 +11,9 @@ import torch.nn.functional as TF
 from conv_cases import (
     ALL_DTYPES,
     CONVS,
+    CUDA,
     EPS,
+    KERNELS,
     TRITON,
     Conv,
     assert_rounded,
@@ -19,6 +21,7 @@ from conv_cases import (
     channel_stats,
     exact_norm,
     input_grad,
+    kernels,
     normalise,
 )
 from helpers import LAYOUTS, dtype_id, integers, with_layout
@@ -26,8 +29,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pooling_ext import ArgumentError
-from pooling_ext.ops.conv import conv_bias_act, conv_input_grad, conv_stats
+from pooling_ext import ArgumentError, cuda
+from pooling_ext.ops.conv import conv_input_grad
 from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("allow_tf32")
@@ -42,65 +45,70 @@ def assert_stats(stats: Tensor, stored: Tensor) -> None:
     assert (away <= 1e-6 * expected_var.sqrt() + 1e-7 * expected_mean.abs()).all()
 
 
-@TRITON
+@KERNELS
 @cases(CONVS, CONVS)
 def test_forward(backend, conv, dtype):
+    ops = kernels(backend)
     x, weight = conv.input(dtype), conv.weight(dtype)
-    actual = conv_bias_act(x, weight, None, None, *conv.window, False)
+    actual = ops.conv_bias_act(x, weight, None, None, *conv.window, False)
     assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
     assert_rounded(actual, conv.expected(x, weight))
 
 
-@TRITON
+@KERNELS
 @ALL_DTYPES
 @pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
 def test_epilogue(backend, name, dtype):
+    ops = kernels(backend)
     conv = CONVS[name]
     x, weight, residual = conv.input(dtype), conv.weight(dtype), 20 * conv.output(dtype)
     for bias in (None, integers((conv.features,), torch.float32, -9, 9), integers((conv.features,), dtype)):
         for added in (None, residual):
             for relu in (False, True):
-                actual = conv_bias_act(x, weight, bias, added, *conv.window, relu)
+                actual = ops.conv_bias_act(x, weight, bias, added, *conv.window, relu)
                 expected = conv.expected(x, weight, bias)
                 expected = expected if added is None else expected + added.double()
                 assert_rounded(actual, expected.relu() if relu else expected)
 
 
-@TRITON
+@KERNELS
 @cases(CONVS, ("1x1", "3x3 stride"))
 def test_statistics(backend, conv, dtype):
+    ops = kernels(backend)
     x, weight, bias = conv.input(dtype), conv.weight(dtype), integers((conv.features,), torch.float32)
-    actual, stats = conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
+    actual, stats = ops.conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
     assert_rounded(actual, conv.expected(x, weight, bias))
     assert_stats(stats, actual)
 
 
-@TRITON
+@KERNELS
 @cases(("1x1", "1x1 padding", "1x1 stride", "3x3", "3x3 stride", "7x7 stem"), ("1x1 stride", "3x3"))
 def test_prologue(backend, conv, dtype):
     """What is padded is the result of the prologue, with zeros."""
+    ops = kernels(backend)
     x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
     for relu in (False, True):
-        actual, stats = conv_stats(x, weight, None, *norm.values(), EPS, relu, *conv.window)
+        actual, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, relu, *conv.window)
         assert_rounded(actual, conv.expected(normalise(x, norm, relu), weight))
         assert_stats(stats, actual)
 
 
-@TRITON
+@KERNELS
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_id)
 def test_statistics_of_a_large_mean(backend, dtype):
     """Means of 1000 with deviations of 1, in the input of the prologue too."""
+    ops = kernels(backend)
     conv = Conv((4, 16, 20, 21), 16)
     x, bias = torch.randn(conv.shape).to(dtype), torch.full((16,), 1000.0)
     weight = (torch.randn(16, 16, 1, 1) / 4).to(dtype)
-    y, stats = conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
+    y, stats = ops.conv_stats(x, weight, bias, None, None, None, EPS, True, *conv.window)
     assert_close(y, conv.expected(x, weight, bias))
     expected = channel_stats(y)
     torch.testing.assert_close(stats[0], expected[0], rtol=1e-9 if dtype == torch.float32 else 1e-7, atol=0)
     torch.testing.assert_close(stats[1], expected[1], rtol=2e-6, atol=0)
 
     norm = {"stats": stats, "bn_weight": torch.rand(16) + 0.5, "bn_bias": torch.randn(16)}
-    z, _ = conv_stats(y, weight, None, *norm.values(), EPS, True, *conv.window)
+    z, _ = ops.conv_stats(y, weight, None, *norm.values(), EPS, True, *conv.window)
     assert_close(z, conv.expected(normalise(y, norm, True).to(dtype), weight), scale=4.0)
 
 
@@ -167,8 +175,9 @@ def test_a_step_of_training(backend):
     bn_weight, bn_bias, bias = torch.rand(24) + 0.5, torch.randn(24), torch.randn(24) * 300
     grad = torch.randn(second.output(torch.float32).shape)
 
-    y, stats = conv_stats(x, one, bias, None, None, None, EPS, True, *first.window)
-    z, _ = conv_stats(y, two, None, stats, bn_weight, bn_bias, EPS, True, *second.window)
+    ops = kernels(backend)
+    y, stats = ops.conv_stats(x, one, bias, None, None, None, EPS, True, *first.window)
+    z, _ = ops.conv_stats(y, two, None, stats, bn_weight, bn_bias, EPS, True, *second.window)
     gated, sums = conv_input_grad(grad, two, y.shape, y, stats, bn_weight, bn_bias, EPS, True, *second.window)
     grad_weight, grad_bias = sums[1] * (stats[1] + EPS).rsqrt(), sums[0]
 
@@ -182,7 +191,7 @@ def test_a_step_of_training(backend):
     assert (gated == 0).any() and gated.isfinite().all()
 
 
-@TRITON
+@KERNELS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
 def test_layouts(backend, name, layout):
@@ -192,16 +201,21 @@ def test_layouts(backend, name, layout):
     )
     weight = with_layout(conv.weight(torch.float32), "permuted" if layout == "permuted" else "contiguous")
     bias = integers((conv.features, 2), torch.float32)[:, 1]
-    actual = conv_bias_act(x, weight, bias, residual, *conv.window, False)
-    assert_rounded(actual, conv.expected(x, weight, bias) + residual.double())
     norm = {
         name: torch.stack((value, value), -1)[..., 0] for name, value in exact_norm(conv.shape[1]).items()
     }
+    ops = kernels(backend)
+    actual = ops.conv_bias_act(x, weight, bias, residual, *conv.window, False)
+    assert_rounded(actual, conv.expected(x, weight, bias) + residual.double())
+    actual, _ = ops.conv_stats(x, weight, bias, *norm.values(), EPS, True, *conv.window)
+    assert_rounded(actual, conv.expected(normalise(x, norm, True), weight, bias))
+    if backend == "cuda":
+        return  # the gradient is Triton's
     actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
     assert_rounded(actual, input_grad(conv, grad, weight, x, relu=True, **norm)[0])
 
 
-@TRITON
+@KERNELS
 def test_nan(backend):
     """It passes ReLU, in the epilogue and the prologue, and ReLU's gradient."""
     conv = Conv((1, 16, 3, 3), 16)
@@ -210,25 +224,31 @@ def test_nan(backend):
     norm = {"stats": torch.stack((torch.zeros(16), torch.ones(16))).double()}
     expected = torch.zeros(conv.shape, dtype=torch.bool)
     expected[0, :, 1, 1] = True
-    actual = conv_bias_act(x, weight, None, None, *conv.window, True)
+    ops = kernels(backend)
+    actual = ops.conv_bias_act(x, weight, None, None, *conv.window, True)
     assert torch.equal(actual.isnan(), expected)
-    actual, _ = conv_stats(x, weight, None, norm["stats"], None, None, EPS, True, *conv.window)
+    actual, _ = ops.conv_stats(x, weight, None, norm["stats"], None, None, EPS, True, *conv.window)
     assert torch.equal(actual.isnan(), expected)
+    if backend == "cuda":
+        return  # the gradient is Triton's
     grad = torch.ones(conv.shape)
     actual, _ = conv_input_grad(grad, weight, x.shape, x, norm["stats"], None, None, EPS, True, *conv.window)
     assert torch.equal(actual, grad)
 
 
-@TRITON
+@KERNELS
 @pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
 def test_empty_batch(backend, name):
     conv = CONVS[name]._replace(shape=(0, *CONVS[name].shape[1:]))
     x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(conv.shape[1])
     expected = conv.expected(x, weight)
-    y, stats = conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
+    ops = kernels(backend)
+    y, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
     assert y.shape == expected.shape
     assert torch.equal(stats, torch.zeros(2, conv.features, dtype=torch.float64))
-    assert conv_bias_act(x, weight, None, y, *conv.window, True).shape == expected.shape
+    assert ops.conv_bias_act(x, weight, None, y, *conv.window, True).shape == expected.shape
+    if backend == "cuda":
+        return  # the gradient is Triton's
     grad, sums = conv_input_grad(y, weight, conv.shape, x, *norm.values(), EPS, True, *conv.window)
     assert grad.shape == conv.shape
     assert torch.equal(sums, torch.zeros(2, conv.shape[1], dtype=torch.float64))
@@ -237,17 +257,95 @@ def test_empty_batch(backend, name):
 @TRITON
 def test_operators_are_what_their_fakes_say(backend):
     check = {"test_utils": ("test_schema", "test_faketensor")}
+    ops = kernels(backend)
     for name in ("1x1 stride", "3x3"):
         conv = CONVS[name]
         x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(conv.shape[1])
         y, bias = conv.output(torch.float32), torch.zeros(conv.features)
-        torch.library.opcheck(conv_bias_act, (x, weight, bias, y, *conv.window, True), **check)
-        torch.library.opcheck(conv_stats, (x, weight, bias, *norm.values(), EPS, True, *conv.window), **check)
+        torch.library.opcheck(ops.conv_bias_act, (x, weight, bias, y, *conv.window, True), **check)
+        torch.library.opcheck(
+            ops.conv_stats, (x, weight, bias, *norm.values(), EPS, True, *conv.window), **check
+        )
         torch.library.opcheck(
             conv_input_grad,
             (y, weight, list(conv.shape), x, *norm.values(), EPS, True, *conv.window),
             **check,
         )
+
+
+@CUDA
+def test_cuda_operators_are_what_their_fakes_say(backend):
+    check = {"test_utils": ("test_schema", "test_faketensor")}
+    conv = CONVS["3x3 stride"]
+    x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(conv.shape[1])
+    y, bias = conv.output(torch.float32), torch.zeros(conv.features)
+    ops = torch.ops.pooling_ext
+    torch.library.opcheck(
+        ops.conv_bias_act_cuda.default, (x, weight, bias, y, *conv.window, True, 0), **check
+    )
+    torch.library.opcheck(
+        ops.conv_stats_cuda.default,
+        (x, weight, bias, *norm.values(), EPS, True, *conv.window, 0),
+        **check,
+    )
+
+
+TILED = {
+    "1x1": Conv((3, 8, 17, 16), 136),
+    "3x3": Conv((2, 24, 13, 12), 137, (3, 3), (1, 1), (1, 1)),
+    "3x3 stride dilation": Conv((2, 20, 33, 24), 72, (3, 3), (2, 1), (2, 3), (2, 2)),
+    "odd channels": Conv((2, 7, 13, 12), 72, (3, 2), padding=(1, 1)),
+}
+
+
+@CUDA
+@ALL_DTYPES
+@pytest.mark.parametrize("conv", TILED.values(), ids=TILED)
+def test_tiles(backend, conv, dtype, thread_order):
+    """Several each way, of every size; in every order of threads the same."""
+    x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
+    residual, bias = conv.output(dtype), integers((conv.features,), torch.float32)
+    expected = (conv.expected(x, weight, bias) + residual.double()).relu()
+    expected_norm = conv.expected(normalise(x, norm, True), weight, bias)
+    for tile in range(len(cuda.conv_tiles())):
+        ops, found = kernels(backend, tile), []
+        for seed in (1, 2):
+            thread_order(seed)
+            y = ops.conv_bias_act(x, weight, bias, residual, *conv.window, True)
+            z, stats = ops.conv_stats(x, weight, bias, *norm.values(), EPS, True, *conv.window)
+            assert_rounded(y, expected)
+            assert_rounded(z, expected_norm)
+            assert_stats(stats, z)
+            found.append(stats)
+        assert torch.equal(*found)
+
+
+@CUDA
+def test_there_is_no_such_tile(backend):
+    for tile in (-1, len(cuda.conv_tiles())):
+        with pytest.raises(RuntimeError, match=f"there is no tile {tile}"):
+            kernels(backend, tile).conv_bias_act(X, WEIGHT, None, None, *WINDOW.values(), True)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
+@pytest.mark.parametrize("name", ("1x1", "3x3"))
+def test_traffic(backend, name, dtype, memory_traffic):
+    """Whole sectors; with 1x1 windows each tile reads its pixels and the weights once."""
+    kernel = int(name[0])
+    conv = Conv((1, 64, 32, 32), 64, (kernel,) * 2, padding=(kernel // 2,) * 2)
+    x, weight, y = conv.input(dtype), conv.weight(dtype), conv.output(dtype)
+    x, weight, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, y))
+    for number, tile in enumerate(cuda.conv_tiles()):
+        with memory_traffic() as counts:
+            kernels(backend, number).conv_bias_act(x, weight, None, y, *conv.window, True)
+        (found,) = counts
+        assert found["touched_read"] <= found["asked_read"]
+        assert found["moved_written"] == found["touched_written"] == y.numel() * y.element_size()
+        if kernel == 1:
+            tiles = 32 * 32 // tile.pixels
+            least = (x.numel() + tiles * weight.numel() + y.numel()) * x.element_size()
+            assert found["moved_read"] <= 1.01 * least
 
 
 X, WEIGHT = torch.zeros(2, 6, 5, 5), torch.zeros(4, 6, 3, 3)
@@ -268,40 +366,49 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(
-    "operator, wrong, message",
-    [
-        ("conv_bias_act", {"input": X[0]}, r"input must be \(N, C, H, W\), but got \(6, 5, 5\)"),
-        ("conv_bias_act", {"weight": WEIGHT[:, :3]}, r"weight must .* groups other than 1 are not supported"),
-        ("conv_bias_act", {"weight": WEIGHT[0]}, r"weight must be \(out, in, height, width\)"),
-        ("conv_bias_act", {"weight": WEIGHT.half()}, "weight must have input's dtype and device"),
-        (
-            "conv_bias_act",
-            {"input": X.double(), "weight": WEIGHT.double()},
-            "input must be float32, bfloat16",
-        ),
-        ("conv_bias_act", {"bias": torch.zeros(6)}, r"bias must have shape \(4,\), but got \(6,\)"),
-        ("conv_bias_act", {"residual": torch.zeros(2, 4, 5, 5)}, r"residual must have shape \(2, 4, 3, 3\)"),
-        ("conv_bias_act", {"residual": torch.zeros(2, 4, 3, 3).half()}, "residual must have input's dtype"),
-        ("conv_bias_act", {"stride": [0, 1]}, r"stride must be two integers of at least 1, but got \[0, 1\]"),
-        ("conv_bias_act", {"padding": [1]}, "padding must be two integers of at least 0"),
-        ("conv_bias_act", {"dilation": [3, 1]}, "weight's windows must fit into input"),
-        ("conv_stats", {"stats": STATS.float()}, r"stats must be float64 of shape \(2, 6\)"),
-        ("conv_stats", {"stats": STATS, "bn_weight": torch.zeros(4)}, r"bn_weight must have shape \(6,\)"),
-        ("conv_stats", {"stats": STATS, "bn_bias": torch.zeros(4)}, r"bn_bias must have shape \(6,\)"),
-        ("conv_input_grad", {"grad": X}, r"grad must have shape \(2, 4, 3, 3\)"),
-        ("conv_input_grad", {"input": X}, "input and stats must be given together"),
-        ("conv_input_grad", {"input": X[:1], "stats": STATS}, r"input must have shape \(2, 6, 5, 5\)"),
-        ("conv_input_grad", {"input_size": [2, 5, 5, 5]}, "weight must have shape .* for input_size of 5"),
-    ],
+WRONG = (
+    ("conv_bias_act", {"input": X[0]}, r"input must be \(N, C, H, W\), but got \(6, 5, 5\)"),
+    ("conv_bias_act", {"weight": WEIGHT[:, :3]}, r"weight must .* groups other than 1 are not supported"),
+    ("conv_bias_act", {"weight": WEIGHT[0]}, r"weight must be \(out, in, height, width\)"),
+    ("conv_bias_act", {"weight": WEIGHT.half()}, "weight must have input's dtype and device"),
+    (
+        "conv_bias_act",
+        {"input": X.double(), "weight": WEIGHT.double()},
+        "input must be float32, bfloat16",
+    ),
+    ("conv_bias_act", {"bias": torch.zeros(6)}, r"bias must have shape \(4,\), but got \(6,\)"),
+    ("conv_bias_act", {"residual": torch.zeros(2, 4, 5, 5)}, r"residual must have shape \(2, 4, 3, 3\)"),
+    ("conv_bias_act", {"residual": torch.zeros(2, 4, 3, 3).half()}, "residual must have input's dtype"),
+    ("conv_bias_act", {"stride": [0, 1]}, r"stride must be two integers of at least 1, but got \[0, 1\]"),
+    ("conv_bias_act", {"padding": [1]}, "padding must be two integers of at least 0"),
+    ("conv_bias_act", {"dilation": [3, 1]}, "weight's windows must fit into input"),
+    ("conv_stats", {"stats": STATS.float()}, r"stats must be float64 of shape \(2, 6\)"),
+    ("conv_stats", {"stats": STATS, "bn_weight": torch.zeros(4)}, r"bn_weight must have shape \(6,\)"),
+    ("conv_stats", {"stats": STATS, "bn_bias": torch.zeros(4)}, r"bn_bias must have shape \(6,\)"),
+    ("conv_input_grad", {"grad": X}, r"grad must have shape \(2, 4, 3, 3\)"),
+    ("conv_input_grad", {"input": X}, "input and stats must be given together"),
+    ("conv_input_grad", {"input": X[:1], "stats": STATS}, r"input must have shape \(2, 6, 5, 5\)"),
+    ("conv_input_grad", {"input_size": [2, 5, 5, 5]}, "weight must have shape .* for input_size of 5"),
 )
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+@pytest.mark.parametrize(
+    "backend, operator, wrong, message",
+    [
+        (backend, *case)
+        for backend in ("cuda", "triton")
+        for case in WRONG
+        if backend == "triton" or case[0] != "conv_input_grad"
+    ],
+    indirect=["backend"],
+)
 def test_errors(backend, operator, wrong, message):
+    function = conv_input_grad if operator == "conv_input_grad" else getattr(kernels(backend), operator)
     with pytest.raises(ArgumentError, match=message):
-        getattr(torch.ops.pooling_ext, operator)(**(CALLS[operator] | wrong))
+        function(**(CALLS[operator] | wrong))
 
 
-@TRITON
+@KERNELS
 @settings(max_examples=10)
 @given(data=st.data())
 def test_any_geometry(backend, data):
@@ -314,9 +421,12 @@ def test_any_geometry(backend, data):
     batch, channels, features = (data.draw(st.integers(1, most)) for most in (3, 20, 20))
     conv = Conv((batch, channels, *size), features, kernel_size, stride, padding, dilation)
     x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(channels)
-    actual, stats = conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
+    ops = kernels(backend)
+    actual, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
     assert_rounded(actual, conv.expected(normalise(x, norm, True), weight))
     assert_stats(stats, actual)
+    if backend == "cuda":
+        return  # the gradient is Triton's
     grad = conv.output(torch.float32)
     actual, sums = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
     expected, expected_sums = input_grad(conv, grad, weight, x, relu=True, **norm)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conv_cases import KERNELS
 from helpers import BACKENDS, dtype_id
 from torch import nn
 
 import pooling_ext
-from pooling_ext import prepacked, tuning
+from pooling_ext import backends, prepacked, tuning
 from pooling_ext.ops import tuned_conv
 from pooling_ext.ops.tuned_conv import Geometry, conv_stats_with_grad
 from pooling_ext.prepacked import RELU, PackedConv
 from pooling_ext.testing.tolerances import assert_close
 
-ON_TRITON = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
-)
 GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
 
 
@@ -30,7 +30,7 @@ def tensors(dtype=torch.float32, groups=1):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
-@ON_TRITON
+@KERNELS
 def test_every_way_gives_the_same(backend, groups, relu, dtype):
     x, weight, bias, residual = tensors(dtype, groups)
     geometry = GEOMETRY._replace(groups=groups)
@@ -41,16 +41,16 @@ def test_every_way_gives_the_same(backend, groups, relu, dtype):
         expected = expected.relu() if relu else expected
         args = x, weight, bias, added, geometry, relu
         ways = tuned_conv._bias_act_ways(*args)
-        assert any(name.startswith("triton") for name in ways) == (groups == 1)
+        assert any(name.startswith(backend) for name in ways) == (groups == 1)
         for name, way in ways.items():
-            if name.startswith("triton"):
+            if name.startswith(backend):
                 assert_close(way(*args), expected, scale=4.0, what=name)
             # Where it is not done at once the convolution is rounded, and the sum again.
             torch.testing.assert_close(way(*args).double(), expected, rtol=0.02, atol=0.02)
         torch.testing.assert_close(tuned_conv.conv_bias_act(*args).double(), expected, rtol=0.02, atol=0.02)
 
 
-@ON_TRITON
+@KERNELS
 def test_statistics_and_gradients(backend):
     x, weight, bias, _ = tensors()
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
@@ -100,6 +100,47 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
     tuning.forget()
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("channels, count", [(64, 4), (12, 1)])
+def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path):
+    """A clock that prefers the last of them has it taken, with statistics and without."""
+    monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(tuning, "card_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuned_conv, "_chosen", {})
+    tuning.forget()
+    timed, called = [], []
+
+    def milliseconds(way, device):
+        timed.append(way.func)
+        return 1.0 / len(timed) if way.func is preferred else 2.0
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    # As on a GPU, where no backend is asked for and there are tensors of it.
+    monkeypatch.setattr(backends, "forced", lambda: None)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(backends, "_PLAIN_TENSORS", (torch.Tensor, OnGpu))
+    x = torch.randn(1, channels, 28, 28).bfloat16().to(memory_format=torch.channels_last).as_subclass(OnGpu)
+    weight = (torch.randn(128, channels, 3, 3) / 8).bfloat16().to(memory_format=torch.channels_last)
+    expected = F.conv2d(x.as_subclass(torch.Tensor).double(), weight.double(), None, *GEOMETRY)
+    for preferred, call in (
+        (tuned_conv._cuda_bias_act, lambda: tuned_conv.conv_bias_act(x, weight, None, None, GEOMETRY, False)),
+        (tuned_conv._cuda_stats, lambda: tuned_conv.conv_stats(x, weight, None, GEOMETRY)[0]),
+    ):
+        timed.clear()
+        monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: called.append(args))
+        for _ in range(2):
+            assert_close(call().as_subclass(torch.Tensor), expected, scale=4.0)
+        assert sum(way is preferred for way in timed) == count and len(timed) > count
+        assert not called
+    for entry in json.loads((tmp_path / "tuning.json").read_text())["a card"].values():
+        assert entry["fastest"] == "cuda 64x64x32, 4 stages"
+    tuning.forget()
+
+
 @pytest.mark.parametrize("residual", [None, "add"])
 @pytest.mark.parametrize("activation", [None, RELU])
 @BACKENDS
@@ -114,7 +155,7 @@ def test_frozen_convolutions(backend, activation, residual, monkeypatch):
     with torch.no_grad():
         assert_close(layer(*args), expected.relu() if activation else expected, scale=4.0)
     names = {decision.backend for decision in pooling_ext.explain(layer, *args).decisions}
-    assert names == ({"triton"} if backend == "triton" else {"aten"})
+    assert names == ({"aten"} if backend == "cpu" else {backend})
 
 
 def test_a_residual_of_another_shape_is_broadcast(monkeypatch):

@@ -117,6 +117,8 @@ struct alignas(sizeof(T) * N) Vec {
 
 // Every access to global memory goes through these two, so that it can be counted.
 #ifdef __CUDACC__
+#define POOLING_EXT_FROM_HERE
+#define POOLING_EXT_HERE
 template <int N = 1, class T>
 POOLING_EXT_DEVICE Vec<T, N> load(const T* from) {
     return *reinterpret_cast<const Vec<T, N>*>(from);
@@ -127,6 +129,8 @@ POOLING_EXT_DEVICE void store(T* to, const Vec<T, N>& value) {
     *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 #else
+#define POOLING_EXT_FROM_HERE , std::source_location where = std::source_location::current()
+#define POOLING_EXT_HERE , where
 template <int N = 1, class T>
 Vec<T, N> load(const T* from, std::source_location where = std::source_location::current()) {
     cuda_on_cpu::note_access(from, sizeof(T) * N, false, where);
@@ -140,6 +144,65 @@ void store(T* to, const Vec<T, N>& value,
     *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 #endif
+
+// Copies N elements to shared memory, or zeros there unless `wanted`, while the thread goes on
+// until it waits for that with __pipeline_wait_prior. What is smaller than 4 bytes is copied at
+// once.
+template <int N, class T>
+POOLING_EXT_DEVICE void copy_async(T* to, const T* from, bool wanted POOLING_EXT_FROM_HERE) {
+    if constexpr (sizeof(T) * N >= 4) {
+#ifndef __CUDACC__
+        if (wanted) cuda_on_cpu::note_access(from, sizeof(T) * N, false, where);
+#endif
+        __pipeline_memcpy_async(to, from, sizeof(T) * N, wanted ? 0 : sizeof(T) * N);
+    } else {
+        Vec<T, N> value{};
+        if (wanted) value = load<N>(from POOLING_EXT_HERE);
+        *reinterpret_cast<Vec<T, N>*>(to) = value;
+    }
+}
+
+// --- tensor cores --------------------------------------------------------------------------------
+
+// A 16 x 16 matrix of 16-bit floats from shared memory. What a compiler is not told to be there it
+// reads with ordinary loads.
+template <class Use, class T, class Layout>
+POOLING_EXT_DEVICE void load_shared_matrix(nvcuda::wmma::fragment<Use, 16, 16, 16, T, Layout>& to,
+                                           const T* from, unsigned stride) {
+#ifdef __CUDACC__
+    constexpr bool kLeft = std::is_same_v<Use, nvcuda::wmma::matrix_a>;
+    static_assert(
+        std::is_same_v<
+            Layout, std::conditional_t<kLeft, nvcuda::wmma::row_major, nvcuda::wmma::col_major>>);
+    const unsigned at = unsigned(__cvta_generic_to_shared(from));
+    unsigned* const x = reinterpret_cast<unsigned*>(&to.x[0]);
+#define POOLING_EXT_LOAD_4(use, layout)                               \
+    asm volatile("wmma.load." use ".sync.aligned." layout             \
+                 ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4], %5;" \
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])     \
+                 : "r"(at), "r"(stride)                               \
+                 : "memory")
+#define POOLING_EXT_LOAD_8(use, layout)                                                    \
+    asm volatile("wmma.load." use ".sync.aligned." layout                                  \
+                 ".m16n16k16.shared.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8], %9;"       \
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]), "=r"(x[4]), "=r"(x[5]), \
+                   "=r"(x[6]), "=r"(x[7])                                                  \
+                 : "r"(at), "r"(stride)                                                    \
+                 : "memory")
+    if constexpr (std::is_same_v<T, BFloat16> && kLeft)
+        POOLING_EXT_LOAD_4("a", "row");
+    else if constexpr (std::is_same_v<T, BFloat16>)
+        POOLING_EXT_LOAD_4("b", "col");
+    else if constexpr (kLeft)
+        POOLING_EXT_LOAD_8("a", "row");
+    else
+        POOLING_EXT_LOAD_8("b", "col");
+#undef POOLING_EXT_LOAD_4
+#undef POOLING_EXT_LOAD_8
+#else
+    nvcuda::wmma::load_matrix_sync(to, from, stride);
+#endif
+}
 
 // Elements of 16 bytes.
 template <class T>

@@ -184,5 +184,7 @@ conv_input_grad = _library.define(
     vmap=False,
 )
 
-for _name in ("conv_bias_act", "conv_stats", "conv_input_grad"):
-    backends.register(_name, triton=DTYPES)
+# CUDA's kernels of these are operators of their own, in cuda_conv.py.
+for _name in ("conv_bias_act", "conv_stats"):
+    backends.register(_name, cuda=DTYPES, triton=DTYPES)
+backends.register("conv_input_grad", triton=DTYPES)

@@ -79,7 +79,7 @@ def _autocast_dtype(device: str = "cpu") -> torch.dtype | None:
 
 def tunes(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
     """Whether :func:`conv_bn_act` goes one of a GPU's ways."""
-    if input.is_cpu and backends.forced() != "triton":
+    if input.is_cpu and backends.forced() not in ("cuda", "triton"):
         return False
     if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return False

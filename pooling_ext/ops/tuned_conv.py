@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import backends, tuning
 from . import conv as _conv
+from . import cuda_conv
 from .batch_norm_act import _stats as batch_norm_stats
 from .batch_norm_act import needs_grad
 
@@ -153,6 +154,8 @@ def _bias_act_ways(
         ways["cudnn, fused"] = _cudnn_fused
     for config in _configs(geometry, "conv_bias_act", input, weight, bias, residual, *geometry[:3], relu):
         ways[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
+    for label, tile in _tiles(geometry, input, weight):
+        ways[f"cuda {label}"] = partial(_cuda_bias_act, tile)
     return ways
 
 
@@ -199,6 +202,18 @@ def _triton_bias_act(
     return conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, config=config)
 
 
+def _cuda_bias_act(
+    tile: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    return cuda_conv.conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, tile)
+
+
 def _stats_ways(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> dict[str, Way]:
@@ -206,6 +221,8 @@ def _stats_ways(
     given = norm or _NO_NORM
     for config in _configs(geometry, "conv_stats", input, weight, bias, *given, *geometry[:3]):
         ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
+    for label, tile in _tiles(geometry, input, weight):
+        ways[f"cuda {label}"] = partial(_cuda_stats, tile)
     return ways
 
 
@@ -247,11 +264,22 @@ def _triton_input_grad(
     return conv_input_grad(grad, weight, input.shape, input, *rest, config=config)
 
 
+def _cuda_stats(
+    tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+) -> tuple[Tensor, Tensor]:
+    return cuda_conv.conv_stats(input, weight, bias, *(norm or _NO_NORM), *geometry[:3], tile)
+
+
+def _tiles(geometry: Geometry, input: Tensor, weight: Tensor) -> list[tuple[str, int]]:
+    """The tiles of the CUDA kernels; none where they do not take the call."""
+    return list(cuda_conv.tiles(input, weight, geometry[:3])) if geometry.groups == 1 else []
+
+
 def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
     """The configurations of our kernels; none where they do not take the call."""
     if geometry.groups != 1:
         return ()
-    if backends.choose(operator, args[0]) is not backends.TRITON:
+    if not backends.offers(backends.TRITON, operator, args[0]):
         return ()
     from ..triton.conv_configs import configs_of
 

@@ -107,8 +107,9 @@ inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 
 // cuda_pipeline.h
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
-    cuda_on_cpu::copy_later(to, from, bytes - zeros);
-    if (zeros) std::memset(static_cast<char*>(to) + bytes - zeros, 0, zeros);
+    static constexpr char nothing[16] = {};
+    if (bytes > zeros) cuda_on_cpu::copy_later(to, from, bytes - zeros);
+    if (zeros) cuda_on_cpu::copy_later(static_cast<char*>(to) + bytes - zeros, nothing, zeros);
 }
 inline void __pipeline_commit() { cuda_on_cpu::commit_copies(); }
 inline void __pipeline_wait_prior(unsigned groups) { cuda_on_cpu::wait_for_copies(groups); }
