@@ -245,9 +245,15 @@ class CudaOnCpu(Command):
         objects = [o._replace(flags=define if o.source.suffix == ".cpp" else ("-x", "c++")) for o in objects]
         objects += [Object(stand_in / "cuda_on_cpu.cpp", "cuda_on_cpu")]
         flags = [flag for flag in cxx_flags() if flag != "-O3"] + ["-O1", f"-I{stand_in}"]
-        sanitizers = (
-            ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if self.sanitize else []
-        )
+        # Not optimised: then the compiler takes longer than the kernels on their few small cases.
+        checks = [
+            "-O0",
+            "-g1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize=null,object-size,vptr",
+            "-fno-sanitize-recover=all",
+        ]
+        sanitizers = checks if self.sanitize else []
         name = "cuda_on_cpu_sanitized" if self.sanitize else "cuda_on_cpu"
         rules = {"cxx": [cxx(), *flags, *sanitizers]}
         target = ROOT / "build" / f"{name}.so"

@@ -33,7 +33,7 @@ def test_explain_says_why_not():
     if NATIVE:
         assert str(explanation) == (
             "avg_pool: aten\n  not cpu: avg_pool has no CPU kernel for torch.int64\n"
-            "  not triton: the input is on cpu"
+            "  not cuda: the input is on cpu\n  not triton: the input is on cpu"
         )
     (decision,) = explanation.decisions
     assert set(decision.declined) == {"cpu", "triton"}
@@ -119,6 +119,7 @@ def test_without_native_kernels():
     assert result.stdout.splitlines() == [
         "max_pool: aten",
         "  not cpu: POOLING_EXT_NO_NATIVE is set",
+        "  not cuda: the input is on cpu",
         "  not triton: the input is on cpu",
     ]
 
