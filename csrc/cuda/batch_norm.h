@@ -59,4 +59,9 @@ void batch_norm_update_running(ChannelVector mean, ChannelVector variance, const
                                int64_t channels, double factor, double momentum,
                                StreamHandle stream);
 
+// Means of the planes of relu(x + residual), and their gradient's share in each element. A split is
+// an image in channels-last; in the contiguous format, every plane is a channel.
+void add_relu_mean(const BatchNormJob& job, StreamHandle stream);
+void add_relu_mean_backward(const BatchNormJob& job, StreamHandle stream);
+
 }  // namespace pooling_ext::cuda

@@ -87,16 +87,23 @@ struct BatchNormCall {
         return norm;
     }
 
+    // With one pixel the formats are the same, and rows over channels are the longer ones.
+    bool walks_pixels() const { return channels_last || inner == 1; }
+
     // A job on the input that reads `others` too.
     cuda::BatchNormJob job(std::initializer_list<const void*> others = {}) const {
+        return walks_pixels() ? job(others, batch * inner, channels, 1)
+                              : job(others, batch, channels, inner);
+    }
+
+    // A job on the input as some rows of channels of its own.
+    cuda::BatchNormJob job(std::initializer_list<const void*> others, int64_t rows,
+                           int64_t channels, int64_t inner, int64_t line = 128) const {
         bool aligned = reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0;
         for (const void* data : others)
             aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-        // With one pixel the formats are the same, and rows over channels are the longer ones.
-        const bool last = channels_last || inner == 1;
-        cuda::BatchNormJob job(cuda::ChannelTiles(last ? batch * inner : batch, channels,
-                                                  last ? 1 : inner, int64_t(input.element_size()),
-                                                  aligned));
+        cuda::BatchNormJob job(cuda::ChannelTiles(rows, channels, inner,
+                                                  int64_t(input.element_size()), aligned, line));
         job.dtype = dtype_of(input);
         job.x = input.data_ptr();
         return job;

@@ -30,14 +30,17 @@ struct ChannelTiles {
     // and elements more where the row ends between.
     int64_t step = 1, step_across = 0, step_at = 0, wrap = 0;
 
-    // `aligned`: whether all tensors begin at a multiple of 16 bytes.
-    ChannelTiles(int64_t rows, int64_t channels, int64_t inner, int64_t element, bool aligned)
+    // `aligned`: whether all tensors begin at a multiple of 16 bytes. `line`: of a pixel in
+    // channels-last, at most so many bytes; with more, a block would leave more sums for as many
+    // rows.
+    ChannelTiles(int64_t rows, int64_t channels, int64_t inner, int64_t element, bool aligned,
+                 int64_t line = 128)
         : rows(rows), channels(channels), inner(inner) {
         const int most = int(16 / element);
         // Nobody trains in float64.
         if (aligned && element < 8 && takes(most)) vector = most;
         if (inner == 1)
-            take_pixels(element);
+            take_pixels(element, line);
         else if (unit() == 1 && inner / vector >= kLong)
             take_planes();
         else
@@ -101,14 +104,13 @@ struct ChannelTiles {
         return channels % unit == 0 && (unit == 1 || unit * inner / n <= kThreads);
     }
 
-    // A line of memory in each pixel: with more, a block would leave more sums for as many rows.
-    void take_pixels(int64_t element) {
-        constexpr int64_t kLine = 128, kSector = 32;
+    void take_pixels(int64_t element, int64_t line) {
+        constexpr int64_t kSector = 32;
         const int64_t bytes = vector * element, all = ceil_div(channels, vector);
         across = std::max(all, int64_t(1));
-        if (all * bytes > kLine) {
+        if (all * bytes > line) {
             const int64_t whole = kSector / std::min(bytes, kSector);
-            const int64_t some = ceil_div(all, ceil_div(all * bytes, kLine));
+            const int64_t some = ceil_div(all, ceil_div(all * bytes, line));
             across = ceil_div(some, whole) * whole;
         }
         width = int(across * vector);
