@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 #: The operators that have CUDA kernels, as ``triton.MODULES`` names them.
-OPERATORS = frozenset(("add_relu_global_avg_pool", "avg_pool", "batch_norm_act", "lp_pool", "max_pool"))
+OPERATORS = frozenset(
+    (
+        "add_relu_global_avg_pool",
+        "avg_pool",
+        "batch_norm_act",
+        "batch_norm_relu_max_pool",
+        "lp_pool",
+        "max_pool",
+    )
+)
 #: The library that stands in for a GPU's, if one was asked for.
 ON_CPU = os.environ.get("POOLING_EXT_CUDA_ON_CPU") or None
 _library: ctypes.CDLL | None = None

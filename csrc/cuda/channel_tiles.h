@@ -26,9 +26,9 @@ struct ChannelTiles {
     int below = 1;       // rows that the threads of a block have at once
     int64_t splits = 1;  // of the rows
     int64_t each = 0;    // rows, or vectors, of a split
-    // From a thread's vector to its next one: rows or vectors, vectors along the row, and elements;
-    // and elements more where the row ends between.
-    int64_t step = 1, step_across = 0, step_at = 0, wrap = 0;
+    // From a thread's vector to its next one: rows or vectors; rows, vectors along the row, and
+    // elements; and elements more where the row ends between.
+    int64_t step = 1, step_rows = 0, step_across = 0, step_at = 0, wrap = 0;
 
     // `aligned`: whether all tensors begin at a multiple of 16 bytes. `line`: of a pixel in
     // channels-last, at most so many bytes; with more, a block would leave more sums for as many
@@ -53,7 +53,8 @@ struct ChannelTiles {
             step_across = kThreads % across;
             wrap = channels * inner - across * vector;
         }
-        step_at = kThreads / across * channels * inner + step_across * vector;
+        step_rows = kThreads / across;
+        step_at = step_rows * channels * inner + step_across * vector;
         each = total();
     }
 

@@ -54,23 +54,35 @@ struct Position {
     // them exist.
     template <int kUnroll, class Use>
     POOLING_EXT_DEVICE void walk(const ChannelTiles& t, const Use& use) const {
-        int64_t here = at, column = across, k = next;
+        walk_rows<kUnroll>(t, [&](const auto& at, const auto& there, const auto&, const auto&) {
+            use(at, there);
+        });
+    }
+
+    // Calls use(at, there, rows, columns), with the vectors' rows, and how many lie before them.
+    template <int kUnroll, class Use>
+    POOLING_EXT_DEVICE void walk_rows(const ChannelTiles& t, const Use& use) const {
+        int64_t here = at, k = next, r = row, column = across;
         while (k < end) {
-            int64_t begins[kUnroll];
+            int64_t begins[kUnroll], rows[kUnroll], columns[kUnroll];
             bool there[kUnroll];
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
                 begins[u] = here;
+                rows[u] = r;
+                columns[u] = column;
                 there[u] = k < end;
                 k += t.step;
                 here += t.step_at;
+                r += t.step_rows;
                 column += t.step_across;
                 if (column >= t.across) {
                     column -= t.across;
                     here += t.wrap;
+                    ++r;
                 }
             }
-            use(begins, there);
+            use(begins, there, rows, columns);
         }
     }
 };
