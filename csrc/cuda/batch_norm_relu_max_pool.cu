@@ -27,6 +27,8 @@ struct NormalMaxOp {
     };
     using Acc = std::conditional_t<kPlaces, Winner<std::conditional_t<kPlaces, Place, int>>, Value>;
 
+    static constexpr T kLowest = -std::numeric_limits<T>::infinity();
+
     CoefficientRows<T> coefficients;
 
     explicit NormalMaxOp(const CoefficientRows<T>& coefficients) : coefficients(coefficients) {}
@@ -34,7 +36,7 @@ struct NormalMaxOp {
     explicit NormalMaxOp(const NormalMaxOp<In, Other>& other) : coefficients(other.coefficients) {}
 
     POOLING_EXT_DEVICE void start(Acc& acc) const {
-        acc.value = -std::numeric_limits<T>::infinity();
+        acc.value = kLowest;
         if constexpr (kPlaces) acc.place = -1;
     }
 

@@ -10,20 +10,25 @@ namespace pooling_ext::cuda {
 template <class T>
 struct CoefficientRows {
     const T* rows;
-    int64_t channels;
+    unsigned channels;
     bool channels_last;
 
     explicit CoefficientRows(const StemJob& job)
         : rows(static_cast<const T*>(job.coefficients)),
-          channels(job.norm.channels),
-          channels_last(job.channels_last) {}
+          channels(unsigned(job.norm.channels)),
+          channels_last(job.channels_last) {
+        // Dividing 64 bits is a call, around which registers are kept in memory.
+        if (job.pool.p.outer > 0xffffffff || job.norm.channels > 0x7fffffff)
+            throw std::runtime_error("pooling_ext: input is too large");
+    }
 
     // A coefficient of N channels from `channel` of an image on; in the contiguous format, where
     // each plane is one, of its channel.
     template <int N>
     POOLING_EXT_DEVICE void read(int row, int64_t plane, int64_t channel, T (&values)[N]) const {
         constexpr int M = N * sizeof(T) % 16 == 0 ? kVector<T> : 1;
-        const T* const from = rows + row * channels + (channels_last ? channel : plane % channels);
+        const int64_t first = channels_last ? channel : int64_t(unsigned(plane) % channels);
+        const T* const from = rows + int64_t(row) * channels + first;
 #pragma unroll
         for (int i = 0; i < N; i += M) {
             const Vec<T, M> some = load<M>(from + i);
