@@ -94,6 +94,9 @@ void with_window(const PoolParams& p, const Use& use) {
 // --- division into threads -----------------------------------------------------------------------
 
 constexpr int kThreads = 256;
+// Blocks that a processor is to have room for. Told nothing, the compiler would rather keep
+// registers in memory than have one block less.
+constexpr int kResident = 2;
 
 // What a thread makes: a vector of elements at some rows below one another. In channels-last the
 // vectors of a pixel lie in groups, and the pixels of a row follow each other within a group, so

@@ -75,7 +75,7 @@ struct OwnTo {
 
 // A vector of channels of one input pixel for each row.
 template <class To, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gather_pixels(To to, BackwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;

@@ -98,7 +98,7 @@ POOLING_EXT_DEVICE typename Op::In finish(const Op& op, const typename Op::Acc& 
 
 // A vector of channels of one output pixel for each row; one element where the planes are apart.
 template <class Op, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     pool_pixels(Op op, ForwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
     using In = typename Op::In;
     using Int = typename Window::Int;
