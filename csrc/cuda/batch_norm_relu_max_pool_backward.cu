@@ -173,11 +173,13 @@ struct OwnTo<ThroughNorm<In>, N> {
 ChannelTiles stem_tiles(const StemJob& job) {
     const PoolParams& p = job.pool.p;
     const int64_t element = job.dtype == DType::Float64 ? 8 : job.dtype == DType::Float32 ? 4 : 2;
-    // One element at a time: what is picked lies apart.
+    // One element at a time: what is picked lies apart. Half a line of channels, so that rows of
+    // the input stay in the cache for the next row of windows.
+    constexpr int64_t kLine = 64;
     const int64_t channels = job.norm.channels;
     ChannelTiles tiles =
         job.channels_last
-            ? ChannelTiles(p.outer * p.out_plane(), channels, 1, element, false)
+            ? ChannelTiles(p.outer * p.out_plane(), channels, 1, element, false, kLine)
             : ChannelTiles(p.outer / channels, channels, p.out_plane(), element, false);
     tiles.divide_sums();
     return tiles;
