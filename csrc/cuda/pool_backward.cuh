@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // As many vectors of inputs along a row as the stride, from a vector of outputs with those beside
 // it whose windows reach in.
 template <class To, class Window, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     gather_runs(To to, BackwardCall call, Geometry<int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;
