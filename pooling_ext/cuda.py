@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import torch
 
 #: The operators that have CUDA kernels, as ``triton.MODULES`` names them.
-OPERATORS = frozenset(("avg_pool", "lp_pool", "max_pool"))
+OPERATORS = frozenset(
+    (
+        "add_relu_global_avg_pool",
+        "avg_pool",
+        "batch_norm_act",
+        "batch_norm_relu_max_pool",
+        "lp_pool",
+        "max_pool",
+    )
+)
 #: Low-level operators that only CUDA has: beside Triton's, not in their place.
 OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
 #: The library that stands in for a GPU's, if one was asked for.

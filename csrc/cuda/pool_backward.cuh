@@ -55,10 +55,28 @@ struct ToAll {
     static constexpr bool kPlaces = false;
 };
 
+// What a thread does with the gradients of vectors that have the N channels from `channel` of a
+// plane on, or the same one.
+//
+// A To with data has its own OwnTo, and says by aligned() whether that may read in vectors.
+template <class To, int N>
+struct OwnTo {
+    POOLING_EXT_DEVICE OwnTo(const To&, int64_t, int64_t) {}
+
+    // A vector of the result, which is to be written from `at` on.
+    template <int M>
+    POOLING_EXT_DEVICE Vec<typename To::In, M> finish(const typename To::T* acc, int64_t) const {
+        Vec<typename To::In, M> out;
+#pragma unroll
+        for (int i = 0; i < M; ++i) out.at[i] = narrow<typename To::In>(acc[i]);
+        return out;
+    }
+};
+
 // A vector of channels of one input pixel for each row.
 template <class To, class Window, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
-    gather_pixels(BackwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
+    gather_pixels(To to, BackwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;
     using Stored = typename To::Stored;
@@ -71,6 +89,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int64_t plane = at.plane * (int64_t(g.d.out) * g.h.out * out_row) + c;
     const Int od0 = g.d.first_output(id), od1 = g.d.end_output(id);
     const Int ow0 = g.w.first_output(iw), ow1 = g.w.end_output(iw);
+    const OwnTo<To, N> own(to, at.plane, c);
     for (unsigned r = 0; r < walk.rows; ++r) {
         const Int ih = at.row + r;
         if (ih >= g.h.in) return;
@@ -109,12 +128,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 }
             }
         }
-        Vec<In, N> out;
-#pragma unroll
-        for (int i = 0; i < N; ++i) out.at[i] = narrow<In>(acc[i]);
-        store<N>(static_cast<In*>(call.dst) +
-                     (at.plane * g.d.in * g.h.in * g.w.in + index) * g.channels + c,
-                 out);
+        const int64_t end = (at.plane * g.d.in * g.h.in * g.w.in + index) * g.channels + c;
+        store<N>(static_cast<In*>(call.dst) + end, own.template finish<N>(acc, end));
     }
 }
 
@@ -122,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // it whose windows reach in.
 template <class To, class Window, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
-    gather_runs(BackwardCall call, Geometry<int> sizes, Walk walk) {
+    gather_runs(To to, BackwardCall call, Geometry<int> sizes, Walk walk) {
     using In = typename To::In;
     using T = typename To::T;
     using Stored = typename To::Stored;
@@ -134,6 +149,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (!at.inside) return;
     const int first = int(at.column) * N * S;       // of the inputs
     const int left = int(at.column) * N - kBefore;  // of the outputs
+    const OwnTo<To, 1> own(to, at.plane, 0);
     for (unsigned r = 0; r < walk.rows; ++r) {
         const int ih = at.row + r;
         if (ih >= g.h.in) return;
@@ -178,14 +194,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
                     if (!To::kPlaces || places[j] == kh * K + kw) acc[i] += grads[j];
                 }
         }
-        In* const to = static_cast<In*>(call.dst) + (at.plane * g.h.in + ih) * g.w.in + first;
+        const int64_t end = (at.plane * g.h.in + ih) * g.w.in + first;
 #pragma unroll
         for (int v = 0; v < S; ++v) {
             if (first + v * N >= g.w.in) continue;
-            Vec<In, N> out;
-#pragma unroll
-            for (int i = 0; i < N; ++i) out.at[i] = narrow<In>(acc[v * N + i]);
-            store<N>(to + v * N, out);
+            store<N>(static_cast<In*>(call.dst) + end + v * N,
+                     own.template finish<N>(acc + v * N, end + v * N));
         }
     }
 }
@@ -229,14 +243,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <class To>
-void launch_backward(const PoolJob& job, Stream stream) {
+void launch_backward(const PoolJob& job, Stream stream, const To& to = To()) {
     using In = typename To::In;
     constexpr int N = kVector<In>;
     // Places of more than a byte are rare.
     constexpr bool kVectors = sizeof(typename To::Stored) == 1;
     const PoolParams& p = job.p;
     const BackwardCall call(job);
-    if constexpr (kVectors)
+    bool aligned = true;
+    if constexpr (requires { to.aligned(); }) aligned = to.aligned();
+    if constexpr (kVectors && std::is_empty_v<To>)
         if (is_whole(p) && p.channels == 1 && fits_32_bits(p)) {
             const int64_t blocks = ceil_div(p.outer * p.in_plane(), int64_t(kThreads) * N);
             const Grid grid{dim3(unsigned(blocks)), dim3(kThreads)};
@@ -248,26 +264,26 @@ void launch_backward(const PoolJob& job, Stream stream) {
         using Int = typename Window::Int;
         const Geometry<Int> g(p);
         if constexpr (kVectors && std::is_same_v<Int, int>) {
-            if (p.channels > 1 && takes_vectors<In>(job.src, p.channels)) {
+            if (aligned && p.channels > 1 && takes_vectors<In>(job.src, p.channels)) {
                 const Walk walk(p.outer, p.d.in, p.h.in, p.w.in, p.channels / N);
-                return launch<gather_pixels<To, Window, N>>(walk.grid(), stream, call, g, walk);
+                return launch<gather_pixels<To, Window, N>>(walk.grid(), stream, to, call, g, walk);
             }
             if constexpr (Window::kFixed) {
                 const auto runs = [&](auto length) {
                     constexpr int kRun = decltype(length)::value;
-                    if (p.channels > 1 || !takes_vectors<In, kRun>(job.src, p.w.out) ||
+                    if (!aligned || p.channels > 1 || !takes_vectors<In, kRun>(job.src, p.w.out) ||
                         p.w.in % kRun)
                         return false;
                     const int64_t columns = ceil_div(p.w.in, kRun * Window::stride);
                     const Walk walk(p.outer, 1, p.h.in, columns, 1);
-                    launch<gather_runs<To, Window, kRun>>(walk.grid(), stream, call, g, walk);
+                    launch<gather_runs<To, Window, kRun>>(walk.grid(), stream, to, call, g, walk);
                     return true;
                 };
                 if (in_runs<In>(runs)) return;
             }
         }
         const Walk walk(p.outer, p.d.in, p.h.in, p.w.in, p.channels);
-        launch<gather_pixels<To, Window, 1>>(walk.grid(), stream, call, g, walk);
+        launch<gather_pixels<To, Window, 1>>(walk.grid(), stream, to, call, g, walk);
     });
 }
 

@@ -7,6 +7,9 @@
 //     Acc merge(Acc, Acc)           of two parts of a window
 //     In finish(Acc)                or, with kAverages,
 //     In finish(Acc, T count, T places)    of the elements that count, and that a full window has
+//
+// One without merge() takes no windows that are the whole plane by themselves. OwnOp may be
+// specialised for one that treats each channel in its own way.
 #pragma once
 
 #include "cuda/pool.cuh"
@@ -29,6 +32,21 @@ struct ForwardCall {
           kind(kind),
           count_include_pad(job.count_include_pad),
           divisor(job.divisor) {}
+};
+
+// The Op of a thread whose vectors have the N channels from `channel` of a plane on.
+template <class Op, int N>
+struct OwnOp {
+    const Op& op;
+
+    POOLING_EXT_DEVICE OwnOp(const Op& op, int64_t, int64_t) : op(op) {}
+
+    // With an element of the i-th channel.
+    template <class Int>
+    POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int, typename Op::In element,
+                                 Int place) const {
+        op.step(acc, element, place);
+    }
 };
 
 // The index in the plane of a place in a window, or -1 of none.
@@ -96,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const Int kw0 = Window::kFixed ? 0 : g.w.first(ow),
               kw1 = Window::kFixed ? g.w.kernel : g.w.end(ow);
     const Int left = g.w.start(ow);
+    const OwnOp<Op, N> own(op, at.plane, c);
     for (unsigned r = 0; r < walk.rows; ++r) {
         const Int oh = at.row + r;
         if (oh >= g.h.out) return;
@@ -119,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                     const Vec<In, N> values = load<N>(row + int64_t(iw) * g.channels);
                     const Int place = (kd * g.h.kernel + kh) * g.w.kernel + kw;
 #pragma unroll
-                    for (int i = 0; i < N; ++i) op.step(acc[i], values.at[i], place);
+                    for (int i = 0; i < N; ++i) own.step(acc[i], i, values.at[i], place);
                 }
             }
         }
@@ -149,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int ow = int(at.column) * N, first = ow * Window::stride;
     const In* const plane =
         static_cast<const In*>(call.src) + at.plane * (int64_t(g.h.in) * g.w.in);
+    const OwnOp<Op, 1> own(op, at.plane, 0);
     for (unsigned r = 0; r < walk.rows; ++r) {
         const int oh = at.row + r;
         if (oh >= g.h.out) return;
@@ -181,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 for (int kw = 0; kw < Window::kernel; ++kw) {
                     const int j = i * Window::stride + kw, iw = first - kBefore + j;
                     if (iw >= 0 && iw < g.w.in)
-                        op.step(acc[i], values[j], kh * Window::kernel + kw);
+                        own.step(acc[i], 0, values[j], kh * Window::kernel + kw);
                 }
         }
         const int64_t to = (at.plane * g.h.out + oh) * g.w.out + ow;
@@ -314,12 +334,15 @@ void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream
     const PoolParams& p = job.p;
     const ForwardCall call(job, kind);
     const bool channels = p.channels > 1 && takes_vectors<In>(job.src, p.channels);
-    if (is_whole(p) && p.in_plane() > 1 && fits_32_bits(p) && p.outer * p.channels < (1ll << 31)) {
-        const bool planes = p.channels == 1 && takes_vectors<In>(job.src, p.in_plane());
-        if (Op::kVectors && (channels || planes))
-            return launch_whole<Op, Op::kVectors ? N : 1>(op, job, call, stream);
-        return launch_whole<Op, 1>(op, job, call, stream);
-    }
+    constexpr bool kMerges = requires(const typename Op::Acc& acc) { op.merge(acc, acc); };
+    if constexpr (kMerges)
+        if (is_whole(p) && p.in_plane() > 1 && fits_32_bits(p) &&
+            p.outer * p.channels < (1ll << 31)) {
+            const bool planes = p.channels == 1 && takes_vectors<In>(job.src, p.in_plane());
+            if (Op::kVectors && (channels || planes))
+                return launch_whole<Op, Op::kVectors ? N : 1>(op, job, call, stream);
+            return launch_whole<Op, 1>(op, job, call, stream);
+        }
     with_window<In>(p, [&](auto window) {
         using Window = decltype(window);
         using Int = typename Window::Int;

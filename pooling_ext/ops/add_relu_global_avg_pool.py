@@ -17,7 +17,7 @@ from ._dispatch import public
 from .batch_norm_act import FLOATS, alike, like, needs_grad, transformed
 from .global_pool import global_avg_pool2d
 
-backends.register("add_relu_global_avg_pool", cpu=FLOATS, triton=FLOATS)
+backends.register("add_relu_global_avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 _forward = _library.define(
     "add_relu_global_avg_pool(Tensor input, Tensor residual)",

@@ -23,7 +23,7 @@ from ._dispatch import public
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 ACTIVATIONS = ("relu", "identity")
-backends.register("batch_norm_act", cpu=FLOATS, triton=FLOATS)
+backends.register("batch_norm_act", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 
 def like(input: Tensor) -> Tensor:

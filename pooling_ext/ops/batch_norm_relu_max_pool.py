@@ -32,7 +32,7 @@ from .batch_norm_act import (
 )
 from .max_pool import max_pool
 
-backends.register("batch_norm_relu_max_pool", cpu=FLOATS, triton=FLOATS)
+backends.register("batch_norm_relu_max_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 #: The largest window whose places fit a byte.
 BYTE_WINDOW = 255

@@ -1,0 +1,158 @@
+// Launchers of batch normalisation on a GPU. The operators are defined in
+// pooling_ext/ops/batch_norm_act.py.
+#include "cuda/batch_norm_call.h"
+
+namespace pooling_ext {
+namespace {
+
+using cuda::BatchNormJob;
+using cuda::ChannelVector;
+using cuda::Norm;
+
+Tensor stats_of(const BatchNormCall& call) {
+    Tensor stats = call.empty_sums();
+    if (call.channels == 0) return stats;
+    BatchNormJob job = call.job();
+    job.tiles.divide_sums();
+    if (call.empty()) job.tiles.splits = 0;
+    const Tensor parts = call.parts(job);
+    if (!call.empty()) cuda::batch_norm_stats(job, call.device.stream());
+    cuda::batch_norm_merge(job, static_cast<double*>(stats.data_ptr()), call.device.stream());
+    return stats;
+}
+
+Tensor act(BatchNormCall& call, const Norm& norm, const MaybeTensor& residual, bool relu) {
+    Tensor output = call.empty_like_input();
+    if (call.empty()) return output;
+    const void* const added = residual ? call.like_input(*residual) : nullptr;
+    BatchNormJob job = call.job({added});
+    job.tiles.divide_elements();
+    job.norm = norm;
+    job.residual = added;
+    job.y = output.data_ptr();
+    job.relu = relu;
+    cuda::batch_norm_act(job, call.device.stream());
+    return output;
+}
+
+// The gradient of what ReLU was given where a residual went into the output, and its sums.
+std::tuple<Tensor, Tensor> sums_of(BatchNormCall& call, const Tensor& grad, const Norm& norm,
+                                   const MaybeTensor& output, bool relu,
+                                   ChannelVector grad_weight = {}, ChannelVector grad_bias = {}) {
+    Tensor masked = output ? call.empty_like_input() : call.none(call.input.scalar_type());
+    Tensor sums = call.empty_sums();
+    if (call.channels == 0) return {masked, sums};
+    const void* const grads = call.like_input(grad);
+    const void* const outputs = output ? call.like_input(*output) : nullptr;
+    BatchNormJob job = call.job({grads, outputs});
+    job.tiles.divide_sums();
+    if (call.empty()) job.tiles.splits = 0;
+    const Tensor parts = call.parts(job);
+    job.norm = norm;
+    job.grad = grads;
+    job.output = outputs;
+    job.masked = output ? masked.data_ptr() : nullptr;
+    job.relu = relu;
+    if (!call.empty()) cuda::batch_norm_sums(job, call.device.stream());
+    cuda::batch_norm_total(norm, job.dtype, job.parts, job.tiles.splits,
+                           static_cast<double*>(sums.data_ptr()), grad_weight, grad_bias,
+                           call.device.stream());
+    return {masked, sums};
+}
+
+Tensor input_grad(BatchNormCall& call, const Tensor& grad, const Norm& norm, bool relu) {
+    Tensor result = call.empty_like_input();
+    if (call.empty()) return result;
+    const void* const grads = call.like_input(grad);
+    BatchNormJob job = call.job({grads});
+    job.tiles.divide_elements();
+    job.norm = norm;
+    job.grad = grads;
+    job.y = result.data_ptr();
+    job.relu = relu;
+    cuda::batch_norm_backward(job, call.device.stream());
+    return result;
+}
+
+Tensor batch_norm_stats(const Tensor& input) { return stats_of(BatchNormCall(input)); }
+
+Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+                      const MaybeTensor& bias, const MaybeTensor& residual, double eps, bool relu) {
+    BatchNormCall call(input);
+    return act(call, call.norm(stats, weight, bias, eps), residual, relu);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor& input,
+                                               const Tensor& stats, const MaybeTensor& weight,
+                                               const MaybeTensor& bias, const MaybeTensor& output,
+                                               double eps, bool relu) {
+    BatchNormCall call(input);
+    return sums_of(call, grad, call.norm(stats, weight, bias, eps), output, relu);
+}
+
+Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Tensor& stats,
+                               const MaybeTensor& weight, const MaybeTensor& bias,
+                               const MaybeTensor& sums, double count, double eps, bool relu) {
+    BatchNormCall call(input);
+    Norm norm = call.norm(stats, weight, bias, eps);
+    if (sums) norm.sums = call.sums(*sums);
+    norm.count = count;
+    return input_grad(call, grad, norm, relu);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_training(const Tensor& input, const MaybeTensor& weight,
+                                                   const MaybeTensor& bias,
+                                                   const MaybeTensor& residual, double eps,
+                                                   bool relu) {
+    BatchNormCall call(input);
+    Tensor stats = stats_of(call);
+    return {act(call, call.norm(stats, weight, bias, eps), residual, relu), stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& output, double eps, bool relu) {
+    BatchNormCall call(input);
+    const auto gradient_of = [&](const MaybeTensor& vector) {
+        return vector ? call.empty_vector(call.channels, vector->scalar_type())
+                      : call.none(ScalarType::Double);
+    };
+    Tensor grad_weight = gradient_of(weight), grad_bias = gradient_of(bias);
+    Norm norm = call.norm(stats, weight, bias, eps);
+    const auto [masked, sums] =
+        sums_of(call, grad, norm, output, relu,
+                weight ? vector_of(grad_weight, call.channels) : ChannelVector(),
+                bias ? vector_of(grad_bias, call.channels) : ChannelVector());
+    norm.sums = static_cast<const double*>(sums.data_ptr());
+    norm.count = call.count();
+    Tensor grad_input = input_grad(call, output ? masked : grad, norm, relu && !output);
+    return {grad_input, masked, grad_weight, grad_bias};
+}
+
+void batch_norm_update_running(Tensor running_mean, Tensor running_var, const Tensor& stats,
+                               double count, double momentum) {
+    const Device device(running_mean);
+    const int64_t channels = running_mean.numel();
+    const Tensor both = dense(stats, false);
+    STD_TORCH_CHECK(both.scalar_type() == ScalarType::Double && both.numel() == 2 * channels,
+                    "pooling_ext: stats must be two rows of float64");
+    if (channels == 0) return;
+    cuda::batch_norm_update_running(vector_of(running_mean, channels),
+                                    vector_of(running_var, channels),
+                                    static_cast<const double*>(both.data_ptr()), channels,
+                                    count / (count - 1), momentum, device.stream());
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
+    m.impl("batch_norm_stats", TORCH_BOX(&pooling_ext::batch_norm_stats));
+    m.impl("batch_norm_act", TORCH_BOX(&pooling_ext::batch_norm_act));
+    m.impl("batch_norm_act_sums", TORCH_BOX(&pooling_ext::batch_norm_act_sums));
+    m.impl("batch_norm_act_backward", TORCH_BOX(&pooling_ext::batch_norm_act_backward));
+    m.impl("batch_norm_act_training", TORCH_BOX(&pooling_ext::batch_norm_act_training));
+    m.impl("batch_norm_act_training_backward",
+           TORCH_BOX(&pooling_ext::batch_norm_act_training_backward));
+    m.impl("batch_norm_update_running", TORCH_BOX(&pooling_ext::batch_norm_update_running));
+}
