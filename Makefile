@@ -53,7 +53,8 @@ bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); 
 gpu: ## on a machine with a GPU: build, test, sanitize, measure (GPU_PYTHON: an environment that is there)
 	$(GPU_PYTHON) setup.py build_ext --inplace
 	$(GPU_PYTHON) -m pytest -q -m gpu $(ARGS)
-	$(if $(COMPUTE_SANITIZER),$(COMPUTE_SANITIZER) --tool memcheck --error-exitcode 1 $(GPU_PYTHON) tests/gpu_smoke.py)
+	$(if $(COMPUTE_SANITIZER),for tool in memcheck racecheck; do \
+	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) tests/gpu_smoke.py || exit; done)
 	$(GPU_PYTHON) -m benchmarks gpu
 
 lint: $(STAMPS)/lint $(STAMPS)/test ## check style and types at the pinned versions

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import _native, backends
+from . import _native, backends, cuda, triton
 
 Rows = list[tuple[str, str]]
 
@@ -55,6 +55,7 @@ def info() -> Rows:
     rows += [
         ("CPU", cpu_model()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        ("CUDA kernels for", ", ".join(cuda.architectures()) or "no architecture"),
         ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU that torch can use"),
     ]
     return rows
@@ -67,8 +68,13 @@ def _isa(name: str) -> str:
 
 def _availability(backend: backends.Backend) -> str:
     """Whether ``backend`` takes an ordinary call, and if not, why."""
-    call = backends.Call("max_pool", torch.device("cpu"), torch.float32, torch.strided, torch.Tensor)
-    reason = backend.why_not(call)
+    for_gpus = backend in (backends.CUDA, backends.TRITON)
+    device = torch.device("cuda", 0) if for_gpus and torch.cuda.is_available() else torch.device("cpu")
+    call = backends.Call("max_pool", device, torch.float32, torch.strided, torch.Tensor)
+    missing = {backends.CUDA: cuda.why_not, backends.TRITON: triton.why_not}.get(backend, lambda: None)()
+    reason = missing or backend.why_not(call)
+    if for_gpus and reason is not None and reason != missing and device.type == "cpu":
+        reason = "there is no GPU that torch can use"
     forced = os.environ.get("POOLING_EXT_BACKEND")
     if reason is None and forced and backend.name not in (forced, "aten"):
         reason = f"POOLING_EXT_BACKEND={forced}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -118,43 +116,6 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip("Triton interprets kernels, or compiles them, in the whole process")
     with torch.device(device or "cpu"), pooling_ext.use_backend(name):
         yield name
-
-
-@pytest.fixture
-def thread_order():
-    """Sets the seed of the order in which what stands in for a GPU runs threads; a GPU has its own."""
-
-    def order(seed: int, counting: bool = False) -> None:
-        if cuda.on_cpu():
-            cuda._library.cuda_on_cpu_set(ctypes.c_uint64(seed), ctypes.c_int64(1), counting)
-
-    yield order
-    order(0)
-
-
-@pytest.fixture
-def memory_traffic(thread_order):
-    """Collects what kernels in a context read and write, where something stands in for the GPU.
-
-    One dict for each kernel: bytes that threads asked for, touched in whole sectors, and moved through a
-    cache of the block's.
-    """
-    fields = ("launches", "blocks", "threads")
-    fields += tuple(f"{what}_{how}" for what in ("asked", "touched", "moved") for how in ("read", "written"))
-
-    @contextmanager
-    def counted():
-        counts: list[dict[str, int]] = []
-        read = cuda._library.cuda_on_cpu_counts
-        read.restype = ctypes.c_char_p
-        read()
-        thread_order(0, counting=True)
-        yield counts
-        thread_order(0)
-        for line in read().decode().splitlines():
-            counts.append(dict(zip(fields, map(int, line.split("\t")[1:]), strict=True)))
-
-    return counted
 
 
 @pytest.fixture

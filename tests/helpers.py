@@ -26,6 +26,13 @@ _ON_GPU = [pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("cud
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", *_ON_GPU], indirect=True)
 #: The same for what PyTorch's operators do too where there are no compiled kernels ("default").
 POOLING_BACKENDS = pytest.mark.parametrize("backend", ["default", "cuda", "triton", *_ON_GPU], indirect=True)
+
+
+def on_gpus(*others: str) -> pytest.MarkDecorator:
+    """Parametrises a test with the backends of a GPU, on one, and with ``others``."""
+    return pytest.mark.parametrize("backend", [*others, *_ON_GPU], indirect=True)
+
+
 RANKS = (1, 2, 3)
 NATIVE = _native.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")

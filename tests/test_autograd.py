@@ -95,7 +95,13 @@ KINDS = (
     "backend, function, x",
     [
         pytest.param(backend, *case.values, id=f"{case.id}-{backend}", marks=marks)
-        for backend, marks in (("default", ()), ("triton", ()), ("triton-cuda", pytest.mark.gpu))
+        for backend, marks in (
+            ("default", ()),
+            ("cuda", ()),
+            ("triton", ()),
+            ("cuda-cuda", pytest.mark.gpu),
+            ("triton-cuda", pytest.mark.gpu),
+        )
         for case in CASES
         if backend != "triton" or case.id in KINDS or case.id.startswith("lp_pool2d-3,2-safe")
     ],

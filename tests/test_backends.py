@@ -36,7 +36,7 @@ def test_explain_says_why_not():
             "  not cuda: the input is on cpu\n  not triton: the input is on cpu"
         )
     (decision,) = explanation.decisions
-    assert set(decision.declined) == {"cpu", "triton"}
+    assert set(decision.declined) == {"cpu", "cuda", "triton"}
 
 
 @pytest.mark.native

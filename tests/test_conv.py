@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pooling_ext import ArgumentError, cuda
 from pooling_ext.ops.conv import conv_input_grad
+from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("allow_tf32")
@@ -301,7 +302,7 @@ TILED = {
 @CUDA
 @ALL_DTYPES
 @pytest.mark.parametrize("conv", TILED.values(), ids=TILED)
-def test_tiles(backend, conv, dtype, thread_order):
+def test_tiles(backend, conv, dtype):
     """Several each way, of every size; in every order of threads the same."""
     x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
     residual, bias = conv.output(dtype), integers((conv.features,), torch.float32)
@@ -310,9 +311,9 @@ def test_tiles(backend, conv, dtype, thread_order):
     for tile in range(len(cuda.conv_tiles())):
         ops, found = kernels(backend, tile), []
         for seed in (1, 2):
-            thread_order(seed)
-            y = ops.conv_bias_act(x, weight, bias, residual, *conv.window, True)
-            z, stats = ops.conv_stats(x, weight, bias, *norm.values(), EPS, True, *conv.window)
+            with thread_order(seed):
+                y = ops.conv_bias_act(x, weight, bias, residual, *conv.window, True)
+                z, stats = ops.conv_stats(x, weight, bias, *norm.values(), EPS, True, *conv.window)
             assert_rounded(y, expected)
             assert_rounded(z, expected_norm)
             assert_stats(stats, z)
@@ -330,22 +331,22 @@ def test_there_is_no_such_tile(backend):
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 @pytest.mark.parametrize("name", ("1x1", "3x3"))
-def test_traffic(backend, name, dtype, memory_traffic):
+def test_traffic(backend, name, dtype):
     """Whole sectors; with 1x1 windows each tile reads its pixels and the weights once."""
     kernel = int(name[0])
     conv = Conv((1, 64, 32, 32), 64, (kernel,) * 2, padding=(kernel // 2,) * 2)
     x, weight, y = conv.input(dtype), conv.weight(dtype), conv.output(dtype)
     x, weight, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, y))
     for number, tile in enumerate(cuda.conv_tiles()):
-        with memory_traffic() as counts:
+        with counted() as counts:
             kernels(backend, number).conv_bias_act(x, weight, None, y, *conv.window, True)
         (found,) = counts
-        assert found["touched_read"] <= found["asked_read"]
-        assert found["moved_written"] == found["touched_written"] == y.numel() * y.element_size()
+        assert found.touched[0] <= found.asked[0]
+        assert found.moved[1] == found.touched[1] == y.numel() * y.element_size()
         if kernel == 1:
             tiles = 32 * 32 // tile.pixels
             least = (x.numel() + tiles * weight.numel() + y.numel()) * x.element_size()
-            assert found["moved_read"] <= 1.01 * least
+            assert found.moved[0] <= 1.01 * least
 
 
 X, WEIGHT = torch.zeros(2, 6, 5, 5), torch.zeros(4, 6, 3, 3)

@@ -5,6 +5,7 @@ What they compute is tested with the other backends: helpers.BACKENDS has them a
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,9 +98,10 @@ def small(case: LaunchCase, channels: int, size: int) -> LaunchCase:
 @formats
 @pytest.mark.parametrize("case", OURS, ids=str)
 def test_results_do_not_depend_on_the_order_of_threads(case, format):
-    tensors = small(case, 72, 20).tensors(3, torch.float32, format, "cpu")
+    given = small(case, 72, 20).tensors(3, torch.float32, format, "cpu")
     results = []
     for seed in range(3):
+        tensors = {name: tensor.clone() for name, tensor in given.items()}  # running statistics move
         with thread_order(seed), pooling_ext.use_backend("cuda"):
             results.append([case.run(phase, tensors)() for phase in PHASES])
     for other in results[1:]:
@@ -116,22 +118,24 @@ def test_results_do_not_depend_on_the_order_of_threads(case, format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("case", OURS, ids=str)
 def test_traffic_is_near_the_least_possible(case, dtype, format):
-    # A few blocks of a large batch; their memory is all that is ever touched.
-    few, batch = 160, 256
-    tensors = {
-        name: torch.empty_like(tensor, device="cpu")
-        for name, tensor in case.tensors(batch, dtype, format, "meta").items()
-    }
+    # A few blocks of a large batch; no more memory than theirs is ever touched by the kernels.
+    few, elements = 128, 2**26
+    batch = max(8, min(256, elements // math.prod(case.shape)))
+    shaped = case.tensors(batch, dtype, format, "meta")
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in shaped.items()}
     with pooling_ext.use_backend("cuda"):
-        with counted(few):
-            pooled = case.run(FORWARD, tensors)()
+        pooled = case.run(FORWARD, shaped)()
         for phase in (TRAINING, BACKWARD):
             with counted(few):
                 call = case.run(phase, tensors)
             with counted(few) as counts:
                 call()
-            moved = sum(sum(kernel.moved) for kernel in counts)
-            assert moved <= MOST * case.least(phase, tensors, pooled), (phase, counts)
+            least = case.least(phase, tensors, pooled)
+            if case.name == "stem" and phase == BACKWARD:
+                # The sums read the winners, which lie in nearly every sector of the input, by their places,
+                # where of bytes alone they would need no more than as many as the gradient has.
+                least += tensors["input"].nbytes + pooled.numel() - pooled.nbytes
+            assert sum(sum(kernel.moved) for kernel in counts) <= MOST * least, (phase, counts)
 
 
 # --- registers -----------------------------------------------------------------------------------

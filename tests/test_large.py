@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import gradient, our_op
+from helpers import gradient, on_gpus, our_op
 from torch import Tensor
 
 import pooling_ext.functional as F
 
 # Filling gigabytes with NaN first would take longer than the tests.
-pytestmark = [pytest.mark.native, pytest.mark.no_poison]
+pytestmark = [pytest.mark.native, pytest.mark.no_poison, on_gpus("default")]
 
 #: One plane of more than 2 ** 31 elements, and as many over several channels.
 SHAPES = {"contiguous": (1, 1, 2**16 + 8, 2**15), "channels_last": (1, 8, 2**14 + 2, 2**14)}
@@ -21,7 +21,9 @@ GIB = 2**30
 
 
 def available_bytes() -> int:
-    """What the machine can still give, by the kernel's estimate; 0 where it cannot be known."""
+    """What the default device can still give, by the kernel's estimate; 0 where it cannot be known."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
     path = Path("/proc/meminfo")
     for line in path.read_text().splitlines() if path.exists() else []:
         if line.startswith("MemAvailable:"):
@@ -36,8 +38,8 @@ class Marked(NamedTuple):
     marks: list[tuple[int, int, int, int]]
 
 
-@pytest.fixture(scope="module", params=sorted(SHAPES))
-def marked(request) -> Marked:
+@pytest.fixture(params=sorted(SHAPES))
+def marked(request, backend) -> Marked:
     needed = 13 * GIB
     if available_bytes() < needed:
         pytest.skip(f"needs {needed // GIB} GiB of free memory, has {available_bytes() / GIB:.1f}")
@@ -91,7 +93,7 @@ def test_indices(marked):
 def test_global_average(marked):
     x, marks = marked
     sums = [sum(value for value, mark in enumerate(marks, 1) if mark[1] == c) for c in range(x.shape[1])]
-    expected = torch.tensor(sums) / (x.shape[2] * x.shape[3])
+    expected = torch.tensor(sums, device=x.device) / (x.shape[2] * x.shape[3])
     torch.testing.assert_close(F.global_avg_pool2d(x, False)[0].float(), expected, rtol=2**-7, atol=0)
 
 
@@ -108,7 +110,7 @@ def test_backward(name, marked):
     assert actual.count_nonzero() == len(marks) * (1 if name == "max_pool2d" else 4)
 
 
-def test_many_planes():
+def test_many_planes(backend):
     """Many small planes: the offset of a plane is what passes 2 ** 31."""
     if available_bytes() < 10 * GIB:
         pytest.skip(f"needs 10 GiB of free memory, has {available_bytes() / GIB:.1f}")

@@ -223,18 +223,18 @@ POOLING_EXT_DEVICE Acc shuffled(Acc acc, int bits) {
 }
 
 // A plane for each row of threads: a warp, or the block.
-template <class Op, int N>
+template <class Op, class Int, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
-    pool_whole_planes(Op op, ForwardCall call, Geometry<int> g, int64_t planes) {
+    pool_whole_planes(Op op, ForwardCall call, Geometry<Int> g, int64_t planes) {
     using In = typename Op::In;
     using Acc = typename Op::Acc;
     const int64_t plane = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const int size = g.d.in * g.h.in * g.w.in;
+    const Int size = g.d.in * g.h.in * g.w.in;
     Acc acc;
     op.start(acc);
     if (plane < planes) {
         const In* const x = static_cast<const In*>(call.src) + plane * size;
-        for (int at = int(threadIdx.x) * N; at < size; at += int(blockDim.x) * N) {
+        for (Int at = Int(threadIdx.x) * N; at < size; at += Int(blockDim.x) * N) {
             const Vec<In, N> values = load<N>(x + at);
 #pragma unroll
             for (int i = 0; i < N; ++i) op.step(acc, values.at[i], at + i);
@@ -250,29 +250,29 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 acc = op.merge(acc, warps[warp]);
     }
     if (threadIdx.x != 0 || plane >= planes) return;
-    store(static_cast<In*>(call.dst) + plane, {{finish(op, acc, call, g, 0, 0, 0)}});
+    store(static_cast<In*>(call.dst) + plane, {{finish<Op, Int>(op, acc, call, g, 0, 0, 0)}});
     if constexpr (Op::kPlaces) {
         const Acc one[1] = {acc};
-        store_places(call, g, plane, one, 0, 0, 0, 0);
+        store_places<Int>(call, g, plane, one, 0, 0, 0, 0);
     }
 }
 
 // Vectors of channels side by side, the pixels divided among the rows of threads.
-template <class Op, int N>
+template <class Op, class Int, int N>
 __global__ void __launch_bounds__(kThreads, kResident)
-    pool_whole_pixels(Op op, ForwardCall call, Geometry<int> g, unsigned tiles) {
+    pool_whole_pixels(Op op, ForwardCall call, Geometry<Int> g, unsigned tiles) {
     using In = typename Op::In;
     using Acc = typename Op::Acc;
     const int64_t image = blockIdx.x / tiles;
     const int c = int(blockIdx.x % tiles * blockDim.x + threadIdx.x) * N;
-    const int size = g.d.in * g.h.in * g.w.in;
+    const Int size = g.d.in * g.h.in * g.w.in;
     Acc acc[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) op.start(acc[i]);
     if (c < g.channels) {
         const In* const x = static_cast<const In*>(call.src) + image * size * g.channels + c;
 #pragma unroll 4
-        for (int at = threadIdx.y; at < size; at += int(blockDim.y)) {
+        for (Int at = threadIdx.y; at < size; at += Int(blockDim.y)) {
             const Vec<In, N> values = load<N>(x + int64_t(at) * g.channels);
 #pragma unroll
             for (int i = 0; i < N; ++i) op.step(acc[i], values.at[i], at);
@@ -296,16 +296,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int64_t to = image * g.channels + c;
     Vec<In, N> out;
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, 0, 0, 0);
+    for (int i = 0; i < N; ++i) out.at[i] = finish<Op, Int>(op, acc[i], call, g, 0, 0, 0);
     store<N>(static_cast<In*>(call.dst) + to, out);
-    if constexpr (Op::kPlaces) store_places(call, g, to, acc, 0, 0, 0, 0);
+    if constexpr (Op::kPlaces) store_places<Int>(call, g, to, acc, 0, 0, 0, 0);
 }
 
-template <class Op, int N>
+template <class Op, class Int, int N>
 void launch_whole(const Op& op, const PoolJob& job, const ForwardCall& call, Stream stream) {
     using Acc = typename Op::Acc;
     const PoolParams& p = job.p;
-    const Geometry<int> g(p);
+    const Geometry<Int> g(p);
     const int64_t size = p.in_plane();
     if (p.channels == 1) {
         constexpr int64_t kLong = 2048;  // vectors from which on a plane is shared by more warps
@@ -313,7 +313,7 @@ void launch_whole(const Op& op, const PoolJob& job, const ForwardCall& call, Str
         const dim3 threads = block ? dim3(kThreads) : dim3(32, kThreads / 32);
         const Grid grid{dim3(unsigned(ceil_div(p.outer, threads.y))), threads,
                         block ? kThreads / 32 * sizeof(Acc) : 0};
-        return launch<pool_whole_planes<Op, N>>(grid, stream, op, call, g, p.outer);
+        return launch<pool_whole_planes<Op, Int, N>>(grid, stream, op, call, g, p.outer);
     }
     unsigned width = 1, height = 1;
     while (width < 32 && width * N < p.channels) width *= 2;
@@ -321,7 +321,7 @@ void launch_whole(const Op& op, const PoolJob& job, const ForwardCall& call, Str
     const unsigned tiles = unsigned(ceil_div(p.channels, width * N));
     const Grid grid{dim3(unsigned(p.outer * tiles)), dim3(width, height),
                     width * height * N * sizeof(Acc)};
-    launch<pool_whole_pixels<Op, N>>(grid, stream, op, call, g, tiles);
+    launch<pool_whole_pixels<Op, Int, N>>(grid, stream, op, call, g, tiles);
 }
 
 // --- launching -----------------------------------------------------------------------------------
@@ -336,12 +336,15 @@ void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream
     const bool channels = p.channels > 1 && takes_vectors<In>(job.src, p.channels);
     constexpr bool kMerges = requires(const typename Op::Acc& acc) { op.merge(acc, acc); };
     if constexpr (kMerges)
-        if (is_whole(p) && p.in_plane() > 1 && fits_32_bits(p) &&
-            p.outer * p.channels < (1ll << 31)) {
+        if (is_whole(p) && p.in_plane() > 1 && p.outer * p.channels < (1ll << 31)) {
             const bool planes = p.channels == 1 && takes_vectors<In>(job.src, p.in_plane());
+            if (!fits_32_bits(p)) {
+                const typename Op::Wide wide(op);
+                return launch_whole<typename Op::Wide, int64_t, 1>(wide, job, call, stream);
+            }
             if (Op::kVectors && (channels || planes))
-                return launch_whole<Op, Op::kVectors ? N : 1>(op, job, call, stream);
-            return launch_whole<Op, 1>(op, job, call, stream);
+                return launch_whole<Op, int, Op::kVectors ? N : 1>(op, job, call, stream);
+            return launch_whole<Op, int, 1>(op, job, call, stream);
         }
     with_window<In>(p, [&](auto window) {
         using Window = decltype(window);

@@ -267,7 +267,8 @@ def _triton_input_grad(
 def _cuda_stats(
     tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    return cuda_conv.conv_stats(input, weight, bias, *(norm or _NO_NORM), *geometry[:3], tile)
+    rest: tuple[Any, ...] = (*(norm or _NO_NORM), *geometry[:3], tile)
+    return cuda_conv.conv_stats(input, weight, bias, *rest)
 
 
 def _tiles(geometry: Geometry, input: Tensor, weight: Tensor) -> list[tuple[str, int]]:
