@@ -160,7 +160,8 @@ class Toolkit:
         return [(number, number == numbers[-1]) for number in numbers]
 
     def flags(self):
-        flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc'}", f"-ccbin={cxx()}", *self.include_flags()]
+        # Architectures are compiled side by side: a file of many kernels would keep the rest waiting.
+        flags = [*CUDA_FLAGS, "--threads=4", f"-I{ROOT / 'csrc'}", f"-ccbin={cxx()}", *self.include_flags()]
         for number, ptx in self.architectures():
             flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
             flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
