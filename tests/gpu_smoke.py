@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -29,6 +30,20 @@ def run(case: LaunchCase, device: str, backend: str, batch: int = 1) -> None:
                     case.run(phase, tensors)()
 
 
+def run_convolutions(device: str) -> None:
+    """Every tile of the CUDA convolutions, with a prologue and without, with vectors and without."""
+    ops, window = torch.ops.pooling_ext, ([2, 1], [1, 1], [1, 1])
+    with backends.use_backend("cuda"):
+        for dtype, channels, tile in product(DTYPES, (32, 7), range(len(cuda.conv_tiles()))):
+            x, weight, residual = (
+                torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+                for shape in ((2, channels, 17, 12), (72, channels, 3, 3), (2, 72, 9, 12))
+            )
+            stats = torch.ones(2, channels, dtype=torch.float64, device=device)
+            ops.conv_bias_act_cuda(x, weight, None, residual, *window, True, tile)
+            ops.conv_stats_cuda(x, weight, None, stats, None, None, 1e-5, True, *window, tile)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--on-cpu", action="store_true", help="the CUDA kernels, on the CPU")
@@ -40,10 +55,13 @@ def main() -> int:
             for channels, size in ((48, 16), (37, 13)):
                 shape = (min(case.shape[0], channels), *(min(side, size) for side in case.shape[1:]))
                 run(replace(case, shape=shape), "cpu", "cuda", batch=2)
+        run_convolutions("cpu")
     elif torch.cuda.is_available():
         for case in CASES:
             for backend in ("cuda", "triton"):
                 run(case, "cuda", backend)
+        if cuda.why_not() is None:
+            run_convolutions("cuda")
         torch.cuda.synchronize()
     else:
         print("There is no GPU that PyTorch can use.", file=sys.stderr)
