@@ -108,6 +108,7 @@ TRITON_FIRST: frozenset[str] = frozenset()
 
 #: Triton's kernels on GPUs, of the operators that have no other or of which they are wanted.
 _gpu_library: torch.library.Library | None = None
+_triton_on_gpus: frozenset[str] = frozenset()
 #: The kernels of a GPU backend in the CPU kernels' place, and that backend's name.
 _cpu_library: torch.library.Library | None = None
 _on_cpu: str | None = None
@@ -206,14 +207,17 @@ def _force(name: str | None) -> None:
 
 def _wire_gpu() -> None:
     """Register Triton's kernels for GPUs, before the CUDA ones, which have registered themselves."""
-    global _gpu_library
+    global _gpu_library, _triton_on_gpus
+    cuda_has = cuda.OPERATORS if cuda.why_not() is None and not cuda.on_cpu() else frozenset()
+    first = TRITON_FIRST if _forced is None else frozenset()
+    wanted = frozenset(triton.MODULES) if _forced == "triton" else triton.MODULES.keys() - (cuda_has - first)
+    if wanted == _triton_on_gpus:  # nearly always; registering takes a while
+        return
     if _gpu_library is not None:
         _gpu_library._destroy()
-    _gpu_library = torch.library.Library("pooling_ext", "IMPL")
-    for op in triton.MODULES:
-        ours = op in cuda.OPERATORS and cuda.why_not() is None and not cuda.on_cpu()
-        if not ours or _forced == "triton" or (_forced is None and op in TRITON_FIRST):
-            triton.register(_gpu_library, "CUDA", op)
+    _gpu_library, _triton_on_gpus = torch.library.Library("pooling_ext", "IMPL"), frozenset(wanted)
+    for op in sorted(wanted):
+        triton.register(_gpu_library, "CUDA", op)
 
 
 def _wire_cpu() -> None:

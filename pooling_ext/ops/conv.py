@@ -133,6 +133,28 @@ def check_stats(name: str, stats: Tensor, channels: int) -> None:
         )
 
 
+def check_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    """Check what every forward convolution takes, and return its geometry; raise ArgumentError as they do."""
+    found = geometry(input.shape, weight, stride, padding, dilation)
+    check_dtypes("input", input, weight)
+    check_vector("bias", bias, found.features)
+    return found
+
+
+def check_norm(stats: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, channels: int) -> None:
+    """Raise ArgumentError unless these describe a batch norm of so many channels."""
+    check_stats("stats", stats, channels)
+    check_vector("bn_weight", bn_weight, channels)
+    check_vector("bn_bias", bn_bias, channels)
+
+
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised tensor in channels_last."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
@@ -146,13 +168,25 @@ def _output(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: 
     return empty(input, geometry(input.shape, weight, stride, padding, dilation).output_shape)
 
 
+def bias_act_fake(
+    input: Tensor, weight: Tensor, bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any, *_: Any
+) -> Tensor:
+    return _output(input, weight, stride, padding, dilation)
+
+
+def stats_fake(
+    input: Tensor, weight: Tensor, bias: Any, stats: Any, bn_weight: Any, bn_bias: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _, _, stride, padding, dilation, *_ = rest
+    output = _output(input, weight, stride, padding, dilation)
+    return output, input.new_empty((2, weight.shape[0]), dtype=torch.float64)
+
+
 #: ``relu(conv(input, weight) + bias + residual)``, rounded once; without what is not given.
 conv_bias_act = _library.define(
     f"conv_bias_act(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {GEOMETRY}, bool relu)",
     "Tensor",
-    lambda input, weight, bias, residual, stride, padding, dilation, relu: _output(
-        input, weight, stride, padding, dilation
-    ),
+    bias_act_fake,
     vmap=False,
 )
 
@@ -163,10 +197,7 @@ conv_stats = _library.define(
     "conv_stats(Tensor input, Tensor weight, Tensor? bias, Tensor? stats, Tensor? bn_weight, "
     f"Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",
     "(Tensor, Tensor)",
-    lambda input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation: (
-        _output(input, weight, stride, padding, dilation),
-        input.new_empty((2, weight.shape[0]), dtype=torch.float64),
-    ),
+    stats_fake,
     vmap=False,
 )
 

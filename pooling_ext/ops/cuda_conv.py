@@ -8,29 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import backends, cuda
 from . import _library
 from .conv import (
     GEOMETRY,
-    Geometry,
-    check_dtypes,
+    bias_act_fake,
+    check_conv,
     check_like,
-    check_stats,
-    check_vector,
-    empty,
-    geometry,
+    check_norm,
+    stats_fake,
 )
 
 _bias_act = _library.define(
     f"conv_bias_act_cuda(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {GEOMETRY}, "
     "bool relu, int tile)",
     "Tensor",
-    lambda input, weight, bias, residual, stride, padding, dilation, *_: empty(
-        input, geometry(input.shape, weight, stride, padding, dilation).output_shape
-    ),
+    bias_act_fake,
     vmap=False,
 )
 
@@ -38,10 +33,7 @@ _stats = _library.define(
     "conv_stats_cuda(Tensor input, Tensor weight, Tensor? bias, Tensor? stats, Tensor? bn_weight, "
     f"Tensor? bn_bias, float eps, bool relu, {GEOMETRY}, int tile)",
     "(Tensor, Tensor)",
-    lambda input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation, tile: (
-        empty(input, geometry(input.shape, weight, stride, padding, dilation).output_shape),
-        input.new_empty((2, weight.shape[0]), dtype=torch.float64),
-    ),
+    stats_fake,
     vmap=False,
 )
 
@@ -54,7 +46,7 @@ def tiles(input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> I
     """
     if not backends.offers(backends.CUDA, "conv_bias_act", input):
         return
-    found = _geometry(input, weight, None, *geometry)
+    found = check_conv(input, weight, None, *geometry)
     pixels = found.batch * found.output_size[0] * found.output_size[1]
     known = cuda.conv_tiles()
     for number, tile in enumerate(known):
@@ -96,7 +88,7 @@ def conv_bias_act(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    found = _geometry(input, weight, bias, stride, padding, dilation)
+    found = check_conv(input, weight, bias, stride, padding, dilation)
     if residual is not None:
         check_like("residual", residual, found.output_shape, "input", input)
     return _bias_act(input, weight, bias, residual, stride, padding, dilation, relu, tile)
@@ -133,23 +125,7 @@ def conv_stats(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    found = _geometry(input, weight, bias, stride, padding, dilation)
+    found = check_conv(input, weight, bias, stride, padding, dilation)
     if stats is not None:
-        check_stats("stats", stats, found.channels)
-        check_vector("bn_weight", bn_weight, found.channels)
-        check_vector("bn_bias", bn_bias, found.channels)
+        check_norm(stats, bn_weight, bn_bias, found.channels)
     return _stats(input, weight, bias, stats, bn_weight, bn_bias, eps, relu, stride, padding, dilation, tile)
-
-
-def _geometry(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Geometry:
-    found = geometry(input.shape, weight, stride, padding, dilation)
-    check_dtypes("input", input, weight)
-    check_vector("bias", bias, found.features)
-    return found

@@ -17,12 +17,10 @@ from torch import Tensor
 from ..ops.conv import (
     Geometry,
     channels_last,
-    check_dtypes,
+    check_conv,
     check_like,
-    check_stats,
-    check_vector,
+    check_norm,
     empty,
-    geometry,
 )
 from .batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, folds, forward_problem
@@ -218,9 +216,7 @@ def conv_bias_act(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    found = geometry(input.shape, weight, stride, padding, dilation)
-    check_dtypes("input", input, weight)
-    check_vector("bias", bias, found.features)
+    found = check_conv(input, weight, bias, stride, padding, dilation)
     if residual is not None:
         check_like("residual", residual, found.output_shape, "input", input)
     return _forward(found, input, weight, bias, residual, None, relu, False, config)[0]
@@ -257,14 +253,10 @@ def conv_stats(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    found = geometry(input.shape, weight, stride, padding, dilation)
-    check_dtypes("input", input, weight)
-    check_vector("bias", bias, found.features)
+    found = check_conv(input, weight, bias, stride, padding, dilation)
     affine = None
     if stats is not None:
-        check_stats("stats", stats, found.channels)
-        check_vector("bn_weight", bn_weight, found.channels)
-        check_vector("bn_bias", bn_bias, found.channels)
+        check_norm(stats, bn_weight, bn_bias, found.channels)
         affine = affine_of(stats, bn_weight, bn_bias, eps)
     output, output_stats = _forward(
         found, input, weight, bias, None, affine, relu and affine is not None, True, config

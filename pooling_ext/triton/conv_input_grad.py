@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..ops.conv import channels_last, check_dtypes, check_like, check_stats, check_vector, empty, geometry
+from ..ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
 from .batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, input_grad_problem
 from .gemm import finish_grad, grouped_tile, pixels, product
@@ -181,9 +181,7 @@ def conv_input_grad(
     affine = None
     if input is not None and stats is not None:
         check_like("input", input, found.input_shape, "grad", grad)
-        check_stats("stats", stats, found.channels)
-        check_vector("bn_weight", bn_weight, found.channels)
-        check_vector("bn_bias", bn_bias, found.channels)
+        check_norm(stats, bn_weight, bn_bias, found.channels)
         affine = affine_of(stats, bn_weight, bn_bias, eps)
         input = channels_last(input)
 
