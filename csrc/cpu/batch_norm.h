@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 
 #include "cpu/kernels.h"
 
@@ -58,6 +59,7 @@ struct BatchNormJob {
     const double* offset = nullptr;
     bool relu = false;
     Mask mask = Mask::None;
+    bool streams = false;    // what is written goes past the cache
     bool undivided = false;  // all is one unit, in channels-last
     // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with
     // x - center. Two rows of `channels`, for each unit in channels-last.
@@ -71,10 +73,14 @@ struct BatchNormJob {
 
     int64_t numel() const { return batch * channels * inner; }
 
-    // In channels-last a row of the kernels is some pixels, so that rows are not short.
+    // In channels-last a row of the kernels is some pixels, so that rows are not short and, unless
+    // there are many channels, consist of whole vectors.
     int64_t row() const {
-        constexpr int64_t kRow = 256;
-        return channels_last ? channels * ((kRow + channels - 1) / channels) : inner;
+        constexpr int64_t kRow = 256, kVector = 16;
+        if (!channels_last) return inner;
+        const int64_t step = channels <= 2 * kRow ? kVector / std::gcd(channels, kVector) : 1;
+        const int64_t pixels = (kRow + channels - 1) / channels;
+        return channels * ((pixels + step - 1) / step * step);
     }
 };
 

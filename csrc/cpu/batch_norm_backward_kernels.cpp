@@ -23,12 +23,14 @@ template <class In>
 struct Gradients {
     const In *x, *grad, *output;
     In* masked;
+    bool streams;
 
     Gradients(const BatchNormJob& job, int64_t start)
         : x(static_cast<const In*>(job.x) + start),
           grad(static_cast<const In*>(job.grad) + start),
           output(static_cast<const In*>(job.output) + start),
-          masked(static_cast<In*>(job.masked) + start) {}
+          masked(static_cast<In*>(job.masked) + start),
+          streams(job.streams) {}
 
     template <Mask kMask>
     POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
@@ -47,7 +49,7 @@ struct Gradients {
         if constexpr (kMask == Mask::Input) g = through(kind, X(d * scale + shift), g);
         if constexpr (kMask == Mask::Output) {
             g = through(kind, kind.get(output + i), g);
-            kind.put(masked + i, g);
+            streams ? kind.stream(masked + i, g) : kind.put(masked + i, g);
         }
         s1 += g;
         s2 += g * d;
@@ -69,15 +71,15 @@ void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool 
     runs_of_channels<In>(
         job, channel, count,
         [&](int64_t k, int64_t start, int64_t n) {
-            const Values<false, In> center(centers + k), scale(scales + k), shift(shifts + k);
+            const T center = centers[k], scale = scales[k], shift = shifts[k];
             const Gradients<In> all(job, start);
-            if constexpr (kMask == Mask::Output) prefetch_written(all.masked, n);
+            if (kMask == Mask::Output && !job.streams) prefetch_written(all.masked, n);
             if (writes) prefetch_written(static_cast<const In*>(job.y) + start, n);
             sums[k].add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
                 if (i % kBurst == 0)
                     all.template prefetch_all<kMask>(i, n < kBurst ? n : kBurst, kAheadMany);
-                all.template add<kMask>(kind, i, center.at(kind, 0), scale.at(kind, 0),
-                                        shift.at(kind, 0), s1, s2);
+                all.template add<kMask>(kind, i, kind.splat(center), kind.splat(scale),
+                                        kind.splat(shift), s1, s2);
             });
         },
         [&](int64_t) {
@@ -88,6 +90,28 @@ void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool 
                 second[k] += b;
             }
         });
+}
+
+// s1 and s2 for some rows in channels-last, column by column.
+template <Mask kMask, class In, class T>
+POOLING_EXT_INLINE void add_rows(const Gradients<In>& all, int64_t rows, int64_t n,
+                                 const T* centers, const T* scales, const T* shifts, T* s1, T* s2) {
+    in_columns<2, In>(n, [&](auto kind, auto many, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+        using Some = Columns<decltype(kind), decltype(many)::value>;
+        const Some center(centers + i), scale(scales + i), shift(shifts + i);
+        Some first(s1 + i), second(s2 + i);
+        all.template prefetch_all<kMask>(i * rows, Some::kElements * rows,
+                                         ahead_of<In>(rows, n, kAheadMany));
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t from = r * n + i;
+            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
+                all.template add<kMask>(kind, from + v * Some::kSize, center.x[v], scale.x[v],
+                                        shift.x[v], first.x[v], second.x[v]);
+            });
+        }
+        first.keep(s1 + i);
+        second.keep(s2 + i);
+    });
 }
 
 // A block's coefficients.
@@ -130,23 +154,16 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
             const int64_t from = unit * units.size, to = Units::end(job, from, units.size);
             clear(s1, row);
             clear(s2, row);
-            row_groups<1, kBurstMany, In>(
-                job, from, to, [&](auto, int64_t at, int64_t k, int64_t n) {
-                    const Gradients<In> all(job, at + k);
-                    all.template prefetch_all<kMask>(0, n, kAheadMany);
-                    each_once<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-                        auto first = kind.own(s1 + k + i), second = kind.own(s2 + k + i);
-                        all.template add<kMask>(kind, i, kind.own(c + k + i), kind.own(a + k + i),
-                                                kind.own(b + k + i), first, second);
-                        kind.keep(s1 + k + i, first);
-                        kind.keep(s2 + k + i, second);
-                    });
+            row_groups<kMask == Mask::Output ? 1 : kRowsTogether>(
+                job, from, to, [&](int64_t at, int64_t rows, int64_t n) {
+                    add_rows<kMask>(Gradients<In>(job, at), rows, n, c, a, b, s1, s2);
                 });
             double* const out = job.sums + unit * 2 * channels;
             add_lanes(job, s1, out);
             add_lanes(job, s2, out + channels);
         }
     });
+    if (job.streams) end_streaming();
 }
 
 void add_units(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
@@ -159,29 +176,68 @@ void add_units(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
         }
 }
 
-// The input's gradient for a row.
-template <bool kEach, bool kBatch, bool kMask, class In, class T>
-void spread(const In* __restrict x, const In* __restrict grad, In* __restrict y, int64_t row,
-            const T* centers, const T* scales, const T* shifts, const T* slopes, const T* offsets) {
-    const Values<kEach, In> center(centers), scale(scales), shift(shifts), slope(slopes),
-        offset(offsets);
-    in_pieces<kBurstMany, In>(row, [&](int64_t from, int64_t n) {
-        prefetch(x + from, n, kAheadMany);
-        prefetch(grad + from, n, kAheadMany);
-        each_vector<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-            const int64_t at = from + i;
-            auto g = kind.get(grad + at);
-            const auto a = scale.at(kind, at);
-            if constexpr (kBatch || kMask) {
-                const auto d = kind.get(x + at) - center.at(kind, at);
-                if constexpr (kMask) g = through(kind, decltype(g)(d * a + shift.at(kind, at)), g);
-                g *= a;
-                if constexpr (kBatch) g += d * slope.at(kind, at) + offset.at(kind, at);
-                kind.put(y + at, g);
-            } else {
-                kind.put(y + at, g * a);
-            }
+// What makes the input's gradient. Without kBatch the statistics are constants.
+template <bool kBatch, bool kMask, class In>
+struct Spreads {
+    const In *x, *grad;
+    In* y;
+    bool streams;
+
+    Spreads(const BatchNormJob& job, const void* gradient, int64_t start)
+        : x(static_cast<const In*>(job.x) + start),
+          grad(static_cast<const In*>(gradient) + start),
+          y(static_cast<In*>(job.y) + start),
+          streams(job.streams) {}
+
+    POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
+        if constexpr (kBatch || kMask) prefetch(x + from, n, ahead);
+        prefetch(grad + from, n, ahead);
+    }
+
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE void spread(Kind kind, int64_t i, X center, X scale, X shift, X slope,
+                                   X offset) const {
+        X g = kind.get(grad + i);
+        if constexpr (kBatch || kMask) {
+            const X d = kind.get(x + i) - center;
+            if constexpr (kMask) g = through(kind, X(d * scale + shift), g);
+            g *= scale;
+            if constexpr (kBatch) g += d * slope + offset;
+        } else {
+            g *= scale;
+        }
+        streams ? kind.stream(y + i, g) : kind.put(y + i, g);
+    }
+};
+
+template <class All, class In, class T>
+POOLING_EXT_INLINE void spread_channel(const All& all, int64_t n, T center, T scale, T shift,
+                                       T slope, T offset) {
+    in_pieces<kBurstMany, In>(n, [&](int64_t from, int64_t some) {
+        all.prefetch_all(from, some, kAheadMany);
+        each_vector<In>(some, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+            all.spread(kind, from + i, kind.splat(center), kind.splat(scale), kind.splat(shift),
+                       kind.splat(slope), kind.splat(offset));
         });
+    });
+}
+
+template <class All, class In, class T>
+POOLING_EXT_INLINE void spread_rows(const All& all, int64_t rows, int64_t n, const T* centers,
+                                    const T* scales, const T* shifts, const T* slopes,
+                                    const T* offsets) {
+    in_columns<2, In>(n, [&](auto kind, auto many, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+        using Some = Columns<decltype(kind), decltype(many)::value>;
+        const Some center(centers + i), scale(scales + i), shift(shifts + i), slope(slopes + i),
+            offset(offsets + i);
+        all.prefetch_all(i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadMany));
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t from = r * n + i;
+            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
+                all.spread(kind, from + v * Some::kSize, center.x[v], scale.x[v], shift.x[v],
+                           slope.x[v], offset.x[v]);
+            });
+        }
     });
 }
 
@@ -192,20 +248,21 @@ void spread_units(const BatchNormJob& job, int64_t begin, int64_t end, void* mem
     const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
         shift(job, job.shift, scratch), slope(job, job.slope, scratch),
         offset(job, job.offset, scratch);
-    const In* x = static_cast<const In*>(job.x);
-    const In* grad = static_cast<const In*>(job.grad);
-    In* y = static_cast<In*>(job.y);
     with_constants(job.slope != nullptr, job.mask == Mask::Input, [&](auto batch, auto mask) {
-        constexpr bool kBatch = decltype(batch)::value, kMask = decltype(mask)::value;
-        rows_backwards(job, begin, end, [&](int64_t at, int64_t n, int64_t channel) {
-            const T *c = center(channel), *a = scale(channel), *b = shift(channel);
-            const T *k = slope(channel), *o = offset(channel);
+        using All = Spreads<decltype(batch)::value, decltype(mask)::value, In>;
+        units_backwards(job, begin, end, [&](int64_t from, int64_t to, int64_t channel) {
             if (job.channels_last)
-                spread<true, kBatch, kMask>(x + at, grad + at, y + at, n, c, a, b, k, o);
+                row_groups<kRowsTogether>(job, from, to, [&](int64_t at, int64_t rows, int64_t n) {
+                    spread_rows<All, In>(All(job, job.grad, at), rows, n, center(0), scale(0),
+                                         shift(0), slope(0), offset(0));
+                });
             else
-                spread<false, kBatch, kMask>(x + at, grad + at, y + at, n, c, a, b, k, o);
+                spread_channel<All, In>(All(job, job.grad, from), to - from, *center(channel),
+                                        *scale(channel), *shift(channel), *slope(channel),
+                                        *offset(channel));
         });
     });
+    if (job.streams) end_streaming();
 }
 
 template <class In>
@@ -213,12 +270,10 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
     using T = Accumulator<In>;
     const int64_t channels = job.channels;
     const double count = double(job.batch * job.inner);
-    const In* const x = static_cast<const In*>(job.x);
-    In* const y = static_cast<In*>(job.y);
     with_mask(job.mask, [&](auto mask) {
         constexpr Mask kMask = decltype(mask)::value;
-        const In* const grad =
-            static_cast<const In*>(kMask == Mask::Output ? job.masked : job.grad);
+        using All = Spreads<true, kMask == Mask::Input, In>;
+        const void* const grad = kMask == Mask::Output ? job.masked : job.grad;
         ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
             Affine affines[ChannelBlock::kMost];
             Block<T> block;
@@ -233,8 +288,8 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
             }
             double* const sums = job.sums + first;
             double* const products = sums + channels;
-            channel_sums<kMask, In>(job, first, many, true, block.center, block.scale, block.shift,
-                                    sums, products);
+            channel_sums<kMask, In>(job, first, many, !job.streams, block.center, block.scale,
+                                    block.shift, sums, products);
             for (int64_t k = 0; k < many; ++k) {
                 const double away = job.moments[first + k] - affines[k].center;
                 const double product = products[k] - away * sums[k];
@@ -244,14 +299,13 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
                 slope[k] = T(through.slope), offset[k] = T(through.offset);
             }
             for (int64_t n = job.batch - 1; n >= 0; --n)
-                for (int64_t k = 0; k < many; ++k) {
-                    const int64_t at = (n * channels + first + k) * job.inner;
-                    spread<false, true, kMask == Mask::Input>(
-                        x + at, grad + at, y + at, job.inner, block.center + k, block.scale + k,
-                        block.shift + k, slope + k, offset + k);
-                }
+                for (int64_t k = 0; k < many; ++k)
+                    spread_channel<All, In>(All(job, grad, (n * channels + first + k) * job.inner),
+                                            job.inner, block.center[k], block.scale[k],
+                                            block.shift[k], slope[k], offset[k]);
         });
     });
+    if (job.streams) end_streaming();
 }
 
 }  // namespace

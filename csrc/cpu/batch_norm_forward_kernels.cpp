@@ -51,7 +51,7 @@ void channel_moments(const BatchNormJob& job, int64_t channel, int64_t count, bo
         job, channel, count,
         [&](int64_t k, int64_t start, int64_t n) {
             const In* const row = x + start;
-            const Values<false, In> about(center + k);
+            const T about = center[k];
             if (writes) {
                 prefetch_written(static_cast<const In*>(job.y) + start, n);
                 if (job.residual != nullptr && n <= kBurst)
@@ -59,7 +59,7 @@ void channel_moments(const BatchNormJob& job, int64_t channel, int64_t count, bo
             }
             sums[k].add_row(n, [&](auto kind, int64_t i, auto& s1, auto& s2) {
                 if (i % kBurst == 0) prefetch(row + i, n - i < kBurst ? n - i : kBurst, kAheadOne);
-                const auto d = kind.get(row + i) - about.at(kind, 0);
+                const auto d = kind.get(row + i) - kind.splat(about);
                 s1 += d;
                 s2 += d * d;
             });
@@ -74,28 +74,26 @@ void channel_moments(const BatchNormJob& job, int64_t channel, int64_t count, bo
         });
 }
 
-// Rows in channels-last that are summed at once, so that sums are read and written less often. It
-// pays for one tensor alone: rows of several lie at the same place in their pages too often.
-constexpr int64_t kRowsAtOnce = 4;
-
-// s1 += x - center and s2 += (x - center)^2 for kRows rows, column by column.
-template <int64_t kRows, class In, class T>
-POOLING_EXT_INLINE void add_deviations(const In* __restrict x, int64_t row, int64_t n,
-                                       const T* __restrict centers, T* __restrict s1,
-                                       T* __restrict s2) {
-    for (int64_t r = 0; r < kRows; ++r) prefetch(x + r * row, n, kRows * row * int64_t(sizeof(In)));
-    const auto add = [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-        const auto center = kind.own(centers + i);
-        auto a = kind.own(s1 + i), b = kind.own(s2 + i);
-        for (int64_t r = 0; r < kRows; ++r) {
-            const auto d = kind.get(x + r * row + i) - center;
-            a += d;
-            b += d * d;
+// s1 += x - center and s2 += (x - center)^2 for some rows, column by column.
+template <class In, class T>
+POOLING_EXT_INLINE void add_deviations(const In* x, int64_t rows, int64_t n, const T* centers,
+                                       T* s1, T* s2) {
+    in_columns<4, In>(n, [&](auto kind, auto many, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+        using Some = Columns<decltype(kind), decltype(many)::value>;
+        const Some center(centers + i);
+        Some first(s1 + i), second(s2 + i);
+        prefetch(x + i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadOne));
+        for (int64_t r = 0; r < rows; ++r) {
+            const In* const from = x + r * n + i;
+            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
+                const auto d = kind.get(from + v * Some::kSize) - center.x[v];
+                first.x[v] += d;
+                second.x[v] += d * d;
+            });
         }
-        kind.keep(s1 + i, a);
-        kind.keep(s2 + i, b);
-    };
-    each_once<In>(n, add);
+        first.keep(s1 + i);
+        second.keep(s2 + i);
+    });
 }
 
 // A value near the mean of a run: that of some of its rows.
@@ -149,11 +147,9 @@ void stats(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
         guess_center(job, x, from, to, s1, mean, center);
         clear(s1, row);
         clear(s2, row);
-        row_groups<kRowsAtOnce, kBurstOne, In>(
-            job, from, to, [&](auto rows, int64_t at, int64_t k, int64_t n) {
-                add_deviations<decltype(rows)::value>(x + at + k, row, n, center + k, s1 + k,
-                                                      s2 + k);
-            });
+        row_groups<kRowsTogether>(job, from, to, [&](int64_t at, int64_t rows, int64_t n) {
+            add_deviations(x + at, rows, n, center, s1, s2);
+        });
         add_lanes(job, s1, mean);
         add_lanes(job, s2, deviation);
         const double n = double((to - from) / channels);
@@ -200,23 +196,56 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
-template <bool kEach, bool kResidual, bool kRelu, class In, class T>
-POOLING_EXT_INLINE void act(const In* __restrict x, const In* __restrict residual, In* __restrict y,
-                            int64_t row, const T* centers, const T* scales, const T* shifts) {
-    const Values<kEach, In> center(centers), scale(scales), shift(shifts);
-    in_pieces<kBurstMany, In>(row, [&](int64_t from, int64_t n) {
-        if constexpr (kResidual) {
-            prefetch(x + from, n, kAheadMany);
-            prefetch(residual + from, n, kAheadMany);
-        }
-        each_vector<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-            const int64_t at = from + i;
-            auto z =
-                (kind.get(x + at) - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);
-            if constexpr (kResidual) z += kind.get(residual + at);
-            if constexpr (kRelu) z = rectified(kind, z);
-            kind.put(y + at, z);
+// What makes the output, or what of it is done.
+template <bool kResidual, bool kRelu, class In>
+struct Acts {
+    const In *x, *residual;
+    In* y;
+    bool streams;
+
+    Acts(const BatchNormJob& job, int64_t start)
+        : x(static_cast<const In*>(job.x) + start),
+          residual(kResidual ? static_cast<const In*>(job.residual) + start : nullptr),
+          y(static_cast<In*>(job.y) + start),
+          streams(job.streams) {}
+
+    POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
+        prefetch(x + from, n, ahead);
+        if constexpr (kResidual) prefetch(residual + from, n, ahead);
+    }
+
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE void act(Kind kind, int64_t i, X center, X scale, X shift) const {
+        X z = (kind.get(x + i) - center) * scale + shift;
+        if constexpr (kResidual) z += kind.get(residual + i);
+        if constexpr (kRelu) z = rectified(kind, z);
+        streams ? kind.stream(y + i, z) : kind.put(y + i, z);
+    }
+};
+
+template <class All, class In, class T>
+POOLING_EXT_INLINE void act_channel(const All& all, int64_t n, T centers, T scales, T shifts) {
+    in_pieces<kBurstMany, In>(n, [&](int64_t from, int64_t some) {
+        all.prefetch_all(from, some, kAheadMany);
+        each_vector<In>(some, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+            all.act(kind, from + i, kind.splat(centers), kind.splat(scales), kind.splat(shifts));
         });
+    });
+}
+
+template <class All, class In, class T>
+POOLING_EXT_INLINE void act_rows(const All& all, int64_t rows, int64_t n, const T* centers,
+                                 const T* scales, const T* shifts) {
+    in_columns<2, In>(n, [&](auto kind, auto many, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+        using Some = Columns<decltype(kind), decltype(many)::value>;
+        const Some center(centers + i), scale(scales + i), shift(shifts + i);
+        all.prefetch_all(i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadMany));
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t from = r * n + i;
+            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
+                all.act(kind, from + v * Some::kSize, center.x[v], scale.x[v], shift.x[v]);
+            });
+        }
     });
 }
 
@@ -226,21 +255,19 @@ void act_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory
     Scratch scratch(memory);
     const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
         shift(job, job.shift, scratch);
-    const In* x = static_cast<const In*>(job.x);
-    const In* residual = static_cast<const In*>(job.residual);
-    In* y = static_cast<In*>(job.y);
-    with_constants(residual != nullptr, job.relu, [&](auto has_residual, auto relu) {
-        constexpr bool kResidual = decltype(has_residual)::value, kRelu = decltype(relu)::value;
-        rows_backwards(job, begin, end, [&](int64_t at, int64_t n, int64_t channel) {
-            const In* added = kResidual ? residual + at : nullptr;
+    with_constants(job.residual != nullptr, job.relu, [&](auto residual, auto relu) {
+        using All = Acts<decltype(residual)::value, decltype(relu)::value, In>;
+        units_backwards(job, begin, end, [&](int64_t from, int64_t to, int64_t channel) {
             if (job.channels_last)
-                act<true, kResidual, kRelu>(x + at, added, y + at, n, center(0), scale(0),
-                                            shift(0));
+                row_groups<kRowsTogether>(job, from, to, [&](int64_t at, int64_t rows, int64_t n) {
+                    act_rows<All, In>(All(job, at), rows, n, center(0), scale(0), shift(0));
+                });
             else
-                act<false, kResidual, kRelu>(x + at, added, y + at, n, center(channel),
-                                             scale(channel), shift(channel));
+                act_channel<All, In>(All(job, from), to - from, *center(channel), *scale(channel),
+                                     *shift(channel));
         });
     });
+    if (job.streams) end_streaming();
 }
 
 // --- both ----------------------------------------------------------------------------------
@@ -248,16 +275,13 @@ void act_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory
 template <class In>
 void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
     using T = Accumulator<In>;
-    const In* x = static_cast<const In*>(job.x);
-    const In* residual = static_cast<const In*>(job.residual);
-    In* y = static_cast<In*>(job.y);
     const double count = double(job.batch * job.inner);
-    with_constants(residual != nullptr, job.relu, [&](auto has_residual, auto relu) {
-        constexpr bool kResidual = decltype(has_residual)::value, kRelu = decltype(relu)::value;
+    with_constants(job.residual != nullptr, job.relu, [&](auto residual, auto relu) {
+        using All = Acts<decltype(residual)::value, decltype(relu)::value, In>;
         ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
             Moments moments[ChannelBlock::kMost];
             T center[ChannelBlock::kMost], scale[ChannelBlock::kMost], shift[ChannelBlock::kMost];
-            channel_moments<In>(job, first, many, true, moments);
+            channel_moments<In>(job, first, many, !job.streams, moments);
             for (int64_t k = 0; k < many; ++k) {
                 const int64_t channel = first + k;
                 const double variance = moments[k].deviation / count;
@@ -270,14 +294,12 @@ void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
                 shift[k] = T(affine.shift);
             }
             for (int64_t n = job.batch - 1; n >= 0; --n)
-                for (int64_t k = 0; k < many; ++k) {
-                    const int64_t at = (n * job.channels + first + k) * job.inner;
-                    act<false, kResidual, kRelu>(x + at, kResidual ? residual + at : nullptr,
-                                                 y + at, job.inner, center + k, scale + k,
-                                                 shift + k);
-                }
+                for (int64_t k = 0; k < many; ++k)
+                    act_channel<All, In>(All(job, (n * job.channels + first + k) * job.inner),
+                                         job.inner, center[k], scale[k], shift[k]);
         });
     });
+    if (job.streams) end_streaming();
 }
 
 }  // namespace

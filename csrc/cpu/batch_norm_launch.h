@@ -82,6 +82,18 @@ struct BatchNormCall {
         return kept.back().data_ptr();
     }
 
+    // Takes `output`, which lies as the input does, as what the kernels write.
+    void writes(const Tensor& output) {
+        job.y = output.data_ptr();
+        job.streams = streamed(output);
+    }
+
+    // The same for where the masked gradient goes, after the output.
+    void writes_masked(const Tensor& masked) {
+        job.masked = masked.data_ptr();
+        job.streams = streamed(masked) && (job.y == nullptr || job.streams);
+    }
+
     // How many elements each channel's statistics are taken from.
     double count() const { return double(job.batch * job.inner); }
 
@@ -107,6 +119,16 @@ struct BatchNormCall {
             run(combine);
             std::copy(job.sums, job.sums + n, data);
         }
+    }
+
+    // Whether a result goes past the cache, which large ones do: a line is then not read before it
+    // is written, nor does it drive out what is read once more.
+    bool streamed(const Tensor& result) const {
+        constexpr int64_t kStreamed = int64_t(4) << 20, kLine = 64;
+        const int64_t size = result.element_size();
+        const int64_t run = job.channels_last ? job.channels : job.inner;
+        return job.numel() * size >= kStreamed && run * size % kLine == 0 &&
+               uintptr_t(result.data_ptr()) % kLine == 0;
     }
 
     Tensor empty_sums() const { return empty({2, job.channels}, ScalarType::Double, false); }

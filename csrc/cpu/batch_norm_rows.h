@@ -4,6 +4,8 @@
 // contiguous format a row lies in one channel and has the same for all.
 #pragma once
 
+#include <utility>
+
 #include "cpu/pool_forward.h"
 #include "cpu/tables.h"
 #include "cpu/vector.h"
@@ -25,33 +27,6 @@ POOLING_EXT_INLINE void each_vector(int64_t n, const Run& run) {
     else
         for (; i < n; ++i) run(Single<In>{}, i);
 }
-
-// As each_vector, but each element once.
-template <class In, class Run>
-POOLING_EXT_INLINE void each_once(int64_t n, const Run& run) {
-    int64_t i = 0;
-    for (; i + Vector<In>::kSize <= n; i += Vector<In>::kSize) run(Vector<In>{}, i);
-    for (; i < n; ++i) run(Single<In>{}, i);
-}
-
-// A coefficient of each element of a row, or the same for all.
-template <bool kEach, class In>
-struct Values {
-    using T = Accumulator<In>;
-    const T* __restrict each;
-    T same;
-
-    POOLING_EXT_INLINE explicit Values(const T* values)
-        : each(values), same(kEach || values == nullptr ? T(0) : *values) {}
-
-    template <class Kind>
-    POOLING_EXT_INLINE typename Kind::X at(Kind, int64_t i) const {
-        if constexpr (kEach)
-            return Kind::own(each + i);
-        else
-            return Kind::splat(same);
-    }
-};
 
 template <class Kind, class X = typename Kind::X>
 POOLING_EXT_INLINE X rectified(Kind, X z) {
@@ -128,15 +103,18 @@ void repeat(const BatchNormJob& job, const double* __restrict values, T* __restr
         for (int64_t c = 0; c < channels; ++c) row[from + c] = T(values[c]);
 }
 
-// A channel's coefficients, repeated along a row in channels-last.
+// A channel's coefficients, repeated along a row in channels-last; zeros where there are none.
 template <class T>
 class Coefficients {
   public:
     Coefficients(const BatchNormJob& job, const double* values, Scratch& scratch)
         : values_(values), each_(job.channels_last) {
-        if (values == nullptr) return;
-        row_ = scratch.take<T>(each_ ? job.row() : 1);
-        if (each_) repeat(job, values, row_);
+        const int64_t n = each_ ? job.row() : 1;
+        row_ = scratch.take<T>(n);
+        if (values == nullptr)
+            clear(row_, n);
+        else if (each_)
+            repeat(job, values, row_);
     }
 
     // Those of the row, or of the channel.
@@ -148,7 +126,7 @@ class Coefficients {
   private:
     const double* values_;
     bool each_;
-    T* row_ = nullptr;
+    T* row_;
 };
 
 // Adds the sums of a row's columns up for each channel, into `sums`.
@@ -160,22 +138,66 @@ void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __res
         for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
 }
 
-// Calls run(rows, start, from, n) for pieces [from, from + n) of kRows rows in channels-last, or of
-// one (a constant, `rows`), of which the first begins at `start`, for the elements [begin, end).
-template <int64_t kRows, int64_t kBytes, class In, class Run>
+// run(0), ..., run(kMany - 1).
+template <int kMany, class Run>
+POOLING_EXT_INLINE void unrolled(const Run& run) {
+    [&]<int... v>(std::integer_sequence<int, v...>)
+        POOLING_EXT_INLINE_LAMBDA { (run(v), ...); }(std::make_integer_sequence<int, kMany>());
+}
+
+// Some vectors of a row in channels-last: what belongs to their columns stays in registers while
+// rows are walked.
+template <class Kind, int kMany>
+struct Columns {
+    using X = typename Kind::X;
+    using T = typename Kind::T;
+    X x[kMany];
+
+    POOLING_EXT_INLINE explicit Columns(const T* from) {
+        unrolled<kMany>([&](int v)
+                            POOLING_EXT_INLINE_LAMBDA { x[v] = Kind::own(from + v * kSize); });
+    }
+    POOLING_EXT_INLINE void keep(T* to) const {
+        unrolled<kMany>([&](int v) POOLING_EXT_INLINE_LAMBDA { Kind::keep(to + v * kSize, x[v]); });
+    }
+
+    static constexpr int64_t kSize = sizeof(X) / sizeof(T), kElements = kMany * kSize;
+};
+
+// Calls run(kind, many, i) for the columns from i on, as many vectors of that kind as the constant
+// says, of which n elements consist.
+template <int kMost, class In, class Run>
+POOLING_EXT_INLINE void in_columns(int64_t n, const Run& run) {
+    constexpr int64_t kSize = Vector<In>::kSize;
+    using One = std::integral_constant<int, 1>;
+    int64_t i = 0;
+    for (; i + kMost * kSize <= n; i += kMost * kSize)
+        run(Vector<In>{}, std::integral_constant<int, kMost>{}, i);
+    for (; i + kSize <= n; i += kSize) run(Vector<In>{}, One{}, i);
+    for (; i < n; ++i) run(Single<In>{}, One{}, i);
+}
+
+// Rows that are walked together. It pays where few tensors are: rows of many lie at the same place
+// in their pages too often.
+constexpr int64_t kRowsTogether = 8;
+
+// Calls run(at, rows, n) for groups of at most kRows rows of n elements in channels-last, of which
+// the first begins at `at`, for the elements [begin, end).
+template <int64_t kRows, class Run>
 POOLING_EXT_INLINE void row_groups(const BatchNormJob& job, int64_t begin, int64_t end,
                                    const Run& run) {
     const int64_t row = job.row();
-    using Several = std::integral_constant<int64_t, kRows>;
-    using One = std::integral_constant<int64_t, 1>;
     int64_t at = begin;
-    if constexpr (kRows > 1)
-        for (; at + kRows * row <= end; at += kRows * row)
-            in_pieces<kBytes, In>(row,
-                                  [&](int64_t from, int64_t n) { run(Several{}, at, from, n); });
-    for (; at < end; at += row)
-        in_pieces<kBytes, In>(end - at < row ? end - at : row,
-                              [&](int64_t from, int64_t n) { run(One{}, at, from, n); });
+    for (int64_t rows = (end - begin) / row; rows > 0; rows -= kRows, at += kRows * row)
+        run(at, rows < kRows ? rows : kRows, row);
+    const int64_t rest = (end - begin) % row;
+    if (rest > 0) run(end - rest, int64_t(1), rest);
+}
+
+// How far to look ahead from a group of rows: as far as the next one, if it has more than one.
+template <class In>
+POOLING_EXT_INLINE int64_t ahead_of(int64_t rows, int64_t n, int64_t least) {
+    return rows > 1 ? rows * n * int64_t(sizeof(In)) : least;
 }
 
 // Two sums over a channel in the contiguous format, lane by lane.
@@ -283,23 +305,17 @@ void runs_of_channels(const BatchNormJob& job, int64_t channel, int64_t count, c
     if (pending) flush(pending);
 }
 
-// Calls run(start, n, channel) for the rows of the units [begin, end), in runs, the last run first:
-// what an earlier step read last is then still in the cache.
+// Calls run(begin, end, channel) for the units [begin, end), in runs, the last run first: what an
+// earlier step read last is then still in the cache.
 template <class Run>
-void rows_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const Run& run) {
+void units_backwards(const BatchNormJob& job, int64_t begin, int64_t end, const Run& run) {
     constexpr int64_t kRun = 1 << 16;
     const Units units(job, Step::Act);
     const int64_t at_once = units.size < kRun ? kRun / units.size : 1;
     for (int64_t last = end; last > begin; last -= at_once)
         for (int64_t unit = last - at_once > begin ? last - at_once : begin; unit < last; ++unit) {
             const int64_t from = unit * units.size;
-            if (!job.channels_last) {
-                run(from, units.size, unit % job.channels);
-                continue;
-            }
-            const int64_t to = Units::end(job, from, units.size);
-            for (int64_t at = from; at < to; at += job.row())
-                run(at, to - at < job.row() ? to - at : job.row(), 0);
+            run(from, Units::end(job, from, units.size), unit % job.channels);
         }
 }
 

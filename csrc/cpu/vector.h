@@ -1,6 +1,10 @@
 // Vectors of one size for every instruction set.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include "cpu/numeric.h"
 
 #define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
@@ -27,6 +31,30 @@ POOLING_EXT_INLINE A by_registers(A a, B b, const Run& run) {
         for (int i = 0; i < Registers<T>::kCount; ++i) x.part[i] = run(x.part[i], y.part[i]);
         return bit_cast<A>(x);
     }
+}
+
+// Stores a register past the cache, to a place aligned to its size, where the processor can.
+template <class R>
+POOLING_EXT_INLINE void stream_register(void* to, R x) {
+#ifdef __SSE2__
+    if constexpr (sizeof(R) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
+#endif
+#ifdef __AVX__
+    if constexpr (sizeof(R) == 32)
+        return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
+#endif
+#ifdef __AVX512F__
+    if constexpr (sizeof(R) == 64)
+        return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x);
+#endif
+    std::memcpy(to, &x, sizeof(x));
+}
+
+// Makes what was streamed visible to other threads.
+inline void end_streaming() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 // Some elements at a time, of as many bytes when computed whatever the instruction set, so that
@@ -65,20 +93,23 @@ struct Vector {
         if constexpr (std::is_same_v<In, T>) {
             keep(to, x);
         } else if constexpr (std::is_same_v<In, BFloat16>) {
-            // As narrow().
-            const Bits words = by_registers<uint32_t, T>(
-                (Bits)x, x, [](auto bits, auto value) POOLING_EXT_INLINE_LAMBDA {
-                    const auto high = bits >> 16;
-                    const auto rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
-                    return value != value ? high | 0x40u : rounded;
-                });
-            const Half half = __builtin_convertvector(words, Half);
+            const Half half = narrowed(x);
             std::memcpy(to, &half, sizeof(half));
         } else {
             alignas(64) T values[kSize];
             keep(values, x);
             for (int64_t i = 0; i < kSize; ++i) POOLING_EXT_ISA::put(to, i, narrow<In>(values[i]));
         }
+    }
+
+    // Past the cache, to a place aligned to as many bytes.
+    static POOLING_EXT_INLINE void stream(In* to, X x) {
+        if constexpr (std::is_same_v<In, T>)
+            stream_all(to, x);
+        else if constexpr (std::is_same_v<In, BFloat16>)
+            stream_all(to, narrowed(x));
+        else
+            put(to, x);
     }
 
     // The gradients whose places are `wanted`, else 0.
@@ -110,6 +141,30 @@ struct Vector {
     typedef uint32_t Bits __attribute__((vector_size(64)));
     typedef uint16_t Half __attribute__((vector_size(32)));
     typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+    // As narrow().
+    static POOLING_EXT_INLINE Half narrowed(X x) {
+        const Bits words = by_registers<uint32_t, T>(
+            (Bits)x, x, [](auto bits, auto value) POOLING_EXT_INLINE_LAMBDA {
+                const auto high = bits >> 16;
+                const auto rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
+                return value != value ? high | 0x40u : rounded;
+            });
+        return __builtin_convertvector(words, Half);
+    }
+
+    template <class All>
+    static POOLING_EXT_INLINE void stream_all(In* to, All x) {
+        constexpr int64_t kBytes = sizeof(All) < kVectorBytes ? sizeof(All) : kVectorBytes;
+        typedef uint32_t One __attribute__((vector_size(kBytes)));
+        struct Parts {
+            One part[sizeof(All) / kBytes];
+        };
+        const Parts parts = bit_cast<Parts>(x);
+#pragma GCC unroll 4
+        for (size_t i = 0; i < sizeof(All) / kBytes; ++i)
+            stream_register(reinterpret_cast<char*>(to) + i * kBytes, parts.part[i]);
+    }
 };
 
 // One element, through the same names.
@@ -122,6 +177,7 @@ struct Single {
     static POOLING_EXT_INLINE void keep(T* to, X x) { *to = x; }
     static POOLING_EXT_INLINE X get(const In* from) { return widen(*from); }
     static POOLING_EXT_INLINE void put(In* to, X x) { POOLING_EXT_ISA::put(to, 0, narrow<In>(x)); }
+    static POOLING_EXT_INLINE void stream(In* to, X x) { put(to, x); }
 };
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

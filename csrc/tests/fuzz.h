@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 
@@ -86,10 +87,15 @@ constexpr Format kFormats[] = {
     {DType::UInt8, "uint8", 1, 0, 0},
 };
 
-// `count` elements of `size` bytes each.
+// `count` elements of `size` bytes each, aligned as PyTorch's are.
 struct Array {
+    static constexpr std::align_val_t kAlignment{64};
+    struct Delete {
+        void operator()(unsigned char* bytes) const { ::operator delete[](bytes, kAlignment); }
+    };
     const int64_t count, size;
-    const std::unique_ptr<unsigned char[]> data{new unsigned char[count * size]};
+    const std::unique_ptr<unsigned char[], Delete> data{
+        new (kAlignment) unsigned char[count * size]};
 
     Array(int64_t count, int64_t size, int fill = kPoison) : count(count), size(size) {
         std::memset(data.get(), fill, count * size);

@@ -65,13 +65,18 @@ Case make_case(Random& r) {
     c.step = steps[r.pick(0, 5)];
     c.coarse = r.chance(3);
     BatchNormJob& job = c.job;
+    const bool train = c.step == Step::Train || c.step == Step::TrainBackward;
+    job.channels_last = !train && r.chance(2);
+    job.streams = r.chance(3);
     do {
         job.batch = r.pick(1, r.chance(4) ? 600 : 5);
         job.channels = r.pick(1, r.chance(4) ? 700 : 20);
         job.inner = r.chance(6) ? 1 : r.pick(1, r.chance(6) ? 20000 : r.chance(2) ? 400 : 30);
+        // Lines of the cache are streamed whole.
+        int64_t& run = job.channels_last ? job.channels : job.inner;
+        const int64_t line = 64 / c.format.bytes;
+        if (job.streams) run = (run + line - 1) / line * line;
     } while (job.numel() > 150000);
-    const bool train = c.step == Step::Train || c.step == Step::TrainBackward;
-    job.channels_last = !train && r.chance(2);
     job.undivided = r.chance(5);
     job.relu = r.chance(2);
     c.residual = r.chance(2);
