@@ -107,13 +107,14 @@ def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool
     return False
 
 
-@cache
-def device_why_not(index: int) -> str | None:
-    """Why the kernels cannot run on GPU ``index``, or None if they can."""
-    capability = torch.cuda.get_device_capability(index)
-    if runs_on(capability, architectures()):
-        return None
-    return f"the CUDA kernels are for {', '.join(architectures())}, not for {capability[0]}.{capability[1]}"
+def gpus_why_not() -> str | None:
+    """Why the kernels cannot run on every GPU there is, or None if they can; this initialises CUDA."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not runs_on((major, minor), architectures()):
+            built = ", ".join(architectures())
+            return f"the CUDA kernels are for {built}, and GPU {index} has {major}.{minor}"
+    return None
 
 
 def stand_in(operator: str) -> Callable[..., Any]:
