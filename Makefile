@@ -44,8 +44,8 @@ demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unless ARGS="--data DIR"
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many processes as there are cores
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)

@@ -1,0 +1,64 @@
+"""How the suite's processes share a machine where pytest-xdist runs several (``pytest -n auto``)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+#: Whether this is one of several processes.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+#: Marks of tests during which no other process runs one: they measure time, or take most of the memory.
+ALONE = ("timing", "large")
+
+
+def is_alone(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ALONE)
+
+
+class Sharing:
+    """A process's part: one thread, and the whole machine for the tests that are to run alone.
+
+    Any number of tests hold the lock "tests" at a time, or one that is alone. Each goes through "gate"
+    before, where one that waits for the rest to end holds up all that come later.
+    """
+
+    def __init__(self, folder: Path):
+        """``folder`` is the run's, and the same in all its processes."""
+        self.gate, self.tests = ((folder / name).open("w") for name in ("gate.lock", "tests.lock"))
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # First, while the others have short tests before them: those that compile take a minute.
+        items.sort(key=is_alone, reverse=True)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        alone = is_alone(item)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
+        fcntl.flock(self.tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self.gate, fcntl.LOCK_UN)
+        torch.set_num_threads(self.threads if alone else 1)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(self.tests, fcntl.LOCK_UN)
+
+
+def once(path: Path, make: Callable[[], str]) -> str:
+    """What ``make`` returns, which the first process to ask for ``path`` calls while others wait."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if not text:
+            text = make()
+            file.write(text)
+        return text
