@@ -47,6 +47,10 @@ MOST = 1.15
         ((12, 0), ("9.0+PTX",), True),
         ((8, 9), ("9.0+PTX",), False),
         ((7, 5), (), False),
+        ((9, 0), ("9.0a",), True),
+        ((12, 0), ("9.0a+PTX",), False),
+        ((10, 3), ("10.0f",), True),
+        ((12, 0), ("10.0f+PTX",), False),
     ],
 )
 def test_which_gpus_the_kernels_run_on(capability, built, runs):
