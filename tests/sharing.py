@@ -36,8 +36,9 @@ class Sharing:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # First, while the others have short tests before them: those that compile take a minute.
-        items.sort(key=is_alone, reverse=True)
+        # First those that run alone, since no slow one holds them up then; then slow ones, since whoever is
+        # done can take over some of the rest.
+        items.sort(key=lambda item: 0 if is_alone(item) else 1 if item.get_closest_marker("slow") else 2)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:

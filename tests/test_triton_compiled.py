@@ -15,7 +15,8 @@ from sharing import WORKER, once
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.timeout(900)  # the first waits for all that compiles
+# The first test waits for all that compiles.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Bytes of shared memory that one program can have.
