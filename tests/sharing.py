@@ -13,44 +13,47 @@ import torch
 
 #: Whether this is one of several processes.
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-#: Marks of tests during which no other process runs one: they measure time, or take most of the memory.
-ALONE = ("timing", "large")
-
-
-def is_alone(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in ALONE)
 
 
 class Sharing:
-    """A process's part: one thread, and the whole machine for the tests that are to run alone.
+    """A process's part: one thread, but the whole machine for tests that measure time.
 
-    Any number of tests hold the lock "tests" at a time, or one that is alone. Each goes through "gate"
-    before, where one that waits for the rest to end holds up all that come later.
+    Any number of tests hold the lock "tests" at a time, or one that is marked "timing". Each goes through
+    "gate" before, where one that waits for the rest to end holds up all that come later. Of those that are
+    marked "large" one runs at a time, with others beside it.
     """
 
     def __init__(self, folder: Path):
         """``folder`` is the run's, and the same in all its processes."""
-        self.gate, self.tests = ((folder / name).open("w") for name in ("gate.lock", "tests.lock"))
+        names = ("gate", "tests", "memory")
+        self.gate, self.tests, self.memory = ((folder / f"{name}.lock").open("w") for name in names)
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # First those that run alone, since no slow one holds them up then; then slow ones, since whoever is
+        # First those that measure, since no slow one holds them up then; then slow ones, since whoever is
         # done can take over some of the rest.
-        items.sort(key=lambda item: 0 if is_alone(item) else 1 if item.get_closest_marker("slow") else 2)
+        items.sort(key=lambda item: (not marked(item, "timing"), not marked(item, "large", "slow")))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        alone = is_alone(item)
+        alone, large = marked(item, "timing"), marked(item, "large")
         fcntl.flock(self.gate, fcntl.LOCK_EX)
         fcntl.flock(self.tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(self.gate, fcntl.LOCK_UN)
+        if large:
+            fcntl.flock(self.memory, fcntl.LOCK_EX)
         torch.set_num_threads(self.threads if alone else 1)
         try:
             return (yield)
         finally:
+            fcntl.flock(self.memory, fcntl.LOCK_UN)
             fcntl.flock(self.tests, fcntl.LOCK_UN)
+
+
+def marked(item: pytest.Item, *names: str) -> bool:
+    return any(item.get_closest_marker(name) for name in names)
 
 
 def once(path: Path, make: Callable[[], str]) -> str:
