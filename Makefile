@@ -44,8 +44,8 @@ demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unless ARGS="--data DIR"
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many processes as there are cores
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
@@ -127,21 +127,23 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool
 KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+# Runs what follows on each word that it is given, on as many at a time as there are cores.
+AT_ONCE  := tr ' ' '\n' | xargs -P $$(nproc) -I{}
 
-# The kernels once for both programs, as many at a time as there are cores.
-build/kernels.a: $(wildcard csrc/common/*.h csrc/cpu/*.h) $(KERNELS)
-	@mkdir -p build/sanitized && rm -f $@
-	printf '%s\n' $(notdir $(KERNELS:.cpp=)) | \
-	    xargs -P $$(nproc) -I{} $(SANITIZE) -c csrc/cpu/{}.cpp -o build/sanitized/{}.o
-	ar rc $@ $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o)
+# The kernels once for all programs.
+build/sanitized/objects: $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/tests/*.h) $(KERNELS) $(FUZZERS:build/%=csrc/tests/%.cpp)
+	@mkdir -p build/sanitized
+	echo $(KERNELS:.cpp=) $(FUZZERS:build/%=csrc/tests/%) | \
+	    $(AT_ONCE) sh -c '$(SANITIZE) -c {}.cpp -o build/sanitized/$$(basename {}).o'
+	@touch $@
 
-$(FUZZERS): build/%: csrc/tests/%.cpp csrc/tests/fuzz.h build/kernels.a
-	$(SANITIZE) $< build/kernels.a -o $@
+$(FUZZERS): build/%: build/sanitized/objects
+	$(SANITIZE) build/sanitized/$*.o $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o) -o $@
 
 sanitize: sanitize-cpu sanitize-cuda ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 
 sanitize-cpu: $(FUZZERS)
-	for fuzzer in $(FUZZERS); do $$fuzzer $(ARGS) || exit; done
+	echo $(FUZZERS) | $(AT_ONCE) env {} $(ARGS)
 
 # A small case of each CUDA kernel, in a Python into which the sanitizers are loaded first.
 sanitize-cuda: | $(PACKAGE)

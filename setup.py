@@ -168,7 +168,8 @@ class Toolkit:
         return flags
 
     def describe(self):
-        names = [f"{number[:-1]}.{number[-1]}" + "+PTX" * ptx for number, ptx in self.architectures()]
+        # "90a" is 9.0a.
+        names = [re.sub(r"(\d\D?)$", r".\1", number) + "+PTX" * ptx for number, ptx in self.architectures()]
         return [f'-DPOOLING_EXT_CUDA_ARCHITECTURES="{";".join(names)}"']
 
 

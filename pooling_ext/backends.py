@@ -78,8 +78,8 @@ def _cuda_why_not(call: Call) -> str | None:
         return f"the input is on {call.device}"
     if (why_not := cuda.why_not()) is not None:
         return why_not
-    if call.device.type == "cuda" and (why_not := cuda.device_why_not(call.device.index or 0)) is not None:
-        return why_not
+    if call.device.type == "cuda" and _gpus_why_not is not None:
+        return _gpus_why_not
     if call.op in TRITON_FIRST and _forced is None and triton.why_not() is None:
         return "Triton's kernel is the faster one"
     if call.dtype not in _dtypes["cuda"].get(call.op, ()):
@@ -106,6 +106,9 @@ BACKENDS: tuple[Backend, ...] = (CPU, CUDA, TRITON, ATEN)
 #: measured to be faster. No measurement has been made.
 TRITON_FIRST: frozenset[str] = frozenset()
 
+#: Why the CUDA kernels cannot run on every GPU, as far as is known: nothing is before CUDA is initialised.
+#: One GPU decides for all, since the dispatcher has one kernel of an operator for all of them.
+_gpus_why_not: str | None = None
 #: Triton's kernels on GPUs, of the operators that have no other or of which they are wanted.
 _gpu_library: torch.library.Library | None = None
 _triton_on_gpus: frozenset[str] = frozenset()
@@ -205,11 +208,24 @@ def _force(name: str | None) -> None:
     _wire_cpu()
 
 
+def _cuda_on_gpus() -> bool:
+    """Whether the CUDA kernels have registered themselves for GPUs."""
+    return cuda.why_not() is None and not cuda.on_cpu()
+
+
+def _look_at_gpus() -> None:
+    """Give Triton what the CUDA kernels were to do, where there is a GPU that they cannot run on."""
+    global _gpus_why_not
+    _gpus_why_not = cuda.gpus_why_not()
+    _decisions.clear()
+    _wire_gpu()
+
+
 def _wire_gpu() -> None:
     """Register Triton's kernels for GPUs, before the CUDA ones, which have registered themselves."""
     global _gpu_library, _triton_on_gpus
-    cuda_has = cuda.OPERATORS if cuda.why_not() is None and not cuda.on_cpu() else frozenset()
-    first = TRITON_FIRST if _forced is None else frozenset()
+    cuda_has = cuda.OPERATORS if _cuda_on_gpus() and _gpus_why_not is None else frozenset()
+    first = TRITON_FIRST if _forced is None and triton.why_not() is None else frozenset()
     wanted = frozenset(triton.MODULES) if _forced == "triton" else triton.MODULES.keys() - (cuda_has - first)
     if wanted == _triton_on_gpus:  # nearly always; registering takes a while
         return
@@ -290,3 +306,6 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 _force(os.environ.get("POOLING_EXT_BACKEND") or None)
+if _cuda_on_gpus():
+    # Importing this must not initialise CUDA: a process that has done so cannot fork.
+    torch.cuda._lazy_call(_look_at_gpus)

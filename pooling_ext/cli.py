@@ -69,7 +69,10 @@ def _isa(name: str) -> str:
 def _availability(backend: backends.Backend) -> str:
     """Whether ``backend`` takes an ordinary call, and if not, why."""
     for_gpus = backend in (backends.CUDA, backends.TRITON)
-    device = torch.device("cuda", 0) if for_gpus and torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if for_gpus and torch.cuda.is_available():
+        torch.cuda.init()  # what GPUs there are is not known before
+        device = torch.device("cuda", 0)
     call = backends.Call("max_pool", device, torch.float32, torch.strided, torch.Tensor)
     missing = {backends.CUDA: cuda.why_not, backends.TRITON: triton.why_not}.get(backend, lambda: None)()
     reason = missing or backend.why_not(call)

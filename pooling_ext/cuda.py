@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -100,20 +101,25 @@ def conv_tiles() -> tuple[ConvTile, ...]:
 def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
     """Whether code for ``architectures`` runs on a GPU of compute capability ``capability``."""
     for name in architectures:
-        major, _, minor = name.removesuffix("+PTX").partition(".")
-        built = (int(major), int(minor))
-        if built <= capability and (built[0] == capability[0] or name.endswith("+PTX")):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            continue
+        built, variant, ptx = (int(found[1]), int(found[2])), found[3], found[4]
+        # Code for "9.0a" runs nowhere else, for "10.0f" on 10.x.
+        on_later = (built[0] == capability[0] and variant != "a") or (ptx and not variant)
+        if built == capability or (built < capability and on_later):
             return True
     return False
 
 
-@cache
-def device_why_not(index: int) -> str | None:
-    """Why the kernels cannot run on GPU ``index``, or None if they can."""
-    capability = torch.cuda.get_device_capability(index)
-    if runs_on(capability, architectures()):
-        return None
-    return f"the CUDA kernels are for {', '.join(architectures())}, not for {capability[0]}.{capability[1]}"
+def gpus_why_not() -> str | None:
+    """Why the kernels cannot run on every GPU there is, or None if they can; this initialises CUDA."""
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not runs_on((major, minor), architectures()):
+            built = ", ".join(architectures())
+            return f"the CUDA kernels are for {built}, and GPU {index} has {major}.{minor}"
+    return None
 
 
 def stand_in(operator: str) -> Callable[..., Any]:

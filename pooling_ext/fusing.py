@@ -19,8 +19,9 @@ from torch import fx, nn
 from torch.fx.graph import _format_target
 
 from .chains import BATCH_NORMS
+from .guards import Untraceable, submodule
 from .matching import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
-from .tracing import Trace, Untraceable, submodule, trace
+from .tracing import Trace, trace
 
 
 @dataclass(frozen=True)

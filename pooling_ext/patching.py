@@ -9,9 +9,9 @@ from torch import nn
 
 from .errors import ArgumentError
 from .fusing import Fusion, plan
+from .guards import Untraceable
 from .matching import base_class, worth_fusing
 from .nn import REPLACES
-from .tracing import Untraceable
 
 _ORIGINAL = {ours: theirs for theirs, ours in REPLACES.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)

@@ -9,11 +9,9 @@ values, enters contexts, has side effects, draws numbers) is :class:`Untraceable
 from __future__ import annotations
 
 import dis
-import enum
 import functools
 import gc
 import inspect
-import itertools
 import operator
 import os
 import sys
@@ -27,9 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph import _format_target
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .guards import Untraceable, condition, constant, dotted, submodule
 
 #: In place operators, which fx would take for their out-of-place forms.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv")
@@ -44,16 +43,9 @@ _STANDARD |= {"itertools", "math", "operator", "types", "typing"}
 _BUILTINS = frozenset(["print", "input", "open", "exec", "eval", "globals", "locals", "vars", "id", "hash"])
 _C_MODULES = frozenset(["_io", "_random", "io", "numpy", "os", "posix", "random", "time"])
 _QUERIES = ("is_", "are_", "get_", "set_", "_")  # torch.is_grad_enabled and the like
-_LITERALS = (int, float, complex, str, bytes, types.NoneType)
-_CONSTANTS = (types.FunctionType, types.BuiltinFunctionType, type, enum.Enum, functools.partial)
-_CONSTANTS += (torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 _lock = threading.RLock()  # torch.fx changes nn.Module while it traces
 _ours = sys.modules[__name__].__dict__
-
-
-class Untraceable(Exception):
-    """No trace can stand for the forward; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +156,7 @@ class _Session:
             for key, copy in copies.items():
                 for name, value in _freeze(copy.__dict__).items():
                     if name not in before[key] or before[key][name] != value:
-                        raise Untraceable(f"its forward changes {_dotted(self.paths[id(copy)][0], name)}")
+                        raise Untraceable(f"its forward changes {dotted(self.paths[id(copy)][0], name)}")
         calls = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         conditions, constants = self._conditions(calls)
         training = self.training if self.read_training else None
@@ -243,27 +235,17 @@ class _Session:
         conditions: list[str] = []
         constants: dict[str, Any] = {}
         for path, holds in self.inline.items():
-            conditions.append(f"{_constant(holds, constants)}({submodule(path)})")
+            conditions.append(f"{constant(holds, constants)}({submodule(path)})")
         for (path, name), count in self.reads.items():
             module = originals[path]
             if name == "training" and not path:
                 continue
             called = sum(call == (f"{path}.{name}" if path else name) for call in calls)
-            condition = _condition(
-                module, _dotted(path, name), submodule(path), name, count > called, constants
-            )
-            if condition is not None:
-                conditions.append(condition)
+            shown, target = dotted(path, name), submodule(path)
+            found = condition(module, shown, target, name, count > called, constants)
+            if found is not None:
+                conditions.append(found)
         return tuple(conditions), constants
-
-
-def submodule(path: str) -> str:
-    """An expression for the child of ``self`` at ``path``, which spares nn.Module.__getattr__'s search."""
-    return "self" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
-
-
-def _dotted(path: str, name: str) -> str:
-    return ".".join(("self", path, name)) if path else f"self.{name}"
 
 
 def _freeze(fields: dict[str, Any]) -> dict[str, Any]:
@@ -449,60 +431,3 @@ def _why_not_builtin(function: Any) -> str | None:
     if asks or top in _C_MODULES or (top == "builtins" and name in _BUILTINS):
         return f"its forward calls {module}.{name}"
     return None
-
-
-def _condition(
-    module: nn.Module, shown: str, target: str, name: str, checked: bool, constants: dict[str, Any]
-) -> str | None:
-    """The expression that says that reading ``name`` from ``module`` gives what it gave."""
-    fields = module.__dict__
-    if name in ("_parameters", "_buffers"):
-        raise Untraceable(f"its forward looks into {shown}")
-    if name == "_modules":
-        if None in module._modules.values():
-            raise Untraceable(f"{shown} holds a child that is None")
-        return f"tuple({target}._modules) == {tuple(module._modules)!r}"
-    if name in fields:
-        return _equal(f"{target}.{name}", shown, fields[name], constants)
-    for slot in ("_modules", "_parameters", "_buffers"):
-        if name in fields[slot]:
-            missing = fields[slot][name] is None
-            attribute = f"{target}._modules[{name!r}]" if slot == "_modules" else _format_target(target, name)
-            return f"{attribute} is {'' if missing else 'not '}None" if checked or missing else None
-    missing_value = object()
-    value = inspect.getattr_static(module, name, missing_value)
-    if value is missing_value:
-        return f"not hasattr({target}, {name!r})"
-    owner = next((base for base in type(module).__mro__ if name in base.__dict__), None)
-    if owner is None or _is_torch(owner.__module__) or name.startswith("__") or isinstance(value, property):
-        return None
-    if isinstance(value, types.FunctionType):
-        return f"getattr({target}.{name}, '__func__', None) is {_constant(value, constants)}"
-    return _equal(f"{target}.{name}", shown, getattr(module, name), constants)
-
-
-def _equal(expression: str, shown: str, value: Any, constants: dict[str, Any]) -> str:
-    if value is None or isinstance(value, bool):
-        return f"{expression} is {value}"
-    if isinstance(value, types.MethodType):
-        return f"{expression}.__func__ is {_constant(value.__func__, constants)}"
-    if isinstance(value, _CONSTANTS):
-        return f"{expression} is {_constant(value, constants)}"
-    if not _is_literal(value):
-        raise Untraceable(f"its forward reads {shown}, a {type(value).__name__}, which may change")
-    return f"{expression} == {value!r}"
-
-
-def _is_literal(value: Any) -> bool:
-    if type(value) in (tuple, list, set):
-        return all(map(_is_literal, value))
-    if type(value) is dict:
-        return all(map(_is_literal, itertools.chain(value, value.values())))
-    # Infinity and NaN have no literal.
-    return type(value) in (*_LITERALS, bool) and (type(value) is not float or abs(value) < float("inf"))
-
-
-def _constant(value: Any, constants: dict[str, Any]) -> str:
-    name = f"_{id(value)}"
-    constants[name] = value
-    return name

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from helpers import with_layout
 from torch import Tensor
 
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
+
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+RESIDUAL = pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 #: The arguments that gradients are taken of.
 DIFFERENTIABLE = ("input", "weight", "bias", "residual")

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     # Without the native kernels the import warns; test_backends.py checks that it does.
     warnings.simplefilter("ignore")
     from helpers import require_native
+    from sharing import WORKER, Sharing
 
     import pooling_ext
     from pooling_ext import _native, chains, cuda, triton
@@ -42,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "no_poison: leaves uninitialised memory and torch's determinism settings alone"
     )
+    if WORKER:
+        config.pluginmanager.register(Sharing(Path(config.option.basetemp).parent))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

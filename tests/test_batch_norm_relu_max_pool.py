@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from batch_norm_cases import arguments, assert_results, copies, expected, results
+from batch_norm_cases import LAYOUT, TRAINING, arguments, assert_results, copies, expected, results
 from helpers import BACKENDS, FLOATS, assert_same, dtype_id, in_format_of, strides, with_layout
 from torch import Tensor
 
 import pooling_ext
 import pooling_ext.functional as F
 from pooling_ext import backends
-
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 #: The arguments of max_pool2d, by what is special about them.
 WINDOWS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from batch_norm_cases import arguments, composition, copies
+from batch_norm_cases import RESIDUAL, TRAINING, arguments, composition, copies
 from helpers import assert_same, strides, with_layout
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,9 +16,6 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import pooling_ext.functional as F
-
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-RESIDUAL = pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 
 
 def norm(input, weight, bias, residual=None, training=True, mean=None, var=None, activation="relu"):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import cuda_resources
 import pytest
 import torch
-from helpers import dtype_id
+from helpers import dtype_id, run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pooling_ext
 import pooling_ext.functional as F
@@ -45,6 +47,10 @@ MOST = 1.15
         ((12, 0), ("9.0+PTX",), True),
         ((8, 9), ("9.0+PTX",), False),
         ((7, 5), (), False),
+        ((9, 0), ("9.0a",), True),
+        ((12, 0), ("9.0a+PTX",), False),
+        ((10, 3), ("10.0f",), True),
+        ((12, 0), ("10.0f+PTX",), False),
     ],
 )
 def test_which_gpus_the_kernels_run_on(capability, built, runs):
@@ -70,6 +76,106 @@ def test_use_backend_puts_them_in_the_cpus_place_and_back():
     with counted() as counts:
         F.max_pool2d(x, 2)
     assert counts == []
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Has CUDA start on GPUs of the capabilities given, where there are said to be kernels for 9.0."""
+
+    def start(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(cuda, "on_cpu", lambda: False)
+        monkeypatch.setattr(cuda, "architectures", lambda: ("9.0",))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        backends._look_at_gpus()
+
+    yield start
+    monkeypatch.undo()
+    monkeypatch.setattr(backends, "_gpus_why_not", None)
+    backends._decisions.clear()
+    backends._wire_gpu()
+
+
+def on_a_gpu() -> torch.Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return torch.empty(1, 2, 8, 8, device="cuda:0")
+
+
+def triton_runs_on_gpus(op: str) -> bool:
+    """Whether the dispatcher would give ``op`` to Triton; nothing else is registered here."""
+    return all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "CUDA")
+        for name in triton.MODULES[op]
+    )
+
+
+@on_cpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own kernels are registered")
+@pytest.mark.parametrize("op", sorted(cuda.OPERATORS))
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [
+        pytest.param(((9, 0),), "cuda", id="new"),
+        pytest.param(((9, 0), (9, 0)), "cuda", id="two"),
+        pytest.param(((8, 0),), "triton", id="old"),
+        pytest.param(((9, 0), (8, 0)), "triton", id="mixed"),
+    ],
+)
+def test_the_dispatcher_runs_what_is_chosen(gpus, capabilities, chosen, op):
+    gpus(*capabilities)
+    assert backends.choose(op, on_a_gpu()).name == chosen
+    assert triton_runs_on_gpus(op) == (chosen == "triton")
+    with pooling_ext.use_backend("triton"):
+        assert backends.choose(op, on_a_gpu()).name == "triton" and triton_runs_on_gpus(op)
+    with pooling_ext.use_backend("cuda"):
+        expected = "cuda" if chosen == "cuda" else "aten"
+        assert backends.choose(op, on_a_gpu()).name == expected
+        assert triton_runs_on_gpus(op) == (chosen == "triton")
+
+
+@on_cpu
+def test_the_reason_names_the_gpu(gpus):
+    gpus((9, 0), (8, 6))
+    (decision,) = pooling_ext.explain(backends.choose, "max_pool", on_a_gpu()).decisions
+    assert decision.declined["cuda"] == "the CUDA kernels are for 9.0, and GPU 1 has 8.6"
+
+
+@on_cpu
+def test_what_is_faster_in_triton_is_cudas_without_triton(gpus, monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_FIRST", frozenset(("avg_pool",)))
+    gpus((9, 0))
+    assert backends.choose("avg_pool", on_a_gpu()).name == "triton" and triton_runs_on_gpus("avg_pool")
+    monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed")
+    gpus((9, 0))
+    assert backends.choose("avg_pool", on_a_gpu()).name == "cuda" and not triton_runs_on_gpus("avg_pool")
+
+
+ON_AN_OLD_GPU = """
+import torch
+torch.cuda.device_count = torch.cuda.get_device_capability = None  # not to be asked yet
+import pooling_ext
+from pooling_ext import backends, cuda
+assert not torch.cuda.is_initialized()
+assert cuda.why_not() is None, cuda.why_not()
+(look,) = [call for call, _ in torch.cuda._queued_calls if call.__module__.startswith("pooling_ext")]
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda index: (2, 0)
+look()
+x = torch.randn(1, 2, 8, 8)
+windows = [4, 4], [2, 2], [2, 2], [0, 0, 0, 0], [1, 1]
+pooled = torch.ops.pooling_ext.max_pool.default.redispatch(
+    torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), x, *windows
+)
+assert torch.equal(pooled, torch.nn.functional.max_pool2d(x, 2))
+"""
+
+
+@pytest.mark.skipif(find_spec("pooling_ext._cuda") is None, reason="needs the CUDA kernels for GPUs")
+@pytest.mark.skipif(not triton.interpreted(), reason="needs Triton's interpreter, which takes CPU tensors")
+def test_kernels_that_cannot_run_give_way_when_cuda_starts():
+    """Not before: importing the package must leave CUDA alone."""
+    result = run_python(ON_AN_OLD_GPU, POOLING_EXT_CUDA_ON_CPU=None)
+    assert result.returncode == 0, result.stderr
 
 
 def test_their_order():

@@ -13,7 +13,7 @@ from torch import Tensor
 import pooling_ext.functional as F
 
 # Filling gigabytes with NaN first would take longer than the tests.
-pytestmark = [pytest.mark.native, pytest.mark.no_poison, on_gpus("default")]
+pytestmark = [pytest.mark.large, pytest.mark.native, pytest.mark.no_poison, on_gpus("default")]
 
 #: One plane of more than 2 ** 31 elements, and as many over several channels.
 SHAPES = {"contiguous": (1, 1, 2**16 + 8, 2**15), "channels_last": (1, 8, 2**14 + 2, 2**14)}

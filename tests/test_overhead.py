@@ -25,6 +25,7 @@ def seconds(function, x, calls: int = 300) -> float:
 beyond_reach = pytest.mark.xfail(reason="measured 3.5 x", strict=False)
 
 
+@pytest.mark.timing
 @pytest.mark.native
 @pytest.mark.no_poison
 @pytest.mark.parametrize(

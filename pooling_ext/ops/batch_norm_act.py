@@ -1,8 +1,7 @@
 """Batch normalisation, an optional residual and ReLU as one operator.
 
-Ioffe and Szegedy, "Batch Normalization" (2015), with the statistics of Chan, Golub and LeVeque's
-pairwise update, so that they stay accurate where the mean is large beside the deviation. The statistics
-are one ``(2, C)`` float64 tensor: means and biased variances.
+Ioffe and Szegedy, "Batch Normalization" (2015). The statistics are one ``(2, C)`` float64 tensor: means and
+biased variances.
 """
 
 from __future__ import annotations
@@ -13,13 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from .. import backends
 from ..errors import ArgumentError
 from . import _library
 from ._dispatch import public
+from .batch_norm_statistics import (
+    batch_count,
+    channel_sums,
+    statistics,
+    sums_of_all,
+    update_running,
+)
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 ACTIVATIONS = ("relu", "identity")
@@ -30,17 +35,11 @@ def like(input: Tensor) -> Tensor:
     return _library.empty(input, input.shape[2:])
 
 
-def channel_sums(input: Tensor, *_: Any) -> Tensor:
-    return input.new_empty((2, input.shape[1]), dtype=torch.float64)
-
-
 def vector_like(input: Tensor, vector: Tensor | None) -> Tensor:
     if vector is None:
         return input.new_empty(0, dtype=torch.float64)
     return input.new_empty(vector.shape, dtype=vector.dtype)
 
-
-_stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", channel_sums, vmap=False)
 
 _forward = _library.define(
     "batch_norm_act(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
@@ -93,15 +92,6 @@ _training_backward = _library.define(
         vector_like(input, weight),
         vector_like(input, bias),
     ),
-    vmap=False,
-)
-
-# The running mean and unbiased variance, moved towards those of a batch of `count` elements a channel.
-_update_running = _library.define(
-    "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, float count, "
-    "float momentum)",
-    "()",
-    lambda *_: None,
     vmap=False,
 )
 
@@ -173,7 +163,7 @@ class _BatchNormActTraining(Function):
     ) -> Tensor:
         output, stats = _normalise(input, weight, bias, residual, eps, relu, known)
         # Before anything is saved: torch.utils.checkpoint, which runs this twice, may end there.
-        _update(running_mean, running_var, stats, _count(input), momentum)
+        update_running(input, stats, running_mean, running_var, momentum)
         # ReLU's mask needs the output only where a residual went into it.
         kept = output if relu and residual is not None else None
         ctx.save_for_backward(input, weight, bias, stats, kept)
@@ -225,15 +215,6 @@ def weight_grad(sums: Tensor, stats: Tensor, eps: float, weight: Tensor) -> Tens
 
 def bias_grad(sums: Tensor, bias: Tensor) -> Tensor:
     return sums[0].to(bias.dtype, copy=True)  # not a view of what may be needed whole
-
-
-def sums_of_all(sums: Tensor, group: Any) -> Tensor:
-    """The sums over all processes' elements."""
-    if group is None:
-        return sums
-    total = sums.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return total
 
 
 def _differentiable_backward(
@@ -356,24 +337,13 @@ def in_training(
     stats: Tensor | None,
 ) -> Tensor:
     """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
-    count = _count(input)
+    batch_count(input)  # one value is an error, which must come first
     if needs_grad(input, weight, bias, residual):
         running = running_mean, running_var, momentum
         return _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats, *running)
     output, stats = _normalise(input, weight, bias, residual, eps, relu, stats)
-    _update(running_mean, running_var, stats, count, momentum)
+    update_running(input, stats, running_mean, running_var, momentum)
     return output
-
-
-def update_running(
-    input: Tensor,
-    stats: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> None:
-    """Move the running statistics, if there are any, towards the input's, as :func:`in_training` does."""
-    _update(running_mean, running_var, stats, _count(input), momentum)
 
 
 def check(
@@ -438,81 +408,6 @@ def transformed() -> bool:
 
 def needs_grad(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    group: Any,
-) -> tuple[Tensor, float | None]:
-    """The statistics to normalise with, and how many elements they were taken from if they are the batch's.
-
-    In training the running ones are updated.
-    """
-    if not training:
-        running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
-        return running.to(torch.float64), None
-    if group is None:
-        count = _count(input)
-        stats = _stats(input.detach())
-    else:
-        stats, count = _combine(_stats(input.detach()), _elements(input), group)
-        _check_count(count, input)
-    if count == 0:  # which PyTorch takes, and gives gradients of zero
-        stats = torch.zeros_like(stats)
-    _update(running_mean, running_var, stats, count, momentum)
-    return stats, float(count)
-
-
-def _elements(input: Tensor) -> int:
-    """How many elements a channel has."""
-    return input.numel() // max(input.shape[1], 1)
-
-
-def _count(input: Tensor) -> int:
-    """How many elements each channel's statistics are taken from; one is too few."""
-    count = _elements(input)
-    _check_count(count, input)
-    return count
-
-
-def _check_count(count: int, input: Tensor) -> None:
-    if count == 1:
-        raise ArgumentError(
-            "Expected more than 1 value per channel when training, but got input of shape "
-            f"{tuple(input.shape)}"
-        )
-
-
-def _combine(stats: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
-    """The statistics of all processes' elements from those of each."""
-    own = torch.cat((stats.flatten(), stats.new_tensor([count])))
-    size = torch.distributed.get_world_size(group)
-    gathered = own.new_empty(size * own.numel())  # gloo takes no more dimensions than own's
-    torch.distributed.all_gather_into_tensor(gathered, own, group=group)
-    gathered = gathered.unflatten(0, (size, -1))
-    counts = gathered[:, -1:]
-    means, variances = gathered[:, :-1].unflatten(1, stats.shape).unbind(1)
-    shares = counts / counts.sum()
-    # A process without elements has no mean.
-    means = torch.where(counts > 0, means, 0)
-    variances = torch.where(counts > 0, variances, 0)
-    mean = (shares * means).sum(0)
-    variance = (shares * (variances + (means - mean) ** 2)).sum(0)
-    return torch.stack((mean, variance)), int(counts.sum())
-
-
-def _update(
-    running_mean: Tensor | None, running_var: Tensor | None, stats: Tensor, count: int, momentum: float
-) -> None:
-    """Moves the running statistics, if there are any, towards those of a batch."""
-    if running_mean is not None and running_var is not None and count > 0:
-        _update_running(running_mean, running_var, stats, float(count), momentum)
-        if not is_compiling():
-            increment_version((running_mean, running_var))  # which autograd does for its own operators
 
 
 def _aten_batch_norm_act(

@@ -21,15 +21,13 @@ from .batch_norm_act import (
     FLOATS,
     batch_norm_act,
     bias_grad,
-    channel_sums,
     check,
     like,
     needs_grad,
-    statistics,
-    sums_of_all,
     transformed,
     weight_grad,
 )
+from .batch_norm_statistics import channel_sums, statistics, sums_of_all
 from .max_pool import max_pool
 
 backends.register("batch_norm_relu_max_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)

@@ -18,8 +18,8 @@ from torch.compiler import is_compiling
 from .. import backends, tuning
 from . import conv as _conv
 from . import cuda_conv
-from .batch_norm_act import _stats as batch_norm_stats
 from .batch_norm_act import needs_grad
+from .batch_norm_statistics import batch_stats
 
 Way = Callable[..., Any]
 
@@ -233,7 +233,7 @@ def _convolved_then_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     output = F.conv2d(input, weight, bias, *geometry)
-    return output, batch_norm_stats(output)
+    return output, batch_stats(output)
 
 
 def _triton_stats(
