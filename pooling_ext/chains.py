@@ -25,7 +25,7 @@ from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import adaptive_avg_pool2d
 from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import folded, folds, outputs, tuned, tunes
+from .ops.conv_bn_act import convolved, evaluated, folded, folds, outputs, tuned, tunes
 from .ops.deferred_norm import Deferred
 from .ops.max_pool import max_pool2d
 
@@ -158,15 +158,23 @@ class BatchNormChain:
                 not (bn.training or pooled)
                 and type(conv) is nn.Conv2d
                 and isinstance(input, Tensor)
-                and (elements := outputs(conv, input)) >= _smallest
-                and _pays(FOLDED, elements, input)
                 and calls_only_forward(conv)
                 and self._is_fused(bn, relu, pool)
-                and (self.add is None or _fits(residual, conv, input))
-                and folds(conv, bn, input, residual)
             ):
-                return folded(conv, bn, input, residual, self._activation(relu))
-            input = conv(input)
+                if (
+                    _pays(FOLDED, outputs(conv, input), input)
+                    and (self.add is None or _fits(residual, conv, input))
+                    and folds(conv, bn, input, residual)
+                ):
+                    return folded(conv, bn, input, residual, self._activation(relu))
+                input = convolved(conv, input)
+                if self.add is None or _alike(residual, input):
+                    activated = relu is not None or self.relu is not None
+                    output = evaluated(bn, input, residual, activated, overwrite=True)
+                    if output is not None:
+                        return output
+            else:
+                input = conv(input)
         if (
             isinstance(input, Tensor)
             # What comes first decides for most of a small network, where each check shows.

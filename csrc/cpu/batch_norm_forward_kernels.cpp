@@ -200,23 +200,27 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
+// y may be x.
 template <bool kEach, bool kResidual, bool kRelu, class In, class T>
-POOLING_EXT_INLINE void act(const In* __restrict x, const In* __restrict residual, In* __restrict y,
-                            int64_t row, const T* centers, const T* scales, const T* shifts) {
+POOLING_EXT_INLINE void act(const In* x, const In* __restrict residual, In* y, int64_t row,
+                            const T* centers, const T* scales, const T* shifts) {
     const Values<kEach, In> center(centers), scale(scales), shift(shifts);
     in_pieces<kBurstMany, In>(row, [&](int64_t from, int64_t n) {
         if constexpr (kResidual) {
             prefetch(x + from, n, kAheadMany);
             prefetch(residual + from, n, kAheadMany);
         }
-        each_vector<In>(n, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-            const int64_t at = from + i;
-            auto z =
-                (kind.get(x + at) - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);
-            if constexpr (kResidual) z += kind.get(residual + at);
-            if constexpr (kRelu) z = rectified(kind, z);
-            kind.put(y + at, z);
-        });
+        each_vector_in_place<In>(
+            n,
+            [&](auto kind, int64_t i)
+                POOLING_EXT_INLINE_LAMBDA { return kind.get(x + from + i); },
+            [&](auto kind, int64_t i, auto given) POOLING_EXT_INLINE_LAMBDA {
+                const int64_t at = from + i;
+                auto z = (given - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);
+                if constexpr (kResidual) z += kind.get(residual + at);
+                if constexpr (kRelu) z = rectified(kind, z);
+                kind.put(y + at, z);
+            });
     });
 }
 

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from .. import backends
 from ..errors import ArgumentError
-from . import _library, tuned_conv
+from . import _library, batch_norm_running, tuned_conv
 from .batch_norm_act import (
     ACTIVATIONS,
     batch_norm_act,
@@ -177,41 +177,106 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
         return False
     if conv.padding_mode != "zeros" or conv._forward_hooks or conv._forward_pre_hooks:
         return False
-    batch, channels, height, width = input.shape
-    if channels != conv.in_channels or batch * channels * height * width == 0:
+    channels, elements = input.shape[1], input.numel()
+    if channels != conv.in_channels or elements == 0:
         return False
     autocast = _autocast_dtype()
     dtype = autocast or input.dtype
     if autocast is None and weight.dtype != dtype:
         return False
-    if dtype not in (torch.float32, torch.bfloat16) or backends.choose("conv_bn_act", input) is backends.ATEN:
+    if dtype not in FOLD_RATIO or outputs(conv, input) < FOLD_RATIO[dtype] * weight.numel():
         return False
-    if not torch.backends.mkldnn.is_available() or _is_faster_product(conv, input):
+    if backends.choose("conv_bn_act", input) is backends.ATEN or not torch.backends.mkldnn.is_available():
         return False
-    size = [batch, conv.out_channels]
-    for extent, kernel, stride, pad, dilation in zip(
-        (height, width), conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
-    ):
-        size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
+    if _is_product(conv, input) and _is_faster_product(conv, input):
+        return False
     if residual is not None:
+        size = [input.shape[0], conv.out_channels]
+        for extent, kernel, stride, pad, dilation in zip(
+            input.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+        ):
+            size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
         if list(residual.shape) != size or residual.dtype != dtype:
             return False
         # Elsewhere PyTorch adds and rectifies apart, which it cannot in bfloat16.
         channels_last = residual.is_contiguous(memory_format=torch.channels_last)
         if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
             return False
-    return size[0] * size[1] * size[2] * size[3] >= FOLD_RATIO[dtype] * weight.numel()
+    return True
 
 
-def _is_faster_product(conv: Any, input: Tensor) -> bool:
+def _is_product(conv: Any, input: Tensor) -> bool:
+    """Whether PyTorch makes a matrix product of the convolution."""
     return (
-        conv.kernel_size == conv.stride == (1, 1)
-        and min(conv.in_channels, conv.out_channels) < _PRODUCT_CHANNELS
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
         and input.shape[0] < _PRODUCT_BATCH
         and input.dtype == torch.float32
         and torch.get_num_threads() == 1
-        and not input.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _is_faster_product(conv: Any, input: Tensor) -> bool:
+    """Whether it is right to do so."""
+    channels = min(conv.in_channels, conv.out_channels)
+    return channels < _PRODUCT_CHANNELS and not input.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolved(conv: Any, input: Tensor) -> Tensor:
+    """``conv(input)`` for a :class:`torch.nn.Conv2d` of which calling does nothing but its forward."""
+    parameters = conv._parameters
+    weight = parameters.get("weight")
+    if weight is None or conv.padding_mode != "zeros" or is_compiling():
+        return conv(input)
+    bias, padding = parameters["bias"], conv.padding
+    if (
+        input.dim() == 4
+        and _is_product(conv, input)
+        and conv.groups == 1
+        and not isinstance(padding, str)
+        and type(input) is Tensor
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and input.shape[1] == conv.in_channels
+        and not torch.is_grad_enabled()
+        and _autocast_dtype() is None
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.is_available()
+        and not transformed()
+        and input.numel() > 0
+        and not _is_faster_product(conv, input)
+    ):
+        return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, 1)
+    return torch.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def evaluated(
+    bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overwrite: bool
+) -> Tensor | None:
+    """A batch norm in eval mode, addition and ReLU in one operator of the CPU; None where it cannot.
+
+    Args:
+        overwrite: whether the result may be the input, which then nobody else has.
+    """
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 4 or is_compiling() or transformed():
+        return None
+    if residual is not None and type(residual) is not Tensor:
+        return None
+    running, own = bn._buffers, bn._parameters
+    try:
+        mean, variance = running["running_mean"], running["running_var"]
+        weight, bias = own["weight"], own["bias"]
+    except KeyError:  # somebody keeps them elsewhere
+        return None
+    if mean is None or variance is None or (torch.is_grad_enabled() and needs_grad(input, residual, weight, bias)):
+        return None
+    if backends.choose("batch_norm_act", input) is not backends.CPU:
+        return None
+    if overwrite:
+        batch_norm_running.overwrite(input, mean, variance, weight, bias, residual, bn.eps, relu)
+        return input
+    return batch_norm_running.normalise(input, mean, variance, weight, bias, residual, bn.eps, relu)
 
 
 def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
@@ -227,9 +292,17 @@ def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activatio
 def _fold_and_run(
     conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    weight, bias = _fold(conv, bn)
-    if dtype != torch.float32:
-        weight, bias = weight.to(dtype), bias.to(dtype)
+    own, norm, running = conv._parameters, bn._parameters, bn._buffers
+    weight, bias = batch_norm_running.fold(
+        own["weight"],
+        own["bias"],
+        running["running_mean"],
+        running["running_var"],
+        norm["weight"],
+        norm["bias"],
+        bn.eps,
+        dtype,
+    )
     if input.dtype != dtype:
         input = input.to(dtype)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
@@ -242,7 +315,7 @@ def _fold_and_run(
 
 
 def _fold(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
-    """The weight and bias of one convolution that does both."""
+    """The weight and bias of one convolution that does both, on a GPU."""
     buffers, parameters = bn._buffers, bn._parameters
     mean, variance = buffers["running_mean"], buffers["running_var"]
     scale = torch.rsqrt(_float32(variance) + bn.eps)
