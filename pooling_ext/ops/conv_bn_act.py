@@ -2,8 +2,9 @@
 
 In training the convolution is PyTorch's and the rest is :func:`batch_norm_act`; on a GPU the convolution may
 be one of ours, which makes the statistics as it writes. Where they are constants and no gradient is wanted,
-they are folded into the weights (Jacob et al. 2018, section 3.2), and the bias, the addition and ReLU
-are done while the convolution writes: by oneDNN, or on a GPU in the fastest of several ways.
+one pass over what a CPU's convolution wrote does the rest, in place; or they are folded into the weights
+(Jacob et al. 2018, section 3.2), and the bias and ReLU are done while the convolution writes: by oneDNN where
+its output is large, or on a GPU, with the addition, in the fastest of several ways.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..errors import ArgumentError
 from . import _library, batch_norm_running, tuned_conv
 from .batch_norm_act import (
     ACTIVATIONS,
+    alike,
     batch_norm_act,
     batch_norm_arguments,
     in_training,
@@ -28,15 +31,17 @@ from .batch_norm_act import (
 )
 from .deferred_norm import Deferred
 
-# The dtypes in which oneDNN adds and rectifies as it writes.
-backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
+# The dtypes in which oneDNN rectifies as it writes.
+_FOLDED = frozenset((torch.float32, torch.bfloat16))
+backends.register("conv_bn_act", cpu=_FOLDED)
 
-#: Folding reads and writes the weights once more, which pays where the output is this much larger. To 16 bits
-#: they are converted besides.
-FOLD_RATIO = {torch.float32: 4, torch.bfloat16: 32}
+#: Folding reads and writes the weights once more, which pays where the output is this much larger.
+FOLD_RATIO = 32
 #: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
 #: in NCHW beats oneDNN at fewer channels than this.
 _PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
+#: The classes of what a batch norm in eval mode may be given beside its input.
+_VECTORS = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def conv_bn_act(
@@ -68,9 +73,30 @@ def conv_bn_act(
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
     if tensors and tunes(conv, bn, input, residual):
         return tuned(conv, bn, input, residual, activation)
-    if tensors and folds(conv, bn, input, residual):
-        return folded(conv, bn, input, residual, activation)
-    return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
+    if tensors and residual is None and folds(conv, bn, input):
+        return folded(conv, bn, input, activation)
+    fresh = not bn.training and type(conv) is nn.Conv2d and calls_only_forward(conv)
+    if not (fresh and tensors) or _has_any_global_hook():
+        output = conv(input)
+    else:
+        output = convolved(conv, input)
+        if residual is None or (residual.shape == output.shape and alike(output, residual)):
+            found = evaluated(bn, output, residual, activation == "relu", overwrite=True)
+            if found is not None:
+                return found
+    return batch_norm_act(output, **batch_norm_arguments(bn), residual=residual, activation=activation)
+
+
+def calls_only_forward(module: Any) -> bool:
+    """Whether calling ``module`` does nothing but its class's forward, global hooks aside."""
+    return (
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and module._compiled_call_impl is None
+        and "forward" not in module.__dict__
+    )
 
 
 def _autocast_dtype(device: str = "cpu") -> torch.dtype | None:
@@ -162,8 +188,11 @@ def outputs(conv: Any, input: Tensor) -> int:
     return input.numel() * conv.out_channels // (conv.in_channels * stride[0] * stride[1])
 
 
-def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
-    """Whether :func:`conv_bn_act` folds the statistics into the weights: they are constant, and it pays."""
+def folds(conv: Any, bn: Any, input: Tensor) -> bool:
+    """Whether to fold the statistics into the weights: they are constant, and it pays.
+
+    Not where a residual is added: oneDNN, which reads it while it writes, is slower than a pass of its own.
+    """
     # What mostly decides comes first, and without nn.Module.__getattr__'s search.
     if bn.training or type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or input.dim() != 4:
         return False
@@ -173,7 +202,7 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
     mean = bn._buffers.get("running_mean")
     if weight is None or mean is None or mean.shape[0] != weight.shape[0]:
         return False
-    if torch.is_grad_enabled() and needs_grad(input, residual, weight, conv.bias, bn.weight, bn.bias):
+    if torch.is_grad_enabled() and needs_grad(input, weight, conv.bias, bn.weight, bn.bias):
         return False
     if conv.padding_mode != "zeros" or conv._forward_hooks or conv._forward_pre_hooks:
         return False
@@ -184,25 +213,11 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
     dtype = autocast or input.dtype
     if autocast is None and weight.dtype != dtype:
         return False
-    if dtype not in FOLD_RATIO or outputs(conv, input) < FOLD_RATIO[dtype] * weight.numel():
+    if dtype not in _FOLDED or outputs(conv, input) < FOLD_RATIO * weight.numel():
         return False
     if backends.choose("conv_bn_act", input) is backends.ATEN or not torch.backends.mkldnn.is_available():
         return False
-    if _is_product(conv, input) and _is_faster_product(conv, input):
-        return False
-    if residual is not None:
-        size = [input.shape[0], conv.out_channels]
-        for extent, kernel, stride, pad, dilation in zip(
-            input.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
-        ):
-            size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
-        if list(residual.shape) != size or residual.dtype != dtype:
-            return False
-        # Elsewhere PyTorch adds and rectifies apart, which it cannot in bfloat16.
-        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
-        if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
-            return False
-    return True
+    return not (_is_product(conv, input) and _is_faster_product(conv, input))
 
 
 def _is_product(conv: Any, input: Tensor) -> bool:
@@ -251,9 +266,7 @@ def convolved(conv: Any, input: Tensor) -> Tensor:
     return torch.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-def evaluated(
-    bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overwrite: bool
-) -> Tensor | None:
+def evaluated(bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor | None:
     """A batch norm in eval mode, addition and ReLU in one operator of the CPU; None where it cannot.
 
     Args:
@@ -261,15 +274,17 @@ def evaluated(
     """
     if type(input) is not Tensor or not input.is_cpu or input.dim() != 4 or is_compiling() or transformed():
         return None
-    if residual is not None and type(residual) is not Tensor:
-        return None
     running, own = bn._buffers, bn._parameters
     try:
         mean, variance = running["running_mean"], running["running_var"]
         weight, bias = own["weight"], own["bias"]
     except KeyError:  # somebody keeps them elsewhere
         return None
-    if mean is None or variance is None or (torch.is_grad_enabled() and needs_grad(input, residual, weight, bias)):
+    if not type(mean) is type(variance) is Tensor:  # there may be none
+        return None
+    if not {type(weight), type(bias), type(residual)} <= _VECTORS:
+        return None
+    if torch.is_grad_enabled() and needs_grad(input, residual, weight, bias):
         return None
     if backends.choose("batch_norm_act", input) is not backends.CPU:
         return None
@@ -279,19 +294,17 @@ def evaluated(
     return batch_norm_running.normalise(input, mean, variance, weight, bias, residual, bn.eps, relu)
 
 
-def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+def folded(conv: Any, bn: Any, input: Tensor, activation: str) -> Tensor:
     """:func:`conv_bn_act` where :func:`folds` holds."""
     autocast = _autocast_dtype()
     if autocast is not None:
         with torch.autocast("cpu", enabled=False):
-            return _fold_and_run(conv, bn, input, residual, activation, autocast)
-    return _fold_and_run(conv, bn, input, residual, activation, input.dtype)
+            return _fold_and_run(conv, bn, input, activation, autocast)
+    return _fold_and_run(conv, bn, input, activation, input.dtype)
 
 
 @torch.no_grad()
-def _fold_and_run(
-    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
-) -> Tensor:
+def _fold_and_run(conv: Any, bn: Any, input: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
     own, norm, running = conv._parameters, bn._parameters, bn._buffers
     weight, bias = batch_norm_running.fold(
         own["weight"],
@@ -306,12 +319,8 @@ def _fold_and_run(
     if input.dtype != dtype:
         input = input.to(dtype)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    run = torch.ops.mkldnn._convolution_pointwise
-    relu = activation == "relu"
-    if residual is None:
-        return run.default(input, weight, bias, *geometry, "relu" if relu else "none", [], "")
-    unary = "relu" if relu else None
-    return run.binary(input, residual, weight, bias, *geometry, "add", 1.0, unary, [], "")
+    after = "relu" if activation == "relu" else "none"
+    return torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *geometry, after, [], "")
 
 
 def _fold(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
