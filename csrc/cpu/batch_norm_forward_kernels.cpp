@@ -212,8 +212,7 @@ POOLING_EXT_INLINE void act(const In* x, const In* __restrict residual, In* y, i
         }
         each_vector_in_place<In>(
             n,
-            [&](auto kind, int64_t i)
-                POOLING_EXT_INLINE_LAMBDA { return kind.get(x + from + i); },
+            [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA { return kind.get(x + from + i); },
             [&](auto kind, int64_t i, auto given) POOLING_EXT_INLINE_LAMBDA {
                 const int64_t at = from + i;
                 auto z = (given - center.at(kind, at)) * scale.at(kind, at) + shift.at(kind, at);

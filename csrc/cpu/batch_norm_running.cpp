@@ -101,9 +101,8 @@ std::tuple<Tensor, Tensor> fold_batch_norm(const Tensor& weight, const MaybeTens
                     const auto* __restrict values = from + c * row;
                     Out* __restrict results = to + c * row;
                     for (int64_t i = 0; i < row; ++i)
-                        baseline::put(
-                            results, i,
-                            baseline::narrow<Out>(T(baseline::widen(values[i])) * scale));
+                        baseline::put(results, i,
+                                      baseline::narrow<Out>(T(baseline::widen(values[i])) * scale));
                 }
             };
             if (channels <= grain)

@@ -40,6 +40,8 @@ FOLD_RATIO = 32
 #: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
 #: in NCHW beats oneDNN at fewer channels than this.
 _PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
+#: With fewer multiplications oneDNN takes longer to begin than the product takes.
+_PRODUCT_WORK = 1 << 21
 #: The classes of what a batch norm in eval mode may be given beside its input.
 _VECTORS = frozenset((Tensor, nn.Parameter, type(None)))
 
@@ -233,6 +235,8 @@ def _is_product(conv: Any, input: Tensor) -> bool:
 
 def _is_faster_product(conv: Any, input: Tensor) -> bool:
     """Whether it is right to do so."""
+    if input.numel() * conv.out_channels < _PRODUCT_WORK:
+        return True
     channels = min(conv.in_channels, conv.out_channels)
     return channels < _PRODUCT_CHANNELS and not input.is_contiguous(memory_format=torch.channels_last)
 
@@ -280,7 +284,7 @@ def evaluated(bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overw
         weight, bias = own["weight"], own["bias"]
     except KeyError:  # somebody keeps them elsewhere
         return None
-    if not type(mean) is type(variance) is Tensor:  # there may be none
+    if not type(mean) is type(variance) is Tensor or mean.numel() != input.shape[1]:  # there may be none
         return None
     if not {type(weight), type(bias), type(residual)} <= _VECTORS:
         return None
