@@ -23,9 +23,18 @@ from torch.nn.modules.module import _has_any_global_hook
 from .nn import AdaptiveAvgPool2d, MaxPool2d
 from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import adaptive_avg_pool2d
-from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments
+from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments, transformed
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import folded, folds, outputs, tuned, tunes
+from .ops.conv_bn_act import (
+    calls_only_forward,
+    convolved,
+    evaluated,
+    folded,
+    folds,
+    outputs,
+    tuned,
+    tunes,
+)
 from .ops.deferred_norm import Deferred
 from .ops.max_pool import max_pool2d
 
@@ -73,19 +82,26 @@ class GlobalAvgPool:
 
 
 TRAINING, NO_RELU, EVALUATION, FOLDED, POOLED = "training", "no ReLU", "evaluation", "folded", "pooled"
+INFERENCE = "inference"
 #: Elements from which on a call of ours saves more than it costs, on each thread. Below, the modules run one
 #: by one. For 4 or 8 bytes an element in channels_last and contiguous, then for 2 bytes in both; measured
 #: on one AVX-512 core with batch norms of 32 to 512 channels and 1x1 convolutions between as many.
 LEAST_ELEMENTS = {
     TRAINING: (1 << 16, 1 << 16, 1 << 16, 1 << 16),
     NO_RELU: (1 << 17, 1 << 16, 1 << 17, 1 << 17),
-    EVALUATION: (1 << 17, 1 << 18, 1 << 17, 1 << 17),
-    FOLDED: (1 << 18, 1 << 19, 1 << 18, 1 << 19),
+    EVALUATION: (1 << 17, 1 << 18, 1 << 17, 1 << 17),  # with gradients, or traced
+    INFERENCE: (0, 0, 0, 0),  # without; one call takes the place of two or three
+    FOLDED: (1 << 18, 1 << 20, 1 << 18, 1 << 19),  # rather than INFERENCE
     POOLED: (1 << 17, 1 << 17, 1 << 17, 1 << 17),
 }
 
 
-_smallest = min(map(min, LEAST_ELEMENTS.values()))
+def _least() -> int:
+    """The elements below which nothing pays but inference."""
+    return min(min(least) for how, least in LEAST_ELEMENTS.items() if how != INFERENCE)
+
+
+_smallest = _least()
 
 
 def _pays(how: str, elements: int, input: Tensor) -> bool:
@@ -101,14 +117,14 @@ def _pays(how: str, elements: int, input: Tensor) -> bool:
 def from_size(elements: int) -> Iterator[None]:
     """Take chains together from this size on, in the whole process, whatever pays; for tests."""
     global _smallest
-    before = _smallest, dict(LEAST_ELEMENTS)
-    _smallest = elements
+    before = dict(LEAST_ELEMENTS)
     LEAST_ELEMENTS.update(dict.fromkeys(LEAST_ELEMENTS, (elements, elements, elements, elements)))
+    _smallest = _least()
     try:
         yield
     finally:
-        _smallest = before[0]
-        LEAST_ELEMENTS.update(before[1])
+        LEAST_ELEMENTS.update(before)
+        _smallest = _least()
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ class BatchNormChain:
             following: the convolution of the chain that alone takes the result, which then may be left to it.
         """
         pooled = pool is not None or self.pool is not None
+        fresh = False  # whether nobody else has the input
         if conv is not None:
             deferred = type(input) is Deferred
             value = input.output if deferred else input
@@ -158,15 +175,27 @@ class BatchNormChain:
                 not (bn.training or pooled)
                 and type(conv) is nn.Conv2d
                 and isinstance(input, Tensor)
-                and (elements := outputs(conv, input)) >= _smallest
-                and _pays(FOLDED, elements, input)
                 and calls_only_forward(conv)
                 and self._is_fused(bn, relu, pool)
-                and (self.add is None or _fits(residual, conv, input))
-                and folds(conv, bn, input, residual)
+                and not transformed()
             ):
-                return folded(conv, bn, input, residual, self._activation(relu))
-            input = conv(input)
+                if self.add is None and _pays(FOLDED, outputs(conv, input), input) and folds(conv, bn, input):
+                    return folded(conv, bn, input, self._activation(relu))
+                input = convolved(conv, input)
+                fresh = True
+            else:
+                input = conv(input)
+        if (
+            not (bn.training or pooled)
+            and isinstance(input, Tensor)
+            and input.numel() >= LEAST_ELEMENTS[INFERENCE][0]
+            and (fresh or self._is_fused(bn, relu, pool))
+            and (self.add is None or _alike(residual, input))
+        ):
+            rectifies = relu is not None or self.relu is not None
+            output = evaluated(bn, input, residual, rectifies, overwrite=fresh)
+            if output is not None:
+                return output
         if (
             isinstance(input, Tensor)
             # What comes first decides for most of a small network, where each check shows.
@@ -272,18 +301,6 @@ def _step(module: nn.Module | None, function: Callable[[Any], Any] | None, value
 
 def _is_just(module: Any, kinds: tuple[type, ...]) -> bool:
     return type(module) in kinds and calls_only_forward(module)
-
-
-def calls_only_forward(module: Any) -> bool:
-    """Whether calling ``module`` does nothing but its class's forward, global hooks aside."""
-    return (
-        not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and module._compiled_call_impl is None
-        and "forward" not in module.__dict__
-    )
 
 
 def _is_batch(input: Any) -> bool:

@@ -237,6 +237,11 @@ def _samples():
         yield f"batch_norm_act_training_backward-{label}", ops.batch_norm_act_training_backward, back
     running = torch.zeros(3), torch.ones(3, dtype=torch.bfloat16)
     yield "batch_norm_update_running", ops.batch_norm_update_running, (*running, stats, 112.0, 0.1)
+    evaluation = (x, *running, weight, None, torch.rand_like(x), 1e-5, True)
+    yield "batch_norm_act_running", ops.batch_norm_act_running, evaluation
+    yield "batch_norm_act_running_", ops.batch_norm_act_running_, evaluation
+    folding = (torch.rand(3, 2, 3, 3), None, *running, weight, None, 1e-5, torch.bfloat16)
+    yield "fold_batch_norm", ops.fold_batch_norm, folding
     stem = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
     pooled, places = ops.batch_norm_relu_max_pool_places(*affine, 1e-5, *stem)
     back = (pooled, places, *affine)

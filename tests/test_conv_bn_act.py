@@ -12,6 +12,7 @@ from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F
+from pooling_ext.ops import conv_bn_act
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -107,6 +108,35 @@ def compare_errors(conv, bn, x, residual, training, **options):
 
 def residual_for(conv, x, layout, present):
     return with_layout(torch.randn_like(conv(x)), layout) if present else None
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("bn", ["usual", "not-affine"])
+@pytest.mark.parametrize("conv", [name for name in CONVOLUTIONS if name not in ("same", "reflect")])
+@LAYOUT
+def test_folding(layout, conv, bn, activation, dtype, monkeypatch):
+    """Whether it pays or not."""
+    monkeypatch.setattr(conv_bn_act, "FOLD_RATIO", 0)
+    convolution, norm = (module.eval() for module in modules(conv, bn, dtype))
+    x = with_layout(torch.randn(4, 8, 12, 14).to(dtype), layout)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # with one, PyTorch's own products are faster in NCHW
+    try:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            compare_folded(convolution, norm, x, activation)
+    finally:
+        torch.set_num_threads(before)
+    assert "pooling_ext::fold_batch_norm" in {event.key for event in profile.key_averages()}
+
+
+def compare_folded(conv, bn, x, activation):
+    actual, theirs = (f(conv, bn, x, activation=activation) for f in (F.conv_bn_act, in_turn))
+    exact = in_turn(copy.deepcopy(conv).double(), copy.deepcopy(bn).double(), x.double(), None, activation)
+    error, allowed = ((y.double() - exact).norm() for y in (actual, theirs))
+    assert actual.dtype == x.dtype
+    assert error <= 1.5 * allowed + 4 * torch.finfo(x.dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS)

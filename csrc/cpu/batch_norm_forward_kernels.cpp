@@ -196,9 +196,10 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
-// What makes the output, or what of it is done.
+// What makes the output, which may lie where x does.
 template <bool kResidual, bool kRelu, class In>
 struct Acts {
+    static constexpr bool kMany = kResidual;  // whether several tensors are read
     const In *x, *residual;
     In* y;
     bool streams;
@@ -215,8 +216,8 @@ struct Acts {
     }
 
     template <class Kind, class X = typename Kind::X>
-    POOLING_EXT_INLINE void act(Kind kind, int64_t i, X center, X scale, X shift) const {
-        X z = (kind.get(x + i) - center) * scale + shift;
+    POOLING_EXT_INLINE void act(Kind kind, int64_t i, X given, X center, X scale, X shift) const {
+        X z = (given - center) * scale + shift;
         if constexpr (kResidual) z += kind.get(residual + i);
         if constexpr (kRelu) z = rectified(kind, z);
         streams ? kind.stream(y + i, z) : kind.put(y + i, z);
@@ -224,12 +225,17 @@ struct Acts {
 };
 
 template <class All, class In, class T>
-POOLING_EXT_INLINE void act_channel(const All& all, int64_t n, T centers, T scales, T shifts) {
+POOLING_EXT_INLINE void act_channel(const All& all, int64_t n, T center, T scale, T shift) {
     in_pieces<kBurstMany, In>(n, [&](int64_t from, int64_t some) {
-        all.prefetch_all(from, some, kAheadMany);
-        each_vector<In>(some, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
-            all.act(kind, from + i, kind.splat(centers), kind.splat(scales), kind.splat(shifts));
-        });
+        if constexpr (All::kMany) all.prefetch_all(from, some, kAheadMany);
+        each_vector_in_place<In>(
+            some,
+            [&](auto kind, int64_t i)
+                POOLING_EXT_INLINE_LAMBDA { return kind.get(all.x + from + i); },
+            [&](auto kind, int64_t i, auto given) POOLING_EXT_INLINE_LAMBDA {
+                all.act(kind, from + i, given, kind.splat(center), kind.splat(scale),
+                        kind.splat(shift));
+            });
     });
 }
 
@@ -243,7 +249,8 @@ POOLING_EXT_INLINE void act_rows(const All& all, int64_t rows, int64_t n, const 
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t from = r * n + i;
             unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
-                all.act(kind, from + v * Some::kSize, center.x[v], scale.x[v], shift.x[v]);
+                const int64_t at = from + v * Some::kSize;
+                all.act(kind, at, kind.get(all.x + at), center.x[v], scale.x[v], shift.x[v]);
             });
         }
     });

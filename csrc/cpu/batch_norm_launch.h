@@ -32,15 +32,19 @@ void with_values(const Tensor& vector, const Use& use) {
     }
 }
 
-// A vector's values, or `otherwise` where there is none.
-inline std::vector<double> values_of(const MaybeTensor& vector, int64_t n, double otherwise) {
-    if (!vector) return std::vector<double>(n, otherwise);
+// Writes a vector's n values, or `otherwise` where there is none.
+inline void read_values(const MaybeTensor& vector, int64_t n, double otherwise, double* to) {
+    if (!vector) return std::fill(to, to + n, otherwise);
     const Tensor row = dense(*vector, false);
     STD_TORCH_CHECK(row.numel() == n, "pooling_ext: weight and bias must have a value per channel");
-    std::vector<double> values(n);
     with_values(row, [&](const auto* from) {
-        for (int64_t i = 0; i < n; ++i) values[i] = double(baseline::widen(from[i]));
+        for (int64_t i = 0; i < n; ++i) to[i] = double(baseline::widen(from[i]));
     });
+}
+
+inline std::vector<double> values_of(const MaybeTensor& vector, int64_t n, double otherwise) {
+    std::vector<double> values(n);
+    read_values(vector, n, otherwise, values.data());
     return values;
 }
 
@@ -82,10 +86,10 @@ struct BatchNormCall {
         return kept.back().data_ptr();
     }
 
-    // Takes `output`, which lies as the input does, as what the kernels write.
+    // Takes `output`, which lies as the input does, as what the kernels write; it may be the input.
     void writes(const Tensor& output) {
         job.y = output.data_ptr();
-        job.streams = streamed(output);
+        job.streams = job.y != job.x && streamed(output);
     }
 
     // The same for where the masked gradient goes, after the output.

@@ -28,6 +28,22 @@ POOLING_EXT_INLINE void each_vector(int64_t n, const Run& run) {
         for (; i < n; ++i) run(Single<In>{}, i);
 }
 
+// As each_vector, where run(kind, i, read(kind, i)) may write what it was given: of vectors that
+// overlap, both are read first.
+template <class In, class Read, class Run>
+POOLING_EXT_INLINE void each_vector_in_place(int64_t n, const Read& read, const Run& run) {
+    constexpr int64_t kSize = Vector<In>::kSize;
+    const Vector<In> kind;
+    if (n < kSize) {
+        for (int64_t i = 0; i < n; ++i) run(Single<In>{}, i, read(Single<In>{}, i));
+        return;
+    }
+    const auto last = read(kind, n - kSize);
+    int64_t i = 0;
+    for (; i + kSize < n; i += kSize) run(kind, i, read(kind, i));
+    run(kind, n - kSize, last);
+}
+
 template <class Kind, class X = typename Kind::X>
 POOLING_EXT_INLINE X rectified(Kind, X z) {
     using T = typename Kind::T;

@@ -18,6 +18,7 @@ from .. import backends
 from ..errors import ArgumentError
 from . import _library
 from ._dispatch import public
+from .batch_norm_running import normalise
 from .batch_norm_statistics import (
     batch_count,
     channel_sums,
@@ -298,8 +299,8 @@ def batch_norm_act(
     parameters = {"weight": weight, "bias": bias}
     check(input, residual, activation, parameters, running_mean, running_var, training, momentum, eps)
     relu = activation == "relu"
-    ours = backends.choose("batch_norm_act", input) is not backends.ATEN
-    if not ours or transformed() or (residual is not None and not alike(input, residual)):
+    backend = backends.choose("batch_norm_act", input)
+    if backend is backends.ATEN or transformed() or (residual is not None and not alike(input, residual)):
         return _aten_batch_norm_act(
             input,
             running_mean,
@@ -317,8 +318,11 @@ def batch_norm_act(
         return in_training(
             input, running_mean, running_var, weight, bias, momentum, eps, residual, relu, None
         )
+    wanted = needs_grad(input, weight, bias, residual)
+    if backend is backends.CPU and not training and not wanted:
+        return normalise(input, running_mean, running_var, weight, bias, residual, eps, relu)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
-    if needs_grad(input, weight, bias, residual):
+    if wanted:
         group = process_group if training else None
         return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
     return _forward(input, stats, weight, bias, residual, eps, relu)

@@ -2,8 +2,9 @@
 
 In training the convolution is PyTorch's and the rest is :func:`batch_norm_act`; on a GPU the convolution may
 be one of ours, which makes the statistics as it writes. Where they are constants and no gradient is wanted,
-they are folded into the weights (Jacob et al. 2018, section 3.2), and the bias, the addition and ReLU
-are done while the convolution writes: by oneDNN, or on a GPU in the fastest of several ways.
+one pass over what a CPU's convolution wrote does the rest, in place; or they are folded into the weights
+(Jacob et al. 2018, section 3.2), and the bias and ReLU are done while the convolution writes: by oneDNN where
+its output is large, or on a GPU, with the addition, in the fastest of several ways.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..errors import ArgumentError
-from . import _library, tuned_conv
+from . import _library, batch_norm_running, tuned_conv
 from .batch_norm_act import (
     ACTIVATIONS,
+    alike,
     batch_norm_act,
     batch_norm_arguments,
     in_training,
@@ -28,15 +31,19 @@ from .batch_norm_act import (
 )
 from .deferred_norm import Deferred
 
-# The dtypes in which oneDNN adds and rectifies as it writes.
-backends.register("conv_bn_act", cpu=frozenset((torch.float32, torch.bfloat16)))
+# The dtypes in which oneDNN rectifies as it writes.
+_FOLDED = frozenset((torch.float32, torch.bfloat16))
+backends.register("conv_bn_act", cpu=_FOLDED)
 
-#: Folding reads and writes the weights once more, which pays where the output is this much larger. To 16 bits
-#: they are converted besides.
-FOLD_RATIO = {torch.float32: 4, torch.bfloat16: 32}
+#: Folding reads and writes the weights once more, which pays where the output is this much larger.
+FOLD_RATIO = 32
 #: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
 #: in NCHW beats oneDNN at fewer channels than this.
 _PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
+#: With fewer multiplications oneDNN takes longer to begin than the product takes.
+_PRODUCT_WORK = 1 << 21
+#: The classes of what a batch norm in eval mode may be given beside its input.
+_VECTORS = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def conv_bn_act(
@@ -68,9 +75,30 @@ def conv_bn_act(
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
     if tensors and tunes(conv, bn, input, residual):
         return tuned(conv, bn, input, residual, activation)
-    if tensors and folds(conv, bn, input, residual):
-        return folded(conv, bn, input, residual, activation)
-    return batch_norm_act(conv(input), **batch_norm_arguments(bn), residual=residual, activation=activation)
+    if tensors and residual is None and folds(conv, bn, input):
+        return folded(conv, bn, input, activation)
+    fresh = not bn.training and type(conv) is nn.Conv2d and calls_only_forward(conv)
+    if not (fresh and tensors) or _has_any_global_hook():
+        output = conv(input)
+    else:
+        output = convolved(conv, input)
+        if residual is None or (residual.shape == output.shape and alike(output, residual)):
+            found = evaluated(bn, output, residual, activation == "relu", overwrite=True)
+            if found is not None:
+                return found
+    return batch_norm_act(output, **batch_norm_arguments(bn), residual=residual, activation=activation)
+
+
+def calls_only_forward(module: Any) -> bool:
+    """Whether calling ``module`` does nothing but its class's forward, global hooks aside."""
+    return (
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and module._compiled_call_impl is None
+        and "forward" not in module.__dict__
+    )
 
 
 def _autocast_dtype(device: str = "cpu") -> torch.dtype | None:
@@ -162,8 +190,11 @@ def outputs(conv: Any, input: Tensor) -> int:
     return input.numel() * conv.out_channels // (conv.in_channels * stride[0] * stride[1])
 
 
-def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
-    """Whether :func:`conv_bn_act` folds the statistics into the weights: they are constant, and it pays."""
+def folds(conv: Any, bn: Any, input: Tensor) -> bool:
+    """Whether to fold the statistics into the weights: they are constant, and it pays.
+
+    Not where a residual is added: oneDNN, which reads it while it writes, is slower than a pass of its own.
+    """
     # What mostly decides comes first, and without nn.Module.__getattr__'s search.
     if bn.training or type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or input.dim() != 4:
         return False
@@ -173,76 +204,131 @@ def folds(conv: Any, bn: Any, input: Tensor, residual: Tensor | None) -> bool:
     mean = bn._buffers.get("running_mean")
     if weight is None or mean is None or mean.shape[0] != weight.shape[0]:
         return False
-    if torch.is_grad_enabled() and needs_grad(input, residual, weight, conv.bias, bn.weight, bn.bias):
+    if torch.is_grad_enabled() and needs_grad(input, weight, conv.bias, bn.weight, bn.bias):
         return False
     if conv.padding_mode != "zeros" or conv._forward_hooks or conv._forward_pre_hooks:
         return False
-    batch, channels, height, width = input.shape
-    if channels != conv.in_channels or batch * channels * height * width == 0:
+    channels, elements = input.shape[1], input.numel()
+    if channels != conv.in_channels or elements == 0:
         return False
     autocast = _autocast_dtype()
     dtype = autocast or input.dtype
     if autocast is None and weight.dtype != dtype:
         return False
-    if dtype not in (torch.float32, torch.bfloat16) or backends.choose("conv_bn_act", input) is backends.ATEN:
+    if dtype not in _FOLDED or outputs(conv, input) < FOLD_RATIO * weight.numel():
         return False
-    if not torch.backends.mkldnn.is_available() or _is_faster_product(conv, input):
+    if backends.choose("conv_bn_act", input) is backends.ATEN or not torch.backends.mkldnn.is_available():
         return False
-    size = [batch, conv.out_channels]
-    for extent, kernel, stride, pad, dilation in zip(
-        (height, width), conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
-    ):
-        size.append((extent + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
-    if residual is not None:
-        if list(residual.shape) != size or residual.dtype != dtype:
-            return False
-        # Elsewhere PyTorch adds and rectifies apart, which it cannot in bfloat16.
-        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
-        if not channels_last or not _library.suggests_channels_last(input) or conv.groups > 1:
-            return False
-    return size[0] * size[1] * size[2] * size[3] >= FOLD_RATIO[dtype] * weight.numel()
+    return not (_is_product(conv, input) and _is_faster_product(conv, input))
 
 
-def _is_faster_product(conv: Any, input: Tensor) -> bool:
+def _is_product(conv: Any, input: Tensor) -> bool:
+    """Whether PyTorch makes a matrix product of the convolution."""
     return (
-        conv.kernel_size == conv.stride == (1, 1)
-        and min(conv.in_channels, conv.out_channels) < _PRODUCT_CHANNELS
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
         and input.shape[0] < _PRODUCT_BATCH
         and input.dtype == torch.float32
         and torch.get_num_threads() == 1
-        and not input.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def folded(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+def _is_faster_product(conv: Any, input: Tensor) -> bool:
+    """Whether it is right to do so."""
+    if input.numel() * conv.out_channels < _PRODUCT_WORK:
+        return True
+    channels = min(conv.in_channels, conv.out_channels)
+    return channels < _PRODUCT_CHANNELS and not input.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolved(conv: Any, input: Tensor) -> Tensor:
+    """``conv(input)`` for a :class:`torch.nn.Conv2d` of which calling does nothing but its forward."""
+    parameters = conv._parameters
+    weight = parameters.get("weight")
+    if weight is None or conv.padding_mode != "zeros" or is_compiling():
+        return conv(input)
+    bias, padding = parameters["bias"], conv.padding
+    if (
+        input.dim() == 4
+        and _is_product(conv, input)
+        and conv.groups == 1
+        and not isinstance(padding, str)
+        and type(input) is Tensor
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and input.shape[1] == conv.in_channels
+        and not torch.is_grad_enabled()
+        and _autocast_dtype() is None
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.is_available()
+        and not transformed()
+        and input.numel() > 0
+        and not _is_faster_product(conv, input)
+    ):
+        return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, 1)
+    return torch.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def evaluated(bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor | None:
+    """A batch norm in eval mode, addition and ReLU in one operator of the CPU; None where it cannot.
+
+    Args:
+        overwrite: whether the result may be the input, which then nobody else has.
+    """
+    if type(input) is not Tensor or not input.is_cpu or input.dim() != 4 or is_compiling() or transformed():
+        return None
+    running, own = bn._buffers, bn._parameters
+    try:
+        mean, variance = running["running_mean"], running["running_var"]
+        weight, bias = own["weight"], own["bias"]
+    except KeyError:  # somebody keeps them elsewhere
+        return None
+    if not type(mean) is type(variance) is Tensor or mean.numel() != input.shape[1]:  # there may be none
+        return None
+    if not {type(weight), type(bias), type(residual)} <= _VECTORS:
+        return None
+    if torch.is_grad_enabled() and needs_grad(input, residual, weight, bias):
+        return None
+    if backends.choose("batch_norm_act", input) is not backends.CPU:
+        return None
+    if overwrite:
+        batch_norm_running.overwrite(input, mean, variance, weight, bias, residual, bn.eps, relu)
+        return input
+    return batch_norm_running.normalise(input, mean, variance, weight, bias, residual, bn.eps, relu)
+
+
+def folded(conv: Any, bn: Any, input: Tensor, activation: str) -> Tensor:
     """:func:`conv_bn_act` where :func:`folds` holds."""
     autocast = _autocast_dtype()
     if autocast is not None:
         with torch.autocast("cpu", enabled=False):
-            return _fold_and_run(conv, bn, input, residual, activation, autocast)
-    return _fold_and_run(conv, bn, input, residual, activation, input.dtype)
+            return _fold_and_run(conv, bn, input, activation, autocast)
+    return _fold_and_run(conv, bn, input, activation, input.dtype)
 
 
 @torch.no_grad()
-def _fold_and_run(
-    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
-) -> Tensor:
-    weight, bias = _fold(conv, bn)
-    if dtype != torch.float32:
-        weight, bias = weight.to(dtype), bias.to(dtype)
+def _fold_and_run(conv: Any, bn: Any, input: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    own, norm, running = conv._parameters, bn._parameters, bn._buffers
+    weight, bias = batch_norm_running.fold(
+        own["weight"],
+        own["bias"],
+        running["running_mean"],
+        running["running_var"],
+        norm["weight"],
+        norm["bias"],
+        bn.eps,
+        dtype,
+    )
     if input.dtype != dtype:
         input = input.to(dtype)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    run = torch.ops.mkldnn._convolution_pointwise
-    relu = activation == "relu"
-    if residual is None:
-        return run.default(input, weight, bias, *geometry, "relu" if relu else "none", [], "")
-    unary = "relu" if relu else None
-    return run.binary(input, residual, weight, bias, *geometry, "add", 1.0, unary, [], "")
+    after = "relu" if activation == "relu" else "none"
+    return torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *geometry, after, [], "")
 
 
 def _fold(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:
-    """The weight and bias of one convolution that does both."""
+    """The weight and bias of one convolution that does both, on a GPU."""
     buffers, parameters = bn._buffers, bn._parameters
     mean, variance = buffers["running_mean"], buffers["running_var"]
     scale = torch.rsqrt(_float32(variance) + bn.eps)
