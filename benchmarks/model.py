@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
             PARTS[part](models, args, console)
     document = model_report.document(models)
     document.show(console)
-    whole = not (args.quick or args.cases or args.batch or args.no_peers) and set(parts) >= set(DEFAULT)
-    if args.out is not None or (whole and len(args.dtypes) == len(DTYPES)):
+    name = FAMILIES if set(parts) == {FAMILIES} else "model"
+    parted = name == FAMILIES or (set(parts) >= set(DEFAULT) and not args.no_peers)
+    whole = parted and not (args.quick or args.cases or args.batch) and len(args.dtypes) == len(DTYPES)
+    if args.out is not None or whole:
         draw = partial(picture.draw_models, models)
-        written = suite.write("model", facts, args.out, models.as_json(), document.markdown(), draw)
+        written = suite.write(name, facts, args.out, models.as_json(), document.markdown(), draw)
         console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
     return 1 if any(label.endswith((PATCHED, FROZEN)) for label in models.wrong) else 0

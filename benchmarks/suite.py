@@ -133,4 +133,4 @@ def write(
     paths[0].write_text(json.dumps(data, indent=1) + "\n")
     paths[1].write_text(markdown)
     draw(image)
-    return paths
+    return [path for path in paths if path.exists()]  # not every table has a picture
