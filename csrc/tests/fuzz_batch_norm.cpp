@@ -15,7 +15,7 @@ namespace pooling_ext {
 namespace {
 
 constexpr int64_t kDefaultJobs = 6000;
-enum Counter { kChannelsLast, kSeveralUnits };
+enum Counter { kChannelsLast, kSeveralUnits, kInPlace };
 
 using Numbers = std::vector<double>;
 using Exact = std::vector<long double>;
@@ -230,7 +230,10 @@ void check_job(const Case& c, Random& r) {
     if (forward && c.residual) job.residual = other.data();
     if (!forward) job.grad = other.data();
     if (job.mask == Mask::Output) job.output = output.data(), job.masked = masked.data();
-    if (c.step != Step::Sums) job.y = y.data();
+    // The output may go where the input lies.
+    const Elements& result = forward && !job.streams && r.chance(3) ? x : y;
+    progress->counted[kInPlace] += &result == &x;
+    if (c.step != Step::Sums) job.y = result.data();
 
     const double roundoff = 8 * unit_roundoff(c);
     Exact first(channels), second(channels);
@@ -276,7 +279,7 @@ void check_job(const Case& c, Random& r) {
     }
     run(c, job, c.step, r);
     for (int64_t i = 0; i < n; ++i)
-        check("element", i, y[i], values[i], slack[i] + c.format.rounding(values[i]));
+        check("element", i, result[i], values[i], slack[i] + c.format.rounding(values[i]));
 }
 
 }  // namespace
@@ -284,7 +287,7 @@ void check_job(const Case& c, Random& r) {
 
 int main(int argc, char** argv) {
     using namespace pooling_ext;
-    const char* const counters[] = {"in channels-last", "in several units", nullptr};
+    const char* const counters[] = {"in channels-last", "in several units", "in place", nullptr};
     return fuzz(argc, argv, "fuzz_batch_norm", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     const Case c = make_case(random);
