@@ -42,7 +42,7 @@ Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTenso
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor output = call.empty_like_input();
     if (residual) call.job.residual = call.like_input(*residual);
-    call.writes(output);
+    call.job.y = output.data_ptr();
     call.job.relu = relu;
     call.run(Step::Act);
     return output;
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor&
     call.job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
     if (output) {
         call.job.output = call.like_input(*output);
-        call.writes_masked(masked);
+        call.job.masked = masked.data_ptr();
     }
     Tensor sums = call.run_sums(Step::Sums, Step::Total);
     affines.about_mean(sums);
@@ -73,7 +73,7 @@ Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Te
     Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor result = call.empty_like_input();
     call.job.grad = call.like_input(grad);
-    call.writes(result);
+    call.job.y = result.data_ptr();
     call.job.mask = relu ? Mask::Input : Mask::None;
     if (sums) affines.add_slopes(call.job, *sums, count);
     call.run(Step::Backward);
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_training(const Tensor& input, const Ma
     BatchNormJob& job = call.job;
     Tensor output = call.empty_like_input();
     if (residual) job.residual = call.like_input(*residual);
-    call.writes(output);
+    job.y = output.data_ptr();
     job.relu = relu;
     if (job.numel() == 0) {
         Tensor stats = call.empty_sums();
@@ -118,11 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
     Tensor result = call.empty_like_input();
     Tensor masked = output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
     job.grad = call.like_input(grad);
-    call.writes(result);
+    job.y = result.data_ptr();
     job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
     if (output) {
         job.output = call.like_input(*output);
-        call.writes_masked(masked);
+        job.masked = masked.data_ptr();
     }
     Tensor sums = call.empty_sums();
     double* const data = static_cast<double*>(sums.data_ptr());

@@ -49,7 +49,7 @@ struct Gradients {
         if constexpr (kMask == Mask::Input) g = through(kind, X(d * scale + shift), g);
         if constexpr (kMask == Mask::Output) {
             g = through(kind, kind.get(output + i), g);
-            streams ? kind.stream(masked + i, g) : kind.put(masked + i, g);
+            write(kind, masked + i, g, streams);
         }
         s1 += g;
         s2 += g * d;
@@ -102,13 +102,10 @@ POOLING_EXT_INLINE void add_rows(const Gradients<In>& all, int64_t rows, int64_t
         Some first(s1 + i), second(s2 + i);
         all.template prefetch_all<kMask>(i * rows, Some::kElements * rows,
                                          ahead_of<In>(rows, n, kAheadMany));
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t from = r * n + i;
-            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
-                all.template add<kMask>(kind, from + v * Some::kSize, center.x[v], scale.x[v],
-                                        shift.x[v], first.x[v], second.x[v]);
-            });
-        }
+        down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+            all.template add<kMask>(kind, at, center.x[v], scale.x[v], shift.x[v], first.x[v],
+                                    second.x[v]);
+        });
         first.keep(s1 + i);
         second.keep(s2 + i);
     });
@@ -198,15 +195,11 @@ struct Spreads {
     POOLING_EXT_INLINE void spread(Kind kind, int64_t i, X center, X scale, X shift, X slope,
                                    X offset) const {
         X g = kind.get(grad + i);
-        if constexpr (kBatch || kMask) {
-            const X d = kind.get(x + i) - center;
-            if constexpr (kMask) g = through(kind, X(d * scale + shift), g);
-            g *= scale;
-            if constexpr (kBatch) g += d * slope + offset;
-        } else {
-            g *= scale;
-        }
-        streams ? kind.stream(y + i, g) : kind.put(y + i, g);
+        const X d = kind.get(x + i) - center;
+        if constexpr (kMask) g = through(kind, X(d * scale + shift), g);
+        g *= scale;
+        if constexpr (kBatch) g += d * slope + offset;
+        write(kind, y + i, g, streams);
     }
 };
 
@@ -231,13 +224,9 @@ POOLING_EXT_INLINE void spread_rows(const All& all, int64_t rows, int64_t n, con
         const Some center(centers + i), scale(scales + i), shift(shifts + i), slope(slopes + i),
             offset(offsets + i);
         all.prefetch_all(i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadMany));
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t from = r * n + i;
-            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
-                all.spread(kind, from + v * Some::kSize, center.x[v], scale.x[v], shift.x[v],
-                           slope.x[v], offset.x[v]);
-            });
-        }
+        down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+            all.spread(kind, at, center.x[v], scale.x[v], shift.x[v], slope.x[v], offset.x[v]);
+        });
     });
 }
 

@@ -83,14 +83,11 @@ POOLING_EXT_INLINE void add_deviations(const In* x, int64_t rows, int64_t n, con
         const Some center(centers + i);
         Some first(s1 + i), second(s2 + i);
         prefetch(x + i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadOne));
-        for (int64_t r = 0; r < rows; ++r) {
-            const In* const from = x + r * n + i;
-            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
-                const auto d = kind.get(from + v * Some::kSize) - center.x[v];
-                first.x[v] += d;
-                second.x[v] += d * d;
-            });
-        }
+        down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+            const auto d = kind.get(x + at) - center.x[v];
+            first.x[v] += d;
+            second.x[v] += d * d;
+        });
         first.keep(s1 + i);
         second.keep(s2 + i);
     });
@@ -220,7 +217,7 @@ struct Acts {
         X z = (given - center) * scale + shift;
         if constexpr (kResidual) z += kind.get(residual + i);
         if constexpr (kRelu) z = rectified(kind, z);
-        streams ? kind.stream(y + i, z) : kind.put(y + i, z);
+        write(kind, y + i, z, streams);
     }
 };
 
@@ -246,13 +243,9 @@ POOLING_EXT_INLINE void act_rows(const All& all, int64_t rows, int64_t n, const 
         using Some = Columns<decltype(kind), decltype(many)::value>;
         const Some center(centers + i), scale(scales + i), shift(shifts + i);
         all.prefetch_all(i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadMany));
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t from = r * n + i;
-            unrolled<many>([&](int v) POOLING_EXT_INLINE_LAMBDA {
-                const int64_t at = from + v * Some::kSize;
-                all.act(kind, at, kind.get(all.x + at), center.x[v], scale.x[v], shift.x[v]);
-            });
-        }
+        down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+            all.act(kind, at, kind.get(all.x + at), center.x[v], scale.x[v], shift.x[v]);
+        });
     });
 }
 

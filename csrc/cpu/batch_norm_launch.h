@@ -86,18 +86,6 @@ struct BatchNormCall {
         return kept.back().data_ptr();
     }
 
-    // Takes `output`, which lies as the input does, as what the kernels write; it may be the input.
-    void writes(const Tensor& output) {
-        job.y = output.data_ptr();
-        job.streams = job.y != job.x && streamed(output);
-    }
-
-    // The same for where the masked gradient goes, after the output.
-    void writes_masked(const Tensor& masked) {
-        job.masked = masked.data_ptr();
-        job.streams = streamed(masked) && (job.y == nullptr || job.streams);
-    }
-
     // How many elements each channel's statistics are taken from.
     double count() const { return double(job.batch * job.inner); }
 
@@ -105,8 +93,19 @@ struct BatchNormCall {
         return empty(sizes_of(input), input.scalar_type(), channels_last);
     }
 
-    void run(Step step) const {
+    // Whether what is written goes past the cache, which large results do: a line is then not read
+    // before it is written, nor does it drive out what is read once more.
+    bool streams() const {
+        constexpr int64_t kLeast = int64_t(4) << 20, kLine = 64;
+        const int64_t size = input.element_size();
+        const int64_t run = job.channels_last ? job.channels : job.inner;
+        return job.numel() * size >= kLeast && run * size % kLine == 0 && job.y != job.x &&
+               (uintptr_t(job.y) | uintptr_t(job.masked)) % kLine == 0;
+    }
+
+    void run(Step step) {
         if (job.numel() == 0) return;
+        job.streams = streams();
         const Units units(job, step);
         launch(kernels().batch_norm(dtype_of(input), step), job, {units.count, units.size});
     }
@@ -123,16 +122,6 @@ struct BatchNormCall {
             run(combine);
             std::copy(job.sums, job.sums + n, data);
         }
-    }
-
-    // Whether a result goes past the cache, which large ones do: a line is then not read before it
-    // is written, nor does it drive out what is read once more.
-    bool streamed(const Tensor& result) const {
-        constexpr int64_t kStreamed = int64_t(4) << 20, kLine = 64;
-        const int64_t size = result.element_size();
-        const int64_t run = job.channels_last ? job.channels : job.inner;
-        return job.numel() * size >= kStreamed && run * size % kLine == 0 &&
-               uintptr_t(result.data_ptr()) % kLine == 0;
     }
 
     Tensor empty_sums() const { return empty({2, job.channels}, ScalarType::Double, false); }

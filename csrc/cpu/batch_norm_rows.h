@@ -64,6 +64,11 @@ POOLING_EXT_INLINE X through(Kind, X z, X grad) {
     });
 }
 
+template <class Kind, class In, class X>
+POOLING_EXT_INLINE void write(Kind kind, In* to, X x, bool past_cache) {
+    past_cache ? kind.stream(to, x) : kind.put(to, x);
+}
+
 // Asks for what is read soon: the processor's own guesses end with a page, and where two tensors
 // are read at once they halve the speed.
 template <class In>
@@ -114,8 +119,8 @@ void clear(T* values, int64_t n) {
 // A value for each channel, repeated along a row in channels-last.
 template <class T>
 void repeat(const BatchNormJob& job, const double* __restrict values, T* __restrict row) {
-    const int64_t channels = job.channels;
-    for (int64_t from = 0; from < job.row(); from += channels)
+    const int64_t channels = job.channels, n = job.row();
+    for (int64_t from = 0; from < n; from += channels)
         for (int64_t c = 0; c < channels; ++c) row[from + c] = T(values[c]);
 }
 
@@ -148,9 +153,9 @@ class Coefficients {
 // Adds the sums of a row's columns up for each channel, into `sums`.
 template <class T>
 void add_lanes(const BatchNormJob& job, const T* __restrict lanes, double* __restrict sums) {
-    const int64_t channels = job.channels;
+    const int64_t channels = job.channels, n = job.row();
     clear(sums, channels);
-    for (int64_t from = 0; from < job.row(); from += channels)
+    for (int64_t from = 0; from < n; from += channels)
         for (int64_t c = 0; c < channels; ++c) sums[c] += double(lanes[from + c]);
 }
 
@@ -178,6 +183,7 @@ struct Columns {
     }
 
     static constexpr int64_t kSize = sizeof(X) / sizeof(T), kElements = kMany * kSize;
+    static constexpr int kVectors = kMany;
 };
 
 // Calls run(kind, many, i) for the columns from i on, as many vectors of that kind as the constant
@@ -191,6 +197,15 @@ POOLING_EXT_INLINE void in_columns(int64_t n, const Run& run) {
         run(Vector<In>{}, std::integral_constant<int, kMost>{}, i);
     for (; i + kSize <= n; i += kSize) run(Vector<In>{}, One{}, i);
     for (; i < n; ++i) run(Single<In>{}, One{}, i);
+}
+
+// Calls run(at, v) for the vectors of the columns from i on in rows of n elements: the v-th of a
+// row lies at `at`.
+template <class Some, class Run>
+POOLING_EXT_INLINE void down_rows(int64_t rows, int64_t n, int64_t i, const Run& run) {
+    for (int64_t r = 0; r < rows; ++r)
+        unrolled<Some::kVectors>(
+            [&](int v) POOLING_EXT_INLINE_LAMBDA { run(r * n + i + v * Some::kSize, v); });
 }
 
 // Rows that are walked together. It pays where few tensors are: rows of many lie at the same place
