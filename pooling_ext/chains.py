@@ -156,7 +156,7 @@ class BatchNormChain:
             following: the convolution of the chain that alone takes the result, which then may be left to it.
         """
         pooled = pool is not None or self.pool is not None
-        fresh = False  # whether nobody else has the input
+        fresh = False  # whether the modules are just what they were, and nobody else has the input
         if conv is not None:
             deferred = type(input) is Deferred
             value = input.output if deferred else input
@@ -201,7 +201,7 @@ class BatchNormChain:
             # What comes first decides for most of a small network, where each check shows.
             and (input.numel() >= _smallest or type(bn) is nn.SyncBatchNorm or not input.is_cpu)
             and input.dim() == 4
-            and self._is_fused(bn, relu, pool)
+            and (fresh or self._is_fused(bn, relu, pool))
             and (self.add is None or _alike(residual, input))
             and (
                 _pays(self._way(bn, relu, pooled), input.numel(), input)

@@ -194,7 +194,7 @@ def test_gradients_of_some_inputs_only(backend, training, residual, activation, 
             assert value.grad is None
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@RESIDUAL
 @pytest.mark.native
 def test_what_is_saved(residual):
     """The input, and the output only where a residual hides ReLU's mask."""

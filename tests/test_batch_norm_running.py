@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as TF
-from batch_norm_cases import arguments
+from batch_norm_cases import RESIDUAL, arguments
 from helpers import dtype_id, with_layout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +25,6 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=dtype_id
 )
 LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-RESIDUAL = pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 #: Vectors with and without a tail, planes and rows shorter than one, one pixel, one channel.
 SHAPES = [
     (2, 1, 1, 1),

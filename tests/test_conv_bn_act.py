@@ -7,15 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as TF
+from batch_norm_cases import LAYOUT, RESIDUAL, TRAINING
 from helpers import assert_same, dtype_id, with_layout
 from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F
 from pooling_ext.ops import conv_bn_act
-
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 CONVOLUTIONS = {
     "3x3": {"kernel_size": 3, "padding": 1, "bias": False},
@@ -141,7 +139,7 @@ def compare_folded(conv, bn, x, activation):
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 @LAYOUT
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@RESIDUAL
 @TRAINING
 @pytest.mark.parametrize("wanted", [True, False], ids=["gradients", "inference"])
 def test_convolutions(wanted, training, residual, layout, conv):
@@ -184,7 +182,7 @@ def test_float64(training):
 
 @LAYOUT
 @TRAINING
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@RESIDUAL
 @pytest.mark.parametrize("wanted", [True, False], ids=["gradients", "inference"])
 def test_bfloat16_under_autocast(wanted, residual, training, layout):
     convolution, norm = modules("bias")
