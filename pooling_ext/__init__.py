@@ -1,18 +1,23 @@
 """Faster CNNs for PyTorch: pooling and fused batch norm, patched into models or used directly; and freeze."""
 
-from . import functional, nn
+from . import _renamed, functional, nn
 from .backends import explain, use_backend
 from .errors import ArgumentError, NativeUnavailableWarning
 from .freezing import Frozen, freeze
+from .graph.report import FusionReport
 from .memory import reuse_cpu_memory
 from .nn import *  # noqa: F403
-from .patching import PatchReport, patch, unpatch
+from .patching import patch, unpatch
+
+_renamed.register()
+PatchReport = FusionReport  # its name before freeze had a report of the same class
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
     "Frozen",
+    "FusionReport",
     "NativeUnavailableWarning",
     "PatchReport",
     "explain",

@@ -25,7 +25,8 @@ with warnings.catch_warnings():
     from sharing import WORKER, Sharing
 
     import pooling_ext
-    from pooling_ext import _native, chains, cuda, triton
+    from pooling_ext import _native, cuda, triton
+    from pooling_ext.patching import fused_calls
 
 _slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
@@ -93,7 +94,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def fuse_at_any_size() -> Iterator[None]:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
-    with chains.from_size(0):
+    with fused_calls.from_size(0):
         yield
 
 

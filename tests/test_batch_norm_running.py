@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pooling_ext
-from pooling_ext import chains
 from pooling_ext.ops import batch_norm_running, conv_bn_act
+from pooling_ext.patching import fused_calls
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
@@ -137,11 +137,11 @@ class Block(nn.Module):
 @pytest.fixture
 def not_folded():
     """Convolutions are followed by a pass in place, whatever their size."""
-    with chains.from_size(1 << 40):
-        before = chains.LEAST_ELEMENTS[chains.INFERENCE]
-        chains.LEAST_ELEMENTS[chains.INFERENCE] = (0, 0, 0, 0)
+    with fused_calls.from_size(1 << 40):
+        before = fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE]
+        fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE] = (0, 0, 0, 0)
         yield
-        chains.LEAST_ELEMENTS[chains.INFERENCE] = before
+        fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE] = before
 
 
 def pair(**options):

@@ -14,7 +14,7 @@ from torch import nn
 
 import pooling_ext
 from pooling_ext import ArgumentError
-from pooling_ext.prepacked import FrozenBatchNormAct, PackedConv, PackedLinear
+from pooling_ext.freezing.layers import FrozenBatchNormAct, PackedConv, PackedLinear
 
 FAMILIES = [
     "alexnet",

@@ -12,7 +12,7 @@ from helpers import BACKENDS
 from torch import nn
 
 import pooling_ext
-from pooling_ext import chains
+from pooling_ext.patching import fused_calls
 
 
 def add_pool(self, x):
@@ -203,8 +203,8 @@ def test_the_residual_of_any_convolution(option):
     pooling_ext.patch(net, strict=True)
     x = batch(2, 4, 9, 8)
     y = torch.randn_like(net.conv1(x))
-    assert chains._fits(y, net.conv1, x)
-    assert not chains._fits(y[..., :1], net.conv1, x)
+    assert fused_calls._fits(y, net.conv1, x)
+    assert not fused_calls._fits(y[..., :1], net.conv1, x)
     assert_equal(net, twin, x, y)
 
 
@@ -261,7 +261,7 @@ def test_small_inputs_go_through_the_modules():
     pooling_ext.patch(net)
     operators = []
     for least in (0, x.numel() + 1):
-        with chains.from_size(least):
+        with fused_calls.from_size(least):
             found = pooling_ext.explain(net, x)
             operators.append([decision.op for decision in found.decisions])
             torch.testing.assert_close(net(x), expected)

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from pooling_ext import graphs
-from pooling_ext.graphs import Graphs
+from pooling_ext.freezing import cuda_graphs
+from pooling_ext.freezing.cuda_graphs import Graphs
 
 
 def replaying(function, inputs):
@@ -61,7 +61,7 @@ def test_inputs_are_cast_as_they_are_copied_in():
 
 
 def test_no_more_graphs_are_kept_than_the_limit(monkeypatch):
-    monkeypatch.setattr(graphs, "LIMIT", 2)
+    monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
     captures = []
 
     def capture(function, inputs):

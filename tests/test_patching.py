@@ -281,11 +281,11 @@ def test_a_model_that_changed_is_planned_anew():
 
 
 def test_nothing_changes_if_patch_fails(monkeypatch):
-    from pooling_ext import patching
+    from pooling_ext.patching import api
 
     model = resnet18()
     before = classes(model)
-    set_class, calls = patching._set_class, []
+    set_class, calls = api._set_class, []
 
     def failing(module, cls):
         calls.append(cls)
@@ -293,7 +293,7 @@ def test_nothing_changes_if_patch_fails(monkeypatch):
             raise TypeError("__class__ assignment")
         set_class(module, cls)
 
-    monkeypatch.setattr(patching, "_set_class", failing)
+    monkeypatch.setattr(api, "_set_class", failing)
     with pytest.raises(TypeError, match="assignment"):
         pooling_ext.patch(model)
     assert classes(model) == before

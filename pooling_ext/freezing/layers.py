@@ -9,52 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import backends
-from .ops import tuned_conv
-from .ops.batch_norm_act import _forward as _batch_norm_act
+from .. import backends
+from ..graph.activations import RELU, Activation
+from ..ops import tuned_conv
+from ..ops.batch_norm_act import _forward as _batch_norm_act
 
 _mkldnn = torch.ops.mkldnn
 
 
-class Activation(NamedTuple):
-    """An elementwise function, under the name and with the arguments that oneDNN's post-ops take."""
-
-    name: str
-    scalars: tuple[float, ...] = ()
-    algorithm: str = ""
-
-    def __call__(self, x: Tensor, inplace: bool = False) -> Tensor:
-        function = _FUNCTIONS[self.name]
-        if self.name == "gelu":
-            return F.gelu(x, approximate=self.algorithm)
-        if self.name in ("sigmoid", "tanh"):
-            return getattr(x, self.name + "_" * inplace)()
-        return function(x, *self.scalars, inplace=inplace)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-_FUNCTIONS: dict[str, Any] = {
-    "relu": F.relu,
-    "hardtanh": F.hardtanh,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "swish": F.silu,
-    "leaky_relu": F.leaky_relu,
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-
-RELU = Activation("relu")
 #: What oneDNN is told where there is no activation.
 _NONE = Activation("none")
 
@@ -318,10 +287,10 @@ class PackedLinear(Prepacked):
 
 
 class FrozenBatchNormAct(nn.Module):
-    """Batch normalisation by running statistics that could not be folded, with residual and ReLU.
+    """Batch normalization by running statistics that could not be folded, with residual and ReLU.
 
     Args:
-        mean, var, weight, bias, eps: the normalisation's.
+        mean, var, weight, bias, eps: the normalization's.
         relu: whether a ReLU follows.
     """
 
@@ -369,17 +338,51 @@ class InPlaceActivation(nn.Module):
 
 
 class Kept(nn.Module):
-    """A module that could not be traced, run as it is in its own dtype."""
+    """A module that runs as it is, in its own dtype.
 
-    def __init__(self, module: nn.Module, own: torch.dtype | None, dtype: torch.dtype | None):
+    Args:
+        own, dtype: the dtype that it computes in, and that of the graph around it.
+        contiguous: whether its code looks at memory formats; then it is given contiguous tensors.
+    """
+
+    contiguous = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        own: torch.dtype | None,
+        dtype: torch.dtype | None,
+        contiguous: bool = False,
+    ):
         super().__init__()
-        self.module, self.own, self.dtype = module, own, dtype
+        self.module, self.own, self.dtype, self.contiguous = module, own, dtype, contiguous
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.contiguous:
+            args, kwargs = tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (args, kwargs))
         if self.own == self.dtype:
             return self.module(*args, **kwargs)
         args, kwargs = _cast((args, kwargs), self.own)
         return _cast(self.module(*args, **kwargs), self.dtype)
+
+
+class Call(nn.Module):
+    """A call of a function, as a module: torch.fx, which reads graphs back from pickles, leaves those alone.
+
+    Args:
+        function: what is called with the arguments of a call of this.
+        args, kwargs: its arguments where a call of this has none.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple = (), kwargs: dict | None = None):
+        super().__init__()
+        self.function, self.args, self.kwargs = function, args, kwargs or {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*(args or self.args), **(kwargs or self.kwargs))
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:

@@ -18,10 +18,11 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _format_target
 
-from .chains import BATCH_NORMS
-from .guards import Untraceable, submodule
-from .matching import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
-from .tracing import Trace, trace
+from ..errors import ArgumentError
+from ..graph.guards import Untraceable, submodule
+from ..graph.tracer import Trace, trace
+from .fused_calls import BATCH_NORMS
+from .patterns import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _may_have_chains(module: nn.Module, base: type) -> bool:
     forward = base.forward
     if forward is nn.Sequential.forward:
         return any(isinstance(child, BATCH_NORMS) for child in module.children())
-    return not forward.__module__.startswith(("torch.", "pooling_ext."))
+    return not (forward.__module__ or "").startswith(("torch.", "pooling_ext."))
 
 
 _GUARD = """\
@@ -112,6 +113,8 @@ def guard(self):
     except (AttributeError, KeyError):
         return None
 """
+#: Of pickled patched modules.
+FORMAT = 1
 _numbers = itertools.count()
 _process = uuid.uuid4().hex
 _classes: dict[str, Any] = {}  # of this process, by what stands for them in copies and pickles
@@ -159,7 +162,7 @@ def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[...
     """The function ``name`` of ``source``; the same one for the same source, so that classes are shared."""
     key = (source, *((name, namespace[name]) for name in sorted(namespace)))
     if key not in _functions:
-        filename = f"<pooling_ext.fusing {next(_numbers)}>"
+        filename = f"<pooling_ext.patching.codegen {next(_numbers)}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         scope = dict(namespace)
         exec(compile(source, filename, "exec"), scope)
@@ -177,7 +180,7 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
 
     @functools.wraps(traced_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is traced_forward and not torch._C._is_tracing():
+        if base.forward is traced_forward and not torch.jit.is_tracing():
             values = args
             if kwargs:
                 fits = len(args) + len(kwargs) == count
@@ -197,7 +200,7 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, max(2, protocol))
         if reduced[0].__name__ == "__newobj__" and reduced[1][0] is type(self):
-            return (_rebuild, (key, base, *reduced[1][1:]), *reduced[2:])
+            return (_rebuild, (FORMAT, key, base, *reduced[1][1:]), *reduced[2:])
         return reduced
 
     key = f"{_process} {next(_numbers)}"
@@ -232,6 +235,15 @@ def _restored_class(base: Any) -> type:
     return _subclass(base, {"__setstate__": setstate})
 
 
-def _rebuild(key: str, base: Any, *args: Any) -> Any:
+def _rebuild(version: Any, *args: Any) -> Any:
+    """A module without its state, as pickles name it."""
+    if isinstance(version, str):  # before there were versions
+        version, args = 0, (version, *args)
+    if version > FORMAT:
+        raise ArgumentError(
+            f"this patched model was saved by a newer version of pooling_ext (format {version}, and this one "
+            f"reads up to {FORMAT})"
+        )
+    key, base, *args = args
     cls = _classes.get(key) or _restored_class(base)
     return cls.__new__(cls, *args)

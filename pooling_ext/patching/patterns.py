@@ -12,8 +12,23 @@ import torch.nn.functional as TF
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional as F
-from .chains import (
+from ..graph.activations import RELU, function_activation
+from ..graph.aliasing import Aliasing
+from ..graph.op_tables import (
+    POOL_NAMES,
+    Effect,
+    addition,
+    argument,
+    effect,
+    global_mean,
+    is_global,
+    is_in_place,
+    name_of,
+    only_user,
+    replace_pool,
+    unchanged_class,
+)
+from .fused_calls import (
     ADDS,
     AVG_POOLS,
     BATCH_NORMS,
@@ -25,21 +40,8 @@ from .chains import (
     GlobalAvgPool,
     MaxPool,
     calls_only_forward,
-    is_global,
 )
-from .tracing import IN_PLACE_FUNCTIONS
 
-_POOL_NAMES = tuple(
-    f"{kind}_pool{rank}d"
-    for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg")
-    for rank in (1, 2, 3)
-)
-#: Pooling functions of PyTorch, and ours.
-_POOLS: dict[Any, Callable[..., Any]] = {getattr(TF, name): getattr(F, name) for name in _POOL_NAMES}
-_POOLS |= {
-    getattr(torch, name): getattr(F, name)
-    for name in ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "adaptive_avg_pool1d")
-}
 BASE = "_pooling_ext_base"  # the attribute of a fused class that holds what it stands for
 _MAX_POOL_ARGUMENTS = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
 
@@ -58,7 +60,7 @@ def worth_fusing(module: nn.Module) -> bool:
     if any(isinstance(child, BATCH_NORMS) for child in module.children()):
         return True
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and not set(_POOL_NAMES).isdisjoint(code.co_names)
+    return code is not None and not POOL_NAMES.isdisjoint(code.co_names)
 
 
 def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -71,7 +73,10 @@ def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
     _let_defer(graph)
     for node in nodes:
         if node not in match.taken:
-            pooled = match.add_pool(node) or _pool_function(node)
+            name = _function_name(node)
+            pooled = match.add_pool(node)
+            if pooled is None and (ours := replace_pool(node)) is not None:
+                pooled = name, ours
             if pooled is not None:
                 yield pooled
 
@@ -85,7 +90,7 @@ def sequentials_to_inline(graph: fx.Graph, module: nn.Module) -> list[str]:
         if any(match.is_module(value, BATCH_NORMS) for value in operands):
             continue
         for value in sorted(operands, key=match.places.__getitem__, reverse=True):
-            found = match.ends_in_batch_norm(value) if _only_user(value) is node else []
+            found = match.ends_in_batch_norm(value) if only_user(value) is node else []
             if found:
                 paths += found
                 break
@@ -105,7 +110,7 @@ def is_plain_sequential(module: Any) -> bool:
 def _let_defer(graph: fx.Graph) -> None:
     """Tell each chain whose output goes into the convolution of one other chain alone which that is."""
     for node in graph.nodes:
-        user = _only_user(node)
+        user = only_user(node)
         if not (_is_conv_chain(node) and _is_conv_chain(user)):
             continue
         conv, *_, input = user.args[: _INPUT_AT + 1]
@@ -133,44 +138,31 @@ class _Match:
         self.order = nodes
         self.places = {node: place for place, node in enumerate(nodes)}
         self.taken: set[fx.Node] = set()
-        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
-        for node in self.order:
-            self.roots[node] = self._roots(node)
+        self.aliasing = Aliasing(nodes, self._effect)
+
+    def _effect(self, node: fx.Node) -> Effect:
+        # Other children may be replaced later, so nothing is known of them.
+        if self.is_module(node, (nn.Conv2d, *BATCH_NORMS, *MAX_POOLS)):
+            return Effect()
+        return effect(node)
 
     def is_module(self, node: Any, kinds: tuple[type, ...]) -> bool:
-        """Whether ``node`` calls a module of just these classes with one argument."""
+        """Whether ``node`` calls a module of these classes, or one as good as them, with one argument."""
         if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs or len(node.args) != 1:
             return False
-        return isinstance(node.args[0], fx.Node) and type(self._child(node)) in kinds
+        return isinstance(node.args[0], fx.Node) and unchanged_class(type(self._child(node))) in kinds
 
     def _child(self, node: fx.Node) -> nn.Module:
         return self.module.get_submodule(str(node.target))
 
-    def _roots(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The nodes whose memory the value of ``node`` may share; arguments may share theirs."""
-        if node.op == "placeholder":
-            return frozenset((self.order[0],))
-        if not node.all_input_nodes or self.is_module(node, (nn.Conv2d, *BATCH_NORMS, *MAX_POOLS)):
-            return frozenset((node,))
-        return frozenset().union(*(self.roots[source] for source in node.all_input_nodes))
-
     def _unchanged(self, value: fx.Node, since: fx.Node, chain: list[fx.Node]) -> bool:
-        """Whether ``chain`` may read ``value`` at its end instead of at ``since``.
-
-        Nothing between them may be given memory that ``value`` shares, because it might write there.
-        """
-        between = self.order[self.places[since] + 1 : self.places[chain[-1]]]
-        return all(
-            self.roots[value].isdisjoint(self.roots[source])
-            for node in between
-            if node not in chain
-            for source in node.all_input_nodes
-        )
+        """Whether ``chain`` may read ``value`` at its end instead of at ``since``."""
+        return self.aliasing.unchanged(value, since, chain[-1], besides=chain)
 
     def batch_norm(self, bn: fx.Node) -> tuple[str, str]:
         """Replace the longest chain around ``bn`` by one call."""
         source: Any = bn.args[0]
-        conv = source if self.is_module(source, (nn.Conv2d,)) and _only_user(source) is bn else None
+        conv = source if self.is_module(source, (nn.Conv2d,)) and only_user(source) is bn else None
         for tail in self._tails(bn):
             for chain in ([conv, *tail], tail) if conv else (tail,):
                 added = self.add(chain[-1], bn) or self.add(chain[-2] if len(chain) > 1 else None, bn)
@@ -184,14 +176,14 @@ class _Match:
 
     def _tails(self, bn: fx.Node) -> Iterator[list[fx.Node]]:
         """The chains that start with ``bn``, longest first."""
-        step = _only_user(bn)
+        step = only_user(bn)
         if self.add(step, bn) is not None:
-            after = _only_user(step)
+            after = only_user(step)
             if self._is_relu(after):
                 yield [bn, step, after]
             yield [bn, step]
         elif self._is_relu(step):
-            after = _only_user(step)
+            after = only_user(step)
             if self._max_pool(after) is not None:
                 yield [bn, step, after]
             yield [bn, step]
@@ -206,7 +198,7 @@ class _Match:
             paths.append(path)
             name, child = list(child.named_children())[-1]
             path = f"{path}.{name}"
-        return paths if type(child) in BATCH_NORMS else []
+        return paths if unchanged_class(type(child)) in BATCH_NORMS else []
 
     def _is_relu(self, node: fx.Node | None) -> bool:
         return _relu(node) is not None or self.is_module(node, (nn.ReLU,))
@@ -226,21 +218,13 @@ class _Match:
 
     def add(self, node: fx.Node | None, value: fx.Node) -> tuple[Add, fx.Node] | None:
         """How ``node`` adds ``value`` to another, and that other."""
-        if node is None or len(node.args) != 2 or node.kwargs:
+        found = addition(node)
+        if found is None or value not in (found.left, found.right):
             return None
-        left, right = node.args
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
-            return None
-        if node.op == "call_function":
-            in_place = node.target in (operator.iadd, IN_PLACE_FUNCTIONS["iadd"])
-            known = in_place or node.target in (operator.add, torch.add)
-        else:
-            in_place = node.target == "add_"
-            known = node.op == "call_method" and node.target in ("add", "add_")
         # An addition in place to the other operand shows outside.
-        if not known or (in_place and left is not value):
+        if found.in_place and found.left is not value:
             return None
-        return Add(ADDS[in_place], left is not value), right if left is value else left
+        return Add(ADDS[found.in_place], found.left is not value), found.other(value)
 
     def _max_pool(self, node: fx.Node | None) -> Any:
         """``node`` if it is a max pooling module, its MaxPool if it is a function, else None."""
@@ -256,7 +240,7 @@ class _Match:
             return None
         arguments = _MAX_POOL_ARGUMENTS | arguments
         arguments["stride"] = arguments["stride"] or None
-        return MaxPool(tuple(_frozen(value) for value in arguments.values()))
+        return MaxPool(tuple(_as_tuple(value) for value in arguments.values()))
 
     def add_pool(self, pool: fx.Node) -> tuple[str, str] | None:
         function = _global_avg_pool(pool)
@@ -265,13 +249,13 @@ class _Match:
             if child is None or not is_global(child.output_size):
                 return None
         relu = pool.args[0]
-        if not isinstance(relu, fx.Node) or _only_user(relu) is not pool:
+        if not isinstance(relu, fx.Node) or only_user(relu) is not pool:
             return None
         relu_function = _relu(relu)
         if relu_function is None and not self.is_module(relu, (nn.ReLU,)):
             return None
         node = relu.args[0]
-        if not isinstance(node, fx.Node) or _only_user(node) is not relu or node in self.taken:
+        if not isinstance(node, fx.Node) or only_user(node) is not relu or node in self.taken:
             return None
         value: Any = node.args[0] if node.args else None
         added = self.add(node, value) if isinstance(value, fx.Node) else None
@@ -280,7 +264,7 @@ class _Match:
         add, residual = added
         in_place = add.function is operator.iadd
         chain = [node, relu, pool]
-        if in_place and not (self.roots[value] == {value} and _only_user(value) is node):
+        if in_place and not (self.aliasing.roots[value] == {value} and only_user(value) is node):
             return None
         if not all(self._unchanged(operand, node, chain) for operand in (value, residual)):
             return None
@@ -304,43 +288,24 @@ class _Match:
         with graph.inserting_before(chain[-1]):
             children = [node and graph.create_node("get_attr", str(node.target)) for node in modules]
             call = graph.create_node("call_function", function, (*children, *inputs))
-        roots = self.roots[chain[-1]]
+        self.aliasing.replace(chain[-1], call, chain[-1])
         chain[-1].replace_all_uses_with(call)
         for node in reversed(chain):
             graph.erase_node(node)
         self.taken.update(chain)
-        self.roots[call] = roots
         return names
 
 
 def _function_name(node: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name_of(node)
     return {"in_place_add": "add", "iadd": "add", "add_": "add", "relu_": "relu"}.get(name, name)
-
-
-def _only_user(node: fx.Node | None) -> Any:
-    if node is None or len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    # The output, or a node that takes it twice, is no step of a chain.
-    return user if user.op != "output" and user.all_input_nodes.count(node) == 1 else None
 
 
 def _relu(node: fx.Node | None) -> Callable[[Any], Any] | None:
     """torch.relu or torch.relu_ if ``node`` calls one of them or its like."""
-    if node is None or not node.args or len(node.all_input_nodes) != 1:
+    if node is None or function_activation(node) != RELU:
         return None
-    if node.op == "call_method":
-        in_place = node.target == "relu_"
-        known = node.target in ("relu", "relu_") and len(node.args) == 1
-    elif node.op == "call_function":
-        in_place = node.target in (torch.relu_, TF.relu_)
-        if node.target is TF.relu:
-            in_place = bool((*node.args, node.kwargs.get("inplace", False))[1])
-        known = node.target in (torch.relu, torch.relu_, TF.relu, TF.relu_)
-    else:
-        return None
-    return RELUS[in_place] if known else None
+    return RELUS[is_in_place(node)]
 
 
 def _global_avg_pool(node: fx.Node) -> GlobalAvgPool | None:
@@ -348,31 +313,10 @@ def _global_avg_pool(node: fx.Node) -> GlobalAvgPool | None:
     if not node.args or len(node.all_input_nodes) != 1:
         return None
     if node.op == "call_function" and node.target is TF.adaptive_avg_pool2d:
-        size = (*node.args, *node.kwargs.values())[1]
-        return GlobalAvgPool(True) if is_global(size) else None
-    if (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean)):
-        names = ("input", "dim", "keepdim", "dtype")
-        arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        dims: Any = arguments.get("dim")
-        if not isinstance(dims, (tuple, list)) or not set(arguments) <= {"input", "dim", "keepdim"}:
-            return None
-        if list(dims) in ([2, 3], [3, 2], [-2, -1], [-1, -2]):
-            return GlobalAvgPool(bool(arguments.get("keepdim", False)), tuple(dims))
-    return None
+        return GlobalAvgPool(True) if is_global(argument(node, "output_size", 1, None)) else None
+    mean = global_mean(node)
+    return None if mean is None else GlobalAvgPool(mean.keepdim, mean.dims)
 
 
-def _pool_function(node: fx.Node) -> tuple[str, str] | None:
-    """Make ``node`` call our pooling function instead of PyTorch's, if it does call one."""
-    if node.op != "call_function" or node.target not in _POOLS:
-        return None
-    ours = _POOLS[node.target]
-    from_torch = getattr(torch, ours.__name__, None) is node.target
-    if from_torch and "max" in ours.__name__ and len(node.args) > 2 and not node.args[2]:
-        node.update_arg(2, None)  # torch.max_pool2d's way to say that the stride is the kernel size
-    name = _function_name(node)
-    node.target = ours
-    return name, ours.__name__
-
-
-def _frozen(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from .nn import AdaptiveAvgPool2d, MaxPool2d
-from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
-from .ops.avg_pool import adaptive_avg_pool2d
-from .ops.batch_norm_act import batch_norm_act, batch_norm_arguments, transformed
-from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
-from .ops.conv_bn_act import (
+from ..graph.op_tables import is_global, unchanged_class
+from ..nn import AdaptiveAvgPool2d, MaxPool2d
+from ..ops.add_relu_global_avg_pool import add_relu_global_avg_pool
+from ..ops.avg_pool import adaptive_avg_pool2d
+from ..ops.batch_norm_act import batch_norm_act, batch_norm_arguments, transformed
+from ..ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
+from ..ops.conv_bn_act import (
     calls_only_forward,
     convolved,
     evaluated,
@@ -35,8 +36,8 @@ from .ops.conv_bn_act import (
     tuned,
     tunes,
 )
-from .ops.deferred_norm import Deferred
-from .ops.max_pool import max_pool2d
+from ..ops.deferred_norm import Deferred
+from ..ops.max_pool import max_pool2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 MAX_POOLS = (nn.MaxPool2d, MaxPool2d)
@@ -264,11 +265,6 @@ class AddPoolChain:
         return _step(pool, self.pool, output)
 
 
-def is_global(output_size: Any) -> bool:
-    """Whether an adaptive pooling of that output size makes one element of each plane."""
-    return output_size == 1 or (isinstance(output_size, (tuple, list)) and list(output_size) == [1, 1])
-
-
 def _batch_norm(bn: Any, input: Any) -> Any:
     """``bn(input)``, without what takes PyTorch's module longer than the operator takes when small."""
     if type(bn) is not nn.BatchNorm2d or not calls_only_forward(bn) or _has_any_global_hook():
@@ -300,7 +296,8 @@ def _step(module: nn.Module | None, function: Callable[[Any], Any] | None, value
 
 
 def _is_just(module: Any, kinds: tuple[type, ...]) -> bool:
-    return type(module) in kinds and calls_only_forward(module)
+    cls = type(module)
+    return (cls in kinds or unchanged_class(cls) in kinds) and calls_only_forward(module)
 
 
 def _is_batch(input: Any) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from .errors import ArgumentError
-from .fusing import Fusion, plan
-from .guards import Untraceable
-from .matching import base_class, worth_fusing
-from .nn import REPLACES
+from ..errors import ArgumentError
+from ..graph.guards import Untraceable
+from ..graph.report import FusionEntry, FusionReport
+from ..nn import REPLACES
+from .codegen import Fusion, plan
+from .patterns import base_class, worth_fusing
 
 _ORIGINAL = {ours: theirs for theirs, ours in REPLACES.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -19,43 +19,7 @@ _MARK = "_pooling_ext_patched"
 _ALREADY = "is one of ours already"
 
 
-@dataclass(frozen=True)
-class PatchEntry:
-    """What :func:`patch` found at a module: its dotted path, what it is, and what became of it.
-
-    ``what`` is the class of a pooling module, the steps of a chain in the module's forward, such as
-    "conv1-bn1-relu", or the class of a module whose forward was left alone.
-    """
-
-    path: str
-    what: str
-    why: str
-
-
-@dataclass
-class PatchReport:
-    """What :func:`patch` replaced and what it skipped, with reasons; print it for a table."""
-
-    replaced: list[PatchEntry] = field(default_factory=list)
-    skipped: list[PatchEntry] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        rows = [("", "module", "what", "")]
-        rows += [("replaced", entry.path, entry.what, entry.why) for entry in self.replaced]
-        rows += [("skipped", entry.path, entry.what, entry.why) for entry in self.skipped]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        ]
-        lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
-        signs = ("batch_norm", "BatchNorm")  # in an operator's name, and in what freeze folded
-        entries = (*self.replaced, *self.skipped)
-        if not any("-" in entry.what or any(sign in entry.why for sign in signs) for entry in entries):
-            lines.append("no convolution, BatchNorm and ReLU to fuse")
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False) -> FusionReport:
     """Make ``model`` run on our operators, in place, in training and in evaluation.
 
     Pooling modules and functions become ours. Where the forward of a module can be traced, what follows
@@ -72,13 +36,13 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         strict: raise, and leave the model as it was, if something has to be skipped.
 
     Returns:
-        A :class:`PatchReport`.
+        A :class:`FusionReport`.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
         ArgumentError: ``strict`` is set and something has to be skipped.
     """
-    report = PatchReport()
+    report = FusionReport()
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
     known: dict[Any, list[Fusion]] = {}
     for path, module in _modules(model):
@@ -86,27 +50,27 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         ours = REPLACES.get(type(module))
         if ours is not None:
             classes.append((module, ours))
-            report.replaced.append(PatchEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
+            report.replaced.append(FusionEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
         elif type(module) in _ORIGINAL:
-            report.skipped.append(PatchEntry(path, what, _ALREADY))
+            report.skipped.append(FusionEntry(path, what, _ALREADY))
         elif isinstance(module, _POOLING_BASES):
             why = "has no counterpart here" if type(module) in _POOLING_BASES else "has a class of its own"
-            report.skipped.append(PatchEntry(path, what, why))
+            report.skipped.append(FusionEntry(path, what, why))
         else:
             try:
                 fusion = plan(module, known)
             except Untraceable as error:
                 if worth_fusing(module):
-                    report.skipped.append(PatchEntry(path, what, str(error)))
+                    report.skipped.append(FusionEntry(path, what, str(error)))
                 continue
             if fusion is None:
                 continue
             if type(module) is fusion.cls:
-                report.skipped += [PatchEntry(path, steps, _ALREADY) for steps, _ in fusion.parts]
+                report.skipped += [FusionEntry(path, steps, _ALREADY) for steps, _ in fusion.parts]
                 continue
             classes.append((module, fusion.cls))
             report.replaced += [
-                PatchEntry(path, steps, f"pooling_ext.functional.{operator}")
+                FusionEntry(path, steps, f"pooling_ext.functional.{operator}")
                 for steps, operator in fusion.parts
             ]
     failed = [entry for entry in report.skipped if entry.why != _ALREADY]

@@ -1,0 +1,318 @@
+"""freeze: a model made into a module for inference alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .. import nn as ours
+from ..errors import ArgumentError
+from ..graph.guards import Untraceable
+from ..graph.op_tables import BATCH_NORMS, is_hooked, plain_kind
+from ..graph.report import FusionReport
+from ..graph.tracer import ExampleTrace, trace_example
+from ..patching import unpatch
+from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
+from .editor import GraphEditor
+from .layers import PackedConv, PackedLinear
+from .parts import freeze_parts
+from .passes import rewrite
+from .region import Input, Outputs, Region, floating, own_dtype
+from .signature import Signature, call_arguments
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OURS = tuple(getattr(ours, name) for name in ours.__all__)
+#: Of pickled frozen models. Another version of this package may write another one.
+FORMAT = 1
+
+
+def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None, *, check: bool = True) -> Frozen:
+    """Make a module for inference that computes what ``model`` does in eval mode; ``model`` stays as it is.
+
+    Batch norms are folded into the convolutions before them (in float64), weights are packed for the
+    device's kernels, residual additions and activations happen in the convolutions, activations are
+    kept in channels_last, and pooling is ours. What cannot be traced as a whole is frozen in parts.
+
+    Args:
+        model: any torch.nn.Module; patched or not, in either mode. It is copied.
+        example: an input like those to come; a tuple holds several positional arguments, and a dictionary
+            whose keys are parameters of ``model``'s forward holds keyword arguments. Its tensors' number of
+            dimensions and channels are those that the result takes; other batch and image sizes
+            work as far as ``model`` takes them, and are fastest at the example's size. Arguments that are no
+            tensors stay as they are in the example.
+        dtype: float32, bfloat16, float16 or float64, to compute in; None for the model's own.
+        check: run the result beside ``model``, on ``example`` and on a changed copy of it, and compare; this
+            takes about the time of four forwards. Where they differ, ``model`` is frozen in parts.
+
+    Returns:
+        A :class:`Frozen`. It takes inputs in any memory format and floating dtype, leaves them as they are,
+        and returns outputs of the input's dtype, without gradients.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: a layer cannot be frozen (it normalizes by the batch's own statistics), ``model`` does
+            not take ``example``, or what is frozen gives other results; the message names the layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, but got {type(dtype).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ArgumentError(f"dtype must be one of {_DTYPES} or None, but got {dtype}")
+    if isinstance(model, Frozen):
+        raise ArgumentError("model is frozen already")
+    source = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is not traceable
+    off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
+    with random_state_kept(), torch.no_grad(), off[0], off[1]:
+        job = _Job(source, example, dtype)
+        frozen = job.freeze(whole=True, compare=False)
+        return _checked(job, frozen) if check else frozen
+
+
+def _checked(job: _Job, frozen: Frozen) -> Frozen:
+    """``frozen`` if it computes what the model does, or else the model frozen in parts that do."""
+    problem = job.difference(frozen)
+    if problem is None:
+        return frozen
+    reason = f"gives other results when it is frozen as a whole: {problem}"
+    frozen = job.freeze(whole=False, compare=True)
+    frozen.report.skip("(root)", job.name, reason)
+    problem = job.difference(frozen)
+    if problem is not None:
+        left = ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
+        raise ArgumentError(
+            f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
+            f"{left}. freeze(..., check=False) leaves the comparison out"
+        )
+    return frozen
+
+
+class Frozen(nn.Module):
+    """What :func:`freeze` returns: call it like the model it was made from.
+
+    It may be called from several threads at once, copied, pickled and saved with ``torch.save``. It has no
+    parameters, stays in eval mode, and computes on the device and in the dtype that it was made for.
+
+    Attributes:
+        report: a :class:`FusionReport` of what was folded and prepacked, and what was left.
+        dtype: what it computes in.
+    """
+
+    def __init__(self, body: nn.Module, name: str, dtype: torch.dtype | None, report: FusionReport):
+        super().__init__()
+        self.body, self.name, self.dtype, self.report = body, name, dtype, report
+        self.format = FORMAT
+        self.eval()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = state.get("format", 0)
+        if found != FORMAT:
+            raise ArgumentError(
+                f"this frozen model was saved by another version of pooling_ext (format {found}, and this "
+                f"one reads {FORMAT}); freeze the model again"
+            )
+        super().__setstate__(state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)  # there is nothing left to train
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        for region in self.modules():
+            if isinstance(region, Region):
+                probe = torch.empty(0, dtype=region.dtype, device=region.device)
+                moved = fn(probe)
+                if moved.dtype != probe.dtype or moved.device != probe.device:
+                    raise ArgumentError(
+                        f"a frozen module stays on {region.device} in {region.dtype}, but got "
+                        f"{moved.device}, {moved.dtype}; freeze the model again there"
+                    )
+        return self
+
+    def __repr__(self) -> str:
+        lines = [f"Frozen({self.name}, {str(self.dtype).removeprefix('torch.')}):"]
+        for path, region in self.body.named_modules():
+            if isinstance(region, Region):
+                lines += [f"  {path}:"] if path else []
+                lines += [f"  {line}" for line in repr(region).splitlines()]
+        lines.append(f"  {len(self.report.replaced)} layers frozen, {len(self.report.skipped)} kept")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Job:
+    """One call of freeze.
+
+    Args:
+        source: the model.
+        example, dtype: see :func:`freeze`.
+    """
+
+    source: nn.Module
+    example: Any
+    dtype: torch.dtype | None
+    report: FusionReport = field(default_factory=FusionReport)
+
+    def __post_init__(self) -> None:
+        self.name = type(self.source).__name__
+        twin = self.twin()
+        args, kwargs = call_arguments(twin, self.example)
+        self.own = own_dtype(twin) or own_dtype((args, kwargs))
+        self.call = pytree.tree_map(lambda x: floating(x, self.own), (args, kwargs))
+
+    def twin(self, share: bool = False) -> nn.Module:
+        """A copy of the model in eval mode, unpatched and without what only recomputes its weights."""
+        twin = replica(self.source, share)
+        unpatch(twin)
+        return _with_plain_weights(twin.eval().requires_grad_(False) if not share else twin.eval())
+
+    def freeze(self, whole: bool, compare: bool) -> Frozen:
+        """Freeze the model.
+
+        Args:
+            whole: whether to try it as one region.
+            compare: whether to compare each region with the module that it stands for.
+        """
+        self.report, self.compare = FusionReport(), compare
+        twin = self.twin()
+        args, kwargs = self._copied()
+        with state_kept(twin):
+            body: nn.Module | None = self._region(twin, args, kwargs, "") if whole else None
+        if body is None:
+            body = self._parts(twin, *self._copied(), "")
+            try:
+                with state_kept(body):
+                    args, kwargs = self._copied()
+                    body(*args, **kwargs)
+            except Exception as error:
+                raise ArgumentError(
+                    f"model ({self.name}) cannot be traced, and does not run with its parts frozen: {error}"
+                ) from error
+        return Frozen(body, self.name, self.dtype or self.own, self.report)
+
+    def difference(self, frozen: Frozen) -> str | None:
+        """How ``frozen`` differs from the model; where that cannot be told, the report says so."""
+        try:
+            with state_kept(frozen):
+                return difference(self.twin(), frozen, self.call, self.dtype or self.own)
+        except Undecided as error:
+            text = f"freeze could not check its result: {error}"
+            frozen.report.warnings.append(text)
+            warnings.warn(text, stacklevel=4)
+            return None
+
+    def _copied(self) -> Any:
+        return cloned(self.call)
+
+    def _parts(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> nn.Module:
+        return freeze_parts(module, args, kwargs, path, self._region)
+
+    def _region(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region | None:
+        """Freeze ``module`` as one region; None where it cannot be."""
+        try:
+            region = self._traced(module, args, kwargs, path)
+        except Untraceable as error:
+            self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
+            return None
+        if self.compare:
+            try:
+                problem = difference(module, region, (args, kwargs), self.dtype or self.own)
+            except Undecided:
+                problem = None
+            if problem is not None:
+                self.report.skip(path, type(module).__name__, f"gives other results when frozen: {problem}")
+                return None
+        return region
+
+    def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region:
+        if is_hooked(module) and not path:
+            raise Untraceable("it has hooks")
+        report = FusionReport()
+        signature, args, kwargs = Signature.of(module.forward, args, kwargs)
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not tensors:
+            raise Untraceable("it is given no tensor")
+        with state_kept(module):
+            trace = trace_example(module, args, kwargs, _is_leaf)
+        parts = {}
+        for target, (why, (given, named)) in trace.opaque.items():
+            child = module.get_submodule(target)
+            inside = _dotted(path, target)
+            report.skip(inside, type(child).__name__, why)
+            parts[target] = self._parts(child, given, named, inside)
+        editor = GraphEditor(module, trace, self.dtype, lambda target: _dotted(path, target), report)
+        made = rewrite(editor, parts)
+        graph = trace.graph
+        layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
+        outputs = Outputs(trace.spec, _contiguous_outputs(trace, tensors))
+        region = Region(
+            fx.GraphModule(made, graph, type(module).__name__),
+            self.dtype or self.own,
+            tensors[0].device,
+            inputs,
+            layers,
+            signature,
+            outputs,
+        )
+        self.report.replaced += report.replaced
+        for entry in report.skipped:
+            self.report.skip(entry.path, entry.what, entry.why)
+        return region
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is called in the graph, not traced into."""
+    kind = plain_kind(module)
+    known = kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn.")) and kind is not nn.Sequential
+    return known or is_hooked(module) or isinstance(module, _OURS) or kind in BATCH_NORMS
+
+
+def _dotted(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part) or "(root)"
+
+
+def _contiguous_outputs(trace: ExampleTrace, tensors: list[Tensor]) -> list[bool]:
+    """Which of the results were contiguous, as the arguments were."""
+    ordered = all(x.is_contiguous() for x in tensors if x.dim() > 3)
+    output = next(node for node in reversed(trace.graph.nodes) if node.op == "output")
+    return [
+        ordered and isinstance(x, fx.Node) and len(x.meta.get("shape", ())) > 3 and x.meta["contiguous"]
+        for x in output.args[0]  # type: ignore[union-attr]
+    ]
+
+
+def _expected(node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, nn.Module]) -> Input:
+    """What the layer that reads the argument ``node`` asks of it."""
+    layer, channels = "input", None
+    for user in node.users:
+        if user.op == "call_module":
+            name = str(user.target)
+            layer = layers.get(name, name)
+            packed = made[name]
+            if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
+                transposed = packed.output_padding is not None
+                channels = packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
+            elif isinstance(packed, PackedLinear) and x.dim() == 2:
+                channels = packed.weight.shape[1]
+            break
+    return Input(layer, x.dim(), x.is_floating_point(), channels)
+
+
+def _with_plain_weights(model: nn.Module) -> nn.Module:
+    """Let go of hooks that only compute a weight from parameters, which no longer change."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.prune"):
+                hook(module, ())
+                del module._forward_pre_hooks[key]
+    return model

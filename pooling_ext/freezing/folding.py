@@ -1,0 +1,273 @@
+"""Takes batch norms, activations and additions into the layers before them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, fx, nn
+
+from ..graph.activations import RELU, Activation
+from ..graph.op_tables import BATCH_NORMS, CONVS, TRANSPOSED, argument, name_of, only_user
+from .editor import GraphEditor
+from .layers import FrozenBatchNormAct, PackedConv, PackedLinear
+from .normalization import Affine, Normalization, folded, normalization
+
+_MULTIPLICATIONS = (operator.mul, torch.mul, "mul")
+_ADDITIONS = (operator.add, torch.add, "add")
+_SUBTRACTIONS = (operator.sub, torch.sub, "sub")
+
+
+class _Norm(NamedTuple):
+    """A normalization that a node does, its input, and how the report names it."""
+
+    values: Normalization | Affine
+    input: fx.Node
+    what: str
+
+
+def fold_and_fuse(editor: GraphEditor) -> None:
+    """Make layers of the convolutions, linear layers and batch norms of the graph, with what follows them."""
+    shared: dict[Any, str] = {}
+    for node in list(editor.graph.nodes):
+        if node._erased:  # a fusion has taken it in
+            continue
+        kind = editor.kind(node)
+        if kind in (*CONVS, *TRANSPOSED, nn.Linear):
+            if len(node.args) == 1 and not node.kwargs:
+                _fuse_layer(editor, node, kind, shared)
+        elif (norm := _batch_norm(editor, node)) is not None:
+            _fuse_norm(editor, node, norm)
+
+
+# --- recognition -----------------------------------------------------------------------------------
+
+
+def _batch_norm(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
+    """The batch norm by constants that a node is, as a module or as a function."""
+    if node is None or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if editor.kind(node) in BATCH_NORMS:
+        module = editor.module(node)
+        path = editor.path(node)
+        return _Norm(normalization(module, path), node.args[0], f"{type(module).__name__} {path}")
+    if node.op != "call_function" or name_of(node) != "batch_norm":
+        return None
+    functional = node.target is TF.batch_norm
+    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    if not functional:  # torch.batch_norm
+        names[1:5] = ["weight", "bias", "running_mean", "running_var"]
+    given = {name: argument(node, name, place, None) for place, name in enumerate(names)}
+    eps = given["eps"] if given["eps"] is not None or not functional else 1e-5
+    if given["training"] or not isinstance(eps, float):
+        return None
+    vectors = [given[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    tensors = [editor.constant(vector) for vector in vectors]
+    if any((vector is None) != (tensor is None) for vector, tensor in zip(vectors, tensors, strict=True)):
+        return None
+    mean, var, weight, bias = tensors
+    if mean is None or var is None:
+        return None
+    return _Norm(Normalization(mean, var, weight, bias, eps), node.args[0], "batch_norm")
+
+
+def _affine(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
+    """A multiplication or addition of a constant for each channel."""
+    if node is None or node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    for value, constant in (node.args, node.args[::-1]):
+        vector = _per_channel(editor, value, constant, node)
+        if vector is None:
+            continue
+        if node.target in _MULTIPLICATIONS:
+            return _Norm(Affine(vector, None), value, "scale")  # type: ignore[arg-type]
+        if node.target in _ADDITIONS:
+            return _Norm(Affine(None, vector), value, "shift")  # type: ignore[arg-type]
+        if node.target in _SUBTRACTIONS and value is node.args[0]:
+            return _Norm(Affine(None, -vector), value, "shift")  # type: ignore[arg-type]
+    return None
+
+
+def _per_channel(editor: GraphEditor, value: Any, constant: Any, node: fx.Node) -> Tensor | None:
+    """The vector that broadcasts over all but the second dimension of ``value``."""
+    tensor = editor.constant(constant)
+    if tensor is None or not isinstance(value, fx.Node):
+        return None
+    shape, dtype = value.meta.get("shape"), value.meta.get("dtype")
+    if shape is None or len(shape) < 2 or node.meta.get("shape") != shape or tensor.dtype != dtype:
+        return None
+    wide = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
+    fits = tensor.dim() <= len(shape) and wide == (1, shape[1], *[1] * (len(shape) - 2))
+    return tensor.reshape(-1) if fits else None
+
+
+# --- fusion --------------------------------------------------------------------------------------------
+
+
+def _fuse_layer(editor: GraphEditor, node: fx.Node, kind: type, shared: dict[Any, str]) -> None:
+    """Take what follows a convolution or linear layer into it."""
+    module = editor.module(node)
+    path, parts, last = editor.path(node), [type(module).__name__], node
+    rank = 2 if kind is nn.Linear else module.weight.dim()
+    shape: Any = node.meta.get("shape_in") or ()
+    normalizations: list[Normalization | Affine] = []
+    key: list[Any] = [node.target]
+    user = only_user(last)
+    while user is not None and len(node.meta.get("shape") or ()) == rank:
+        norm = _batch_norm(editor, user) or _affine(editor, user)
+        if norm is None or norm.input is not last:
+            break
+        normalizations.append(norm.values)
+        parts.append(norm.what)
+        key.append(user.target if user.op == "call_module" else user)
+        last, user = user, only_user(user)
+    activation, residual = editor.activation(user), None
+    if activation is not None:
+        last = user
+        parts.append(str(activation))
+    elif kind in (nn.Conv2d, nn.Conv3d) and len(shape) == rank:
+        found = _residual(editor, node, last)
+        if found is not None:
+            residual, last, rectified = found
+            parts.append("add")
+            if rectified:
+                activation = RELU
+                parts.append("relu")
+    if kind is nn.Linear and len(shape) not in (1, 2) and not shape:
+        return
+    unbatched = kind is not nn.Linear and len(shape) == rank - 1
+    if unbatched:
+        with editor.graph.inserting_before(node):
+            batched = editor.graph.call_method("unsqueeze", (node.args[0], 0))
+        batched.meta = {"shape": (1, *shape), "shape_in": shape}
+        editor.aliasing.replace(node.args[0], batched, node)  # type: ignore[arg-type]
+        node.args, shape = (batched,), (1, *shape)
+    before, own_padding = _padding(module, kind)
+    if before is not None:
+        _pad(editor, node, before, module.padding_mode)
+    key += [activation, residual is not None, shape]
+    name = shared.get(tuple(key))
+    if name is None:
+        layer = _packed(
+            editor, module, kind, normalizations, activation, residual is not None, own_padding, shape
+        )
+        name = shared[tuple(key)] = editor.add(str(node.target), layer)
+    args = (node.args[0],) if residual is None else (node.args[0], residual)
+    # A residual may be made after the convolution, so the sum is where both are there.
+    editor.tell(node, parts[0], ", ".join(parts[1:]) or "prepacked")
+    made = editor.substitute(node if residual is None else last, last, name, args, path)
+    if unbatched:
+        with editor.graph.inserting_after(made):
+            alone = editor.graph.call_method("squeeze", (made, 0))
+        alone.meta = dict(made.meta)
+        made.meta = {**made.meta, "shape": (1, *(made.meta.get("shape") or ()))}
+        editor.aliasing.replace(made, alone, made)
+        made.replace_all_uses_with(alone, delete_user_cb=lambda user: user is not alone)
+
+
+def _residual(editor: GraphEditor, node: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """What is added to ``last``, the node that does so or the ReLU after it, and whether there is one.
+
+    The layer moves there, so nothing between may change its input.
+    """
+    user = only_user(last)
+    found = editor.addition(user)
+    if found is None:
+        return None
+    residual, after = found.other(last), only_user(user)
+    rectified = editor.activation(after) == RELU
+    if rectified and editor.aliasing.unchanged(residual, user, after):
+        user = after
+    else:
+        rectified = False
+    if not editor.aliasing.unchanged(node.args[0], node, user):  # type: ignore[arg-type]
+        return None
+    return residual, user, rectified
+
+
+def _packed(
+    editor: GraphEditor,
+    module: Any,
+    kind: type,
+    normalizations: list[Normalization | Affine],
+    activation: Activation | None,
+    residual: bool,
+    own_padding: Sequence[int],
+    shape: Sequence[int],
+) -> nn.Module:
+    dtype = editor.dtype or module.weight.dtype
+    transposed = kind in TRANSPOSED
+    weight, bias = folded(module.weight, module.bias, normalizations, module if transposed else None)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if kind is nn.Linear:
+        rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else 1
+        return PackedLinear(weight, bias, activation, rows)
+    return PackedConv(
+        weight,
+        bias,
+        module.stride,
+        own_padding,
+        module.dilation,
+        module.groups,
+        activation,
+        "add" if residual else None,
+        shape,
+        module.output_padding if transposed else None,
+    )
+
+
+def _fuse_norm(editor: GraphEditor, node: fx.Node, norm: _Norm) -> None:
+    """A batch norm that nothing takes in becomes one pass with what follows."""
+    residual, last, parts = None, node, []
+    user = only_user(node)
+    relu = editor.activation(user) == RELU
+    if relu:
+        last = user
+        parts.append("relu")
+    elif (found := editor.addition(user)) is not None:
+        after = only_user(user)
+        if editor.activation(after) == RELU and editor.aliasing.unchanged(found.other(node), user, after):
+            residual, last, relu = found.other(node), after, True
+            parts += ["add", "relu"]
+    if not editor.aliasing.unchanged(norm.input, node, last):
+        residual, last, relu, parts = None, node, False, []
+    values = norm.values
+    assert isinstance(values, Normalization)
+    wide = torch.float64 if (editor.dtype or values.mean.dtype) == torch.float64 else torch.float32
+    vectors = [None if x is None else x.detach().to(wide) for x in values[:4]]
+    layer = FrozenBatchNormAct(*vectors, values.eps, relu)  # type: ignore[arg-type]
+    path = editor.path(node) if node.op == "call_module" else node.name
+    name = editor.add(str(node.target) if node.op == "call_module" else node.name, layer)
+    args = (norm.input,) if residual is None else (norm.input, residual)
+    what = type(editor.module(node)).__name__ if node.op == "call_module" else "batch_norm"
+    editor.report.replace(path, what, ", ".join(["one pass", *parts]))
+    editor.substitute(last, last, name, args, path)
+
+
+def _padding(module: Any, kind: type) -> tuple[list[int] | None, Sequence[int]]:
+    """What to pad beforehand (in torch.nn.functional.pad's order), and what the convolution pads."""
+    if kind is nn.Linear:
+        return None, ()
+    if kind in TRANSPOSED:
+        return None, module.padding
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return None, module.padding
+    before = list(module._reversed_padding_repeated_twice)
+    symmetric = all(low == high for low, high in zip(before[::2], before[1::2], strict=True))
+    if module.padding_mode == "zeros" and symmetric:
+        return None, before[::2][::-1]
+    return before, [0] * len(module.kernel_size)
+
+
+def _pad(editor: GraphEditor, node: fx.Node, before: list[int], mode: str) -> None:
+    source: Any = node.args[0]
+    with editor.graph.inserting_before(node):
+        mode = "constant" if mode == "zeros" else mode
+        padded = editor.graph.call_function(TF.pad, (source, before), {"mode": mode})
+    editor.aliasing.replace(node, padded, node)
+    padded.meta["shape_in"] = source.meta.get("shape")
+    node.args = (padded, *node.args[1:])

@@ -1,0 +1,64 @@
+"""What patch and freeze say about a model: the layers they fused, and those they left and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FusionEntry:
+    """What became of one module.
+
+    Attributes:
+        path: the module's dotted path, "(root)" for the model itself.
+        what: the class of a module, or the steps of a chain in its forward, such as "conv1-bn1-relu".
+        why: the operator or layer that took its place, or the reason that it was left alone.
+    """
+
+    path: str
+    what: str
+    why: str
+
+
+@dataclass
+class FusionReport:
+    """What was replaced and what was skipped, with reasons; print it for a table.
+
+    Attributes:
+        replaced: what runs on an operator of this library.
+        skipped: what was left as it is.
+        warnings: what could not be checked.
+    """
+
+    replaced: list[FusionEntry] = field(default_factory=list)
+    skipped: list[FusionEntry] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def replace(self, path: str, what: str, why: str) -> None:
+        """Note a module that runs on an operator or layer of this library."""
+        self.replaced.append(FusionEntry(path or "(root)", what, why))
+
+    def skip(self, path: str, what: str, why: str) -> None:
+        """Note a module that is left alone, once for each reason."""
+        entry = FusionEntry(path or "(root)", what, why)
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({"warnings": [], **state})  # reports of older versions have no warnings
+
+    def __str__(self) -> str:
+        rows = [("", "module", "what", "")]
+        rows += [("replaced", entry.path, entry.what, entry.why) for entry in self.replaced]
+        rows += [("skipped", entry.path, entry.what, entry.why) for entry in self.skipped]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+        ]
+        lines.append(f"{len(self.replaced)} replaced, {len(self.skipped)} skipped")
+        signs = ("batch_norm", "BatchNorm")  # in an operator's name, and in what freeze folded
+        entries = (*self.replaced, *self.skipped)
+        if not any("-" in entry.what or any(sign in entry.why for sign in signs) for entry in entries):
+            lines.append("no convolution, BatchNorm and ReLU to fuse")
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(line.rstrip() for line in lines)
