@@ -233,22 +233,30 @@ class _Job:
         return region
 
     def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region:
-        if is_hooked(module) and not path:
+        if is_hooked(module):
             raise Untraceable("it has hooks")
         report = FusionReport()
         signature, args, kwargs = Signature.of(module.forward, args, kwargs)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not tensors:
             raise Untraceable("it is given no tensor")
-        with state_kept(module):
-            trace = trace_example(module, args, kwargs, _is_leaf)
+        root, name = module, type(module).__name__
+        if _is_leaf(module):
+            root = _Around(module)
+        with state_kept(root):
+            trace = trace_example(root, args, kwargs, _is_leaf)
+
+        def path_of(target: str) -> str:
+            inner = target if root is module else target.removeprefix("module").removeprefix(".")
+            return _dotted(path, inner)
+
         parts = {}
         for target, (why, (given, named)) in trace.opaque.items():
-            child = module.get_submodule(target)
-            inside = _dotted(path, target)
+            child = root.get_submodule(target)
+            inside = path_of(target)
             report.skip(inside, type(child).__name__, why)
             parts[target] = self._parts(child, given, named, inside)
-        editor = GraphEditor(module, trace, self.dtype, lambda target: _dotted(path, target), report)
+        editor = GraphEditor(root, trace, self.dtype, path_of, report)
         made = rewrite(editor, parts)
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
@@ -256,7 +264,7 @@ class _Job:
         inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
         outputs = Outputs(trace.spec, _contiguous_outputs(trace, tensors))
         region = Region(
-            fx.GraphModule(made, graph, type(module).__name__),
+            fx.GraphModule(made, graph, name),
             self.dtype or self.own,
             tensors[0].device,
             inputs,
@@ -268,6 +276,17 @@ class _Job:
         for entry in report.skipped:
             self.report.skip(entry.path, entry.what, entry.why)
         return region
+
+
+class _Around(nn.Module):
+    """Calls a module, so that there is a graph around one that is called in graphs, not traced into."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -215,10 +215,24 @@ def free_of_layout(editor: GraphEditor) -> None:
                 )
     if any(node.op == "placeholder" and aliasing.writers(node) for node in aliasing.order):
         _copy_inputs(editor)
+    for node in list(editor.graph.nodes):
+        if name_of(node).rstrip("_").removesuffix("_like") in RANDOM and node.op != "get_attr":
+            _draw_in_order(editor, node)
     for node in editor.graph.nodes:
         sizes = node.args[1:] if node.op == "call_method" and node.target == "view" else ()
         if sizes and not any(isinstance(size, torch.dtype) for size in sizes):
             node.target = "reshape"
+
+
+def _draw_in_order(editor: GraphEditor, node: fx.Node) -> None:
+    """Random numbers go to elements in the order of memory, so it has to be the model's."""
+    for source in node.all_input_nodes:
+        if len(source.meta.get("shape", ())) > 3 and source.meta["contiguous"] and not is_in_place(node):
+            with editor.graph.inserting_before(node):
+                ordered = editor.graph.call_method("contiguous", (source,))
+            ordered.meta = {**source.meta, "wrote": (), "shares": ()}
+            node.replace_input_with(source, ordered)
+    editor.gather()
 
 
 def _copy_inputs(editor: GraphEditor) -> None:

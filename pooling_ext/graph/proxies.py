@@ -36,6 +36,7 @@ def _in_place_function(name: str) -> Callable[[Any, Any], Any]:
 #: operator.iadd and binds a name anew, which is wrong for values that are immutable.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 IN_PLACE_FUNCTIONS = {name: _in_place_function(name) for name in IN_PLACE}
+globals().update({function.__name__: function for function in IN_PLACE_FUNCTIONS.values()})  # for pickle
 
 
 def expect_length(value: Any, length: int) -> Any:
@@ -54,7 +55,8 @@ class _Checks:
     @property
     def __class__(self: Any) -> type:  # type: ignore[override]
         tracer = object.__getattribute__(self, "tracer")
-        return tracer.type_of(self) if tracer.watcher.asks_for_type(sys._getframe(1)) else type(self)
+        asking = sys._getframe(2)  # through __getattribute__
+        return tracer.type_of(self) if tracer.watcher.asks_for_type(asking) else type(self)
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OWN and is_model(module_name(sys._getframe(1))):
@@ -102,6 +104,20 @@ class _Hinted(_Checks):
         if isinstance(self.hint, (tuple, list, dict)):
             return len(self.hint)
         return self.tracer.refuse("its forward asks for the length of a value")
+
+    def __int__(self: Any) -> int:
+        return int(self._number())
+
+    def __float__(self: Any) -> float:
+        return float(self._number())
+
+    def __index__(self: Any) -> int:
+        return operator.index(self._number())
+
+    def _number(self: Any) -> Any:
+        if not self.node.meta.get("constant"):
+            self.tracer.refuse("its forward turns a value into a number")
+        return self.hint
 
     def __contains__(self, item: Any) -> bool:
         if isinstance(self.hint, dict):

@@ -11,6 +11,8 @@ for the whole process.
 from __future__ import annotations
 
 import inspect
+import random
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -236,6 +238,7 @@ class _ExampleTracer(_Tracer):
         self.constants: dict[str, Tensor] = {}
         self.opaque: dict[str, tuple[str, Any]] = {}
         self._names: dict[int, str] = {}
+        self._changing: set[int] = set()  # memory of constants into which something else is written
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             self._names.setdefault(id(tensor), name)
 
@@ -252,7 +255,10 @@ class _ExampleTracer(_Tracer):
         root: Any = self.recorder.root
         if "forward" in root.__dict__:
             raise Untraceable("it has a forward of its own")
+        before = _drawn_elsewhere()
         result = self.run(lambda: root.forward(*args, **kwargs), _Recording(self))
+        if _drawn_elsewhere() != before:
+            raise Untraceable("its forward draws random numbers that are not PyTorch's")
         leaves, spec = pytree.tree_flatten(result)
         try:
             self.create_node("output", "output", (tuple(map(self.create_arg, leaves)),), {})
@@ -293,41 +299,57 @@ class _ExampleTracer(_Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
-        value: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        if kind != "placeholder":
-            given = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, fx.Proxy)]
-            before = [_version(a.hint) for a in given]
-            try:
-                hint = self._compute(kind, target, args, kwargs)
-            except Exception:
-                self.graph.erase_node(value.node)  # an error that the model may catch
-                raise
-            wrote = [a.node for a, version in zip(given, before, strict=True) if _version(a.hint) != version]
-            value.node.meta["wrote"] = tuple(wrote)
-            memory = {_storage(leaf) for leaf in pytree.tree_leaves(hint)} - {None}
-            value.node.meta["shares"] = tuple(a.node for a in given if _storage(a.hint) in memory)
-            sources = value.node.all_input_nodes
-            name = target if isinstance(target, str) else getattr(target, "__name__", "")
-            drawn = kind == "call_module" or name.rstrip("_").removesuffix("_like") in RANDOM
-            constant = not drawn and all(node.meta.get("constant") for node in sources)
-            self._note(value, hint, constant, args)
+        # What the tracer does itself is not the model's doing.
+        with self.watcher.paused(), torch._C.DisableTorchFunction():
+            value: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+            if kind != "placeholder":
+                self._follow(value, kind, target, args, kwargs)
+                if kind != "get_attr" and value.node.meta["constant"] and _is_plain(value.hint):
+                    hint = value.hint  # as good as the value
+                    self.graph.erase_node(value.node)
+                    return hint
         return value
+
+    def _follow(
+        self, value: HintedValue, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Compute a node's value on the example, and note what is to be seen there."""
+        given = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, fx.Proxy)]
+        before = [_version(a.hint) for a in given]
+        try:
+            hint = self._compute(kind, target, args, kwargs)
+        except Exception:
+            self.graph.erase_node(value.node)  # an error that the model may catch
+            raise
+        meta = value.node.meta
+        meta["wrote"] = tuple(
+            a.node for a, version in zip(given, before, strict=True) if _version(a.hint) != version
+        )
+        memory = {_storage(leaf) for leaf in pytree.tree_leaves(hint)} - {None}
+        meta["shares"] = tuple(a.node for a in given if _storage(a.hint) in memory) if memory else ()
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        drawn = kind == "call_module" or name.rstrip("_").removesuffix("_like") in RANDOM
+        sources = value.node.all_input_nodes
+        constant = not drawn and all(source.meta.get("constant") for source in sources)
+        read = {_storage(a.hint) for a in given} - {None}
+        if not constant and meta["wrote"]:
+            self._changing |= {_storage(a.hint) for a in given if a.node in meta["wrote"]} - {None}
+        self._note(value, hint, constant and self._changing.isdisjoint(read), args)
 
     def _compute(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a node gives on the example."""
         args, kwargs = pytree.tree_map(lambda a: a.hint if isinstance(a, fx.Proxy) else a, (args, kwargs))
-        with self.watcher.paused(), torch._C.DisableTorchFunction():
-            if kind == "get_attr":
-                return _get_attr(self.module, target)
-            if kind == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            if kind == "call_function":
-                return target(*args, **kwargs)
-            try:
-                return self.module.get_submodule(target)(*args, **kwargs)
-            except Exception as error:
-                why = f"model does not take example: {target}: {_first_line(error)}"
-                raise ArgumentError(why) from error
+        if kind == "get_attr":
+            return _get_attr(self.module, target)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if kind == "call_function":
+            return target(*args, **kwargs)
+        try:
+            return self.module.get_submodule(target)(*args, **kwargs)
+        except Exception as error:
+            why = f"model does not take example: {target}: {_first_line(error)}"
+            raise ArgumentError(why) from error
 
     def _note(self, value: HintedValue, hint: Any, constant: bool, args: tuple[Any, ...] = ()) -> None:
         value.hint = hint
@@ -397,11 +419,9 @@ class _Recording(TorchFunctionMode):
             result = self.tracer.create_proxy("call_method", name, args, kwargs)
         else:
             result = self.tracer.create_proxy("call_function", func, args, kwargs)
-        # What is no tensor (torch.finfo, a dtype, a question) is as good as the value itself.
-        return result if _has_tensor(result.hint) else self._value(result)
-
-    def _value(self, result: HintedValue) -> Any:
-        hint = result.hint
+        if not isinstance(result, HintedValue) or _has_tensor(result.hint):
+            return result
+        hint = result.hint  # torch.finfo, a dtype, a question: as good as the value
         self.tracer.graph.erase_node(result.node)
         return hint
 
@@ -441,6 +461,20 @@ def _required_arguments(forward: Any) -> tuple[str, ...]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, or a nest of numbers."""
+    if type(value) in (tuple, list, torch.Size):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, float)
+
+
+def _drawn_elsewhere() -> Any:
+    """The states of generators whose numbers a graph does not draw."""
+    numpy = sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state(legacy=False)["state"]
+    return random.getstate(), None if state is None else (state["key"].tobytes(), state["pos"])
 
 
 def _has_tensor(tree: Any) -> bool:
