@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .source import Rejected, Source
 Record = dict[str, Any]
 
 #: Relative to the largest element; the sensitivity of eager itself decides where this is exceeded.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 #: What is smaller than this in all of a tensor counts as this large.
 LEAST_SCALE = 1e-2
 _SENSITIVITY = 50.0
@@ -68,13 +69,14 @@ class Verdict:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Chains run fused at any size, and memory that nobody wrote holds NaN."""
+    """Chains run fused and batch norms are folded at any size, and memory that nobody wrote holds NaN."""
     from pooling_ext.chains import from_size
+    from pooling_ext.ops import conv_bn_act
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with from_size(0):
+        with from_size(0), mock.patch.object(conv_bn_act, "FOLD_RATIO", 0):
             yield
     finally:
         torch.use_deterministic_algorithms(before)
@@ -286,7 +288,7 @@ def _evaluate(net: nn.Module, calls: list[tuple[Tensor, ...]]) -> Record:
     with torch.no_grad():
         for number, call in enumerate(calls, 1):
             given = tuple(x.clone() for x in call)
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)
             output = net(*given)
             record |= _outputs(f"of call {number}", output)
             record |= _named(f"input of call {number}", given)
@@ -298,7 +300,7 @@ def _evaluate(net: nn.Module, calls: list[tuple[Tensor, ...]]) -> Record:
 
 def _train(net: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> Record:
     """One step with gradients, or the forward alone without them."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     if not backward:
         with torch.no_grad():
             given = tuple(x.clone() for x in inputs)

@@ -46,6 +46,8 @@ _COMMON: dict[Callable[[Scope], None], float] = {
     statements.activation: 2.5,
     statements.residual: 3,
     statements.fused_residual: 1.5,
+    statements.stem: 0.8,
+    statements.tail: 0.6,
     statements.pool: 1,
     statements.resize: 0.5,
     statements.nothing: 0.7,
@@ -124,7 +126,7 @@ def generate(seed: int, attempt: int = 0) -> Source:
     """The program of ``seed``; the next ``attempt`` where PyTorch does not run it."""
     rng = random.Random(f"{seed} {attempt}")
     program = Program(rng, trainable=rng.random() < 0.55)
-    size = rng.choice((6, 8, 8))
+    size = rng.choice((6, 8, 8, 8, 8, 16))  # patch folds where the output is much larger than the weights
     shapes: dict[str, Shape] = {"x": (rng.choice((3, 4, 4, 6)), size, size)}
     if rng.random() < 0.12:
         shapes["z"] = rng.choice((shapes["x"], (4, size, size)))

@@ -73,6 +73,7 @@ def conv_norm_act(scope: Scope) -> None:
         if nested:
             return expression
         scope.assign(expression, shape, memory, name)
+        disturb(scope, value)
         return name
 
     text = step(text)
@@ -90,6 +91,19 @@ def conv_norm_act(scope: Scope) -> None:
         memory.saved = True
     if nested:
         scope.assign(text, shape, memory)
+
+
+def disturb(scope: Scope, *values: Value) -> None:
+    """Perhaps write into what a chain has read already, so that the chain may not read it later."""
+    if scope.rng.random() > 0.2:
+        return
+    known = [v for v in scope.values.values() if any(v.memory is value.memory for value in values)]
+    known = [v for v in known if scope.may_write(v)]
+    if known:
+        target = scope.rng.choice(known)
+        scope.writes(target)
+        form = scope.rng.choice(("{} *= 2.0", "{}.mul_(0.5)", "{} += 1.0", "{}[:, :1].zero_()", "{}.neg_()"))
+        scope.emit(form.format(target.name))
 
 
 def norm(scope: Scope) -> None:
@@ -135,6 +149,7 @@ def residual(scope: Scope) -> None:
     if not others:
         raise Impossible
     b = scope.rng.choice(others)
+    b.read = True
     if scope.rng.random() < 0.35 and scope.may_write(a) and a.memory is not b.memory:
         _add_in_place(scope, a, b)
     else:
@@ -169,8 +184,10 @@ def fused_residual(scope: Scope) -> None:
     norm = scope.member("norm", layers.norm(scope.program, shape[0]))
     out = scope.fresh("out")
     scope.emit(f"{out} = self.{norm}({text})")
+    disturb(scope, value, skip)
     form = scope.rng.choice(("{o} += {s}", "{o} += {s}", "{o} = {o} + {s}", "{o} = {s} + {o}", "{o}.add_({s})"))
     scope.emit(form.format(o=out, s=skip.name))
+    disturb(scope, value, skip)
     memory = Memory(saved=scope.rng.random() < 0.8)
     if memory.saved:
         form = scope.rng.choice(("F.relu({o})", "self.{a}({o})", "torch.relu_({o})", "F.relu({o}, inplace=True)"))
@@ -179,6 +196,45 @@ def fused_residual(scope: Scope) -> None:
             form = form.replace("{a}", act)
         scope.emit(f"{out} = {form.format(o=out)}")
     scope.bind(out, shape, memory)
+
+
+def stem(scope: Scope) -> None:
+    """A batch norm, an activation and max pooling, as at the start of residual networks."""
+    value = scope.image()
+    if min(value.shape[1:]) < 3:
+        raise Impossible
+    text, shape = (value.name, value.shape) if scope.rng.random() < 0.3 else _conv(scope, value.name, value)
+    if min(shape[1:]) < 3:
+        raise Impossible
+    norm = scope.member("norm", layers.norm(scope.program, shape[0]))
+    act = scope.rng.choice(("F.relu({})", "torch.relu_({})", "self.{a}({{}})"))
+    if "self" in act:
+        act = act.format(a=scope.member("act", layers.activation(scope.rng, scope.rng.random() < 0.5)))
+    module, function, made = layers.pool(scope.rng, shape)
+    pooled = f"self.{scope.member('pool', module)}({{}})" if scope.rng.random() < 0.5 else function
+    value.memory.saved = True
+    scope.assign(pooled.format(act.format(f"self.{norm}({text})")), made)
+
+
+def tail(scope: Scope) -> None:
+    """An addition, ReLU and the mean of each plane, as at the end of residual networks."""
+    a = scope.image()
+    others = [v for v in scope.values.values() if v.shape == a.shape and v is not a]
+    if not others:
+        raise Impossible
+    b = scope.rng.choice(others)
+    b.read = True
+    if scope.rng.random() < 0.3 and scope.may_write(a):
+        scope.writes(a)
+        scope.emit(f"{a.name} += {b.name}")
+        added = a.name
+        a.memory.saved = True
+    else:
+        added = scope.rng.choice(("{a} + {b}", "torch.add({a}, {b})")).format(a=a.name, b=b.name)
+    mean = scope.rng.choice(("F.adaptive_avg_pool2d({}, 1)", "{}.mean((2, 3), keepdim=True)", "self.gap({})"))
+    if "gap" in mean:
+        mean = mean.replace("gap", scope.member("gap", "nn.AdaptiveAvgPool2d(1)"))
+    scope.assign(mean.format(scope.rng.choice(("F.relu({})", "({}).relu()")).format(added)), (a.shape[0], 1, 1))
 
 
 def pool(scope: Scope) -> None:
