@@ -6,8 +6,25 @@ from collections.abc import Callable
 
 from .grammar import Impossible, Memory, Scope
 
-_SCALARS = ("{} * 2.0", "{} + 0.5", "1.0 - {}", "{} / 3.0", "torch.mul({}, 0.5)", "{}.mul(1.5)", "-{}", "{}.neg()")
-_SCALARS_IN_PLACE = ("{} *= 2.0", "{} += 0.5", "{} -= 0.25", "{} /= 2.0", "{}.mul_(0.5)", "{}.add_(1)", "{}.neg_()")
+_SCALARS = (
+    "{} * 2.0",
+    "{} + 0.5",
+    "1.0 - {}",
+    "{} / 3.0",
+    "torch.mul({}, 0.5)",
+    "{}.mul(1.5)",
+    "-{}",
+    "{}.neg()",
+)
+_SCALARS_IN_PLACE = (
+    "{} *= 2.0",
+    "{} += 0.5",
+    "{} -= 0.25",
+    "{} /= 2.0",
+    "{}.mul_(0.5)",
+    "{}.add_(1)",
+    "{}.neg_()",
+)
 _SCALARS_IN_PLACE += ("{}.sub_(0.5)", "{}.div_(2.0)")
 
 
@@ -25,12 +42,35 @@ def alias(scope: Scope) -> None:
     """One more name for memory that has one."""
     value = scope.image()
     c, h, w = value.shape
-    forms = ["{}", "{}", "{}.contiguous()", "{}[:]", "{}.view({}.shape)", "{}.reshape({}.shape)", "{}.to({}.dtype)"]
-    forms += ["{}.expand_as({})", "{}.flatten(2).unflatten(2, (%d, %d))" % (h, w), "{}.unsqueeze(0).squeeze(0)"]
-    forms += ["{}.transpose(1, 2).transpose(1, 2)", "{}.permute(0, 2, 3, 1).permute(0, 3, 1, 2)", "{}.view_as({})"]
-    forms += [f"{{}}.view({{}}.size(0), {c}, -1).view(-1, {c}, {h}, {w})", "{}.to(memory_format=torch.channels_last)"]
-    forms += ["{}.contiguous(memory_format=torch.channels_last)", "torch.permute({}, (0, 1, 2, 3))", "{}.float().to({}.dtype)"]
-    forms += ["{}.type_as({})", "{}.narrow(1, 0, %d)" % c, "torch.reshape({}, {}.shape)"]
+    forms = [
+        "{}",
+        "{}",
+        "{}.contiguous()",
+        "{}[:]",
+        "{}.view({}.shape)",
+        "{}.reshape({}.shape)",
+        "{}.to({}.dtype)",
+    ]
+    forms += [
+        "{}.expand_as({})",
+        f"{{}}.flatten(2).unflatten(2, ({h}, {w}))",
+        "{}.unsqueeze(0).squeeze(0)",
+    ]
+    forms += [
+        "{}.transpose(1, 2).transpose(1, 2)",
+        "{}.permute(0, 2, 3, 1).permute(0, 3, 1, 2)",
+        "{}.view_as({})",
+    ]
+    forms += [
+        f"{{}}.view({{}}.size(0), {c}, -1).view(-1, {c}, {h}, {w})",
+        "{}.to(memory_format=torch.channels_last)",
+    ]
+    forms += [
+        "{}.contiguous(memory_format=torch.channels_last)",
+        "torch.permute({}, (0, 1, 2, 3))",
+        "{}.float().to({}.dtype)",
+    ]
+    forms += ["{}.type_as({})", f"{{}}.narrow(1, 0, {c})", "torch.reshape({}, {}.shape)"]
     if scope.rng.random() < 0.1:
         forms = ["{}.detach()", "{}.data", "{}.clone()"]
     text = scope.rng.choice(forms).replace("{}", value.name)
@@ -49,7 +89,9 @@ def turned(scope: Scope) -> None:
     if scope.may_write(value) and scope.rng.random() < 0.5:
         scope.writes(value)
         scope.emit(scope.rng.choice(_SCALARS_IN_PLACE).format(z))
-    back = scope.rng.choice(("{}.permute(0, 3, 1, 2)", "{}.permute(0, 3, 1, 2).contiguous()", "{}.movedim(-1, 1)"))
+    back = scope.rng.choice(
+        ("{}.permute(0, 3, 1, 2)", "{}.permute(0, 3, 1, 2).contiguous()", "{}.movedim(-1, 1)")
+    )
     scope.assign(back.format(z), (c, h, w), value.memory, name=z)
 
 
@@ -69,7 +111,9 @@ def part(scope: Scope) -> None:
     elif c >= 4 and c % 2 == 0 and scope.rng.random() < 0.5:
         text, shape = "{}[:, ::2]", (c // 2, h, w)
     elif min(h, w) >= 4:
-        text, shape = scope.rng.choice((("{}[..., 1:-1]", (c, h, w - 2)), ("{}[:, :, ::2, ::2]", (c, (h + 1) // 2, (w + 1) // 2))))
+        text, shape = scope.rng.choice(
+            (("{}[..., 1:-1]", (c, h, w - 2)), ("{}[:, :, ::2, ::2]", (c, (h + 1) // 2, (w + 1) // 2)))
+        )
     else:
         raise Impossible
     scope.assign(text.format(value.name), shape, value.memory, name=scope.fresh("v"))
@@ -83,7 +127,11 @@ def pieces(scope: Scope) -> None:
         raise Impossible
     half = c // 2
     forms = ("{}.chunk(2, 1)", "{}.chunk(2, dim=1)", "torch.chunk({}, 2, 1)", f"{{}}.split({half}, 1)")
-    forms += (f"torch.split({{}}, {half}, dim=1)", f"torch.split({{}}, [{half}, {half}], 1)", "{}.tensor_split(2, 1)")
+    forms += (
+        f"torch.split({{}}, {half}, dim=1)",
+        f"torch.split({{}}, [{half}, {half}], 1)",
+        "{}.tensor_split(2, 1)",
+    )
     text = scope.rng.choice(forms).format(value.name)
     value.memory.pieces = True
     if scope.rng.random() < 0.5:
@@ -115,8 +163,19 @@ def write_part(scope: Scope) -> None:
     value = scope.image(writable=True)
     c = value.shape[0]
     half = max(1, c // 2)
-    forms = ["{y}[:, :%d] = 0.5", "{y}[:, :%d] *= 2.0", "{y}[:, :%d].mul_(0.5)", "{y}[:, :%d].zero_()", "{y}[..., 0] += 1.0"]
-    forms += ["{y}[:, 0].add_(1.0)", "{y}.view(-1)[:3].zero_()", "{y}[:, %d:].relu_()", "{y}.select(1, 0).fill_(0.25)"]
+    forms = [
+        "{y}[:, :%d] = 0.5",
+        "{y}[:, :%d] *= 2.0",
+        "{y}[:, :%d].mul_(0.5)",
+        "{y}[:, :%d].zero_()",
+        "{y}[..., 0] += 1.0",
+    ]
+    forms += [
+        "{y}[:, 0].add_(1.0)",
+        "{y}.view(-1)[:3].zero_()",
+        "{y}[:, %d:].relu_()",
+        "{y}.select(1, 0).fill_(0.25)",
+    ]
     forms += ["{y}.transpose(2, 3).mul_(0.5)", "{y}.flatten(1).add_(0.5)", "{y}.detach().mul_(1.0)"]
     form = scope.rng.choice(forms)
     scope.writes(value)
@@ -131,7 +190,10 @@ def shuffle(scope: Scope) -> None:
     if c % 2:
         raise Impossible
     n = value.name
-    scope.assign(f"{n}.view({n}.size(0), 2, {c // 2}, {h}, {w}).transpose(1, 2).reshape({n}.size(0), {c}, {h}, {w})", value.shape)
+    scope.assign(
+        f"{n}.view({n}.size(0), 2, {c // 2}, {h}, {w}).transpose(1, 2).reshape({n}.size(0), {c}, {h}, {w})",
+        value.shape,
+    )
 
 
 def buffer(scope: Scope) -> None:
@@ -143,7 +205,13 @@ def buffer(scope: Scope) -> None:
         scope.members.append(f"self.register_buffer('{name}', torch.rand(1, {c}, 1, 1) + 0.5)")
     else:
         scope.members.append(f"self.{name} = nn.Parameter(torch.rand({c}, 1, 1) + 0.5)")
-    forms = ("{y} * self.{b}", "{y} + self.{b}", "self.{b} + {y}", "torch.add({y}, self.{b})", "self.{b} * {y}")
+    forms = (
+        "{y} * self.{b}",
+        "{y} + self.{b}",
+        "self.{b} + {y}",
+        "torch.add({y}, self.{b})",
+        "self.{b} * {y}",
+    )
     if scope.rng.random() < 0.3 and scope.may_write(value):
         scope.writes(value)
         scope.emit(scope.rng.choice(("{y} += self.{b}", "{y}.add_(self.{b})")).format(y=value.name, b=name))
@@ -157,8 +225,15 @@ def fresh_constant(scope: Scope) -> None:
     value = scope.image()
     c = value.shape[0]
     y = value.name
-    forms = [f"{y} + torch.ones({c}, 1, 1, dtype={y}.dtype)", f"{y} * {y}.new_ones({c}, 1, 1)", f"{y} + torch.zeros_like({y})"]
-    forms += [f"{y} + torch.full((1, {c}, 1, 1), 0.5, dtype={y}.dtype)", f"{y} * torch.arange(1, {c + 1}).view(-1, 1, 1)"]
+    forms = [
+        f"{y} + torch.ones({c}, 1, 1, dtype={y}.dtype)",
+        f"{y} * {y}.new_ones({c}, 1, 1)",
+        f"{y} + torch.zeros_like({y})",
+    ]
+    forms += [
+        f"{y} + torch.full((1, {c}, 1, 1), 0.5, dtype={y}.dtype)",
+        f"{y} * torch.arange(1, {c + 1}).view(-1, 1, 1)",
+    ]
     forms += [f"{y} + torch.zeros(1, dtype={y}.dtype).add_({y}.mean())", f"{y} + {y}.new_zeros(1).add_(0.5)"]
     scope.assign(scope.rng.choice(forms), value.shape)
 
@@ -196,14 +271,34 @@ def branch(scope: Scope) -> None:
 def optional_child(scope: Scope) -> None:
     """A child that may be None, as the downsample of a residual block."""
     value = scope.image()
-    y = value.name
+    y, c = value.name, value.shape[0]
     if scope.rng.random() < 0.5:
         name = scope.member("down", "None")
     else:
-        name = scope.member("down", f"nn.Sequential(nn.Conv2d({value.shape[0]}, {value.shape[0]}, 1), nn.BatchNorm2d({value.shape[0]}))")
+        name = scope.member(
+            "down",
+            f"nn.Sequential(nn.Conv2d({c}, {c}, 1), nn.BatchNorm2d({c}))",
+        )
     value.memory.saved = True
     skip = scope.fresh("skip")
     scope.emit(f"{skip} = {y}")
     with scope.block(f"if self.{name} is not None:"):
         scope.emit(f"{skip} = self.{name}({y})")
     scope.bind(skip, value.shape, Memory(saved=True, input=value.memory.input))
+
+
+def counted(scope: Scope) -> None:
+    """A buffer that training updates, in place or by another tensor."""
+    value = scope.image()
+    name = scope.fresh("ema")
+    scope.members.append(f"self.register_buffer('{name}', torch.zeros(1))")
+    forms = (
+        "self.{b}.mul_(0.5).add_({y}.detach().mean())",
+        "self.{b} += 1.0",
+        "self.{b} = self.{b} + {y}.detach().mean()",
+    )
+    with scope.block("if self.training:"):
+        scope.emit(scope.rng.choice(forms).format(b=name, y=value.name))
+    if scope.rng.random() < 0.5:
+        value.memory.saved = True
+        scope.assign(f"{value.name} + self.{name}", value.shape)

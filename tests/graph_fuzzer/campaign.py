@@ -9,10 +9,11 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
-from .compare import Fault, Verdict, check, strict
+from .compare import SIDES, Fault, Verdict, check, strict
 from .models import generate
 from .source import Rejected, Source
 
@@ -55,11 +56,11 @@ class Summary:
     def __str__(self) -> str:
         graphs = max(self.graphs, 1)
         lines = [
-            f"{self.graphs} graphs, {100 * self.fused / graphs:.1f}% with something fused, {self.rejected} programs "
-            f"that PyTorch does not run",
-            f"{len(self.faults)} graphs differ; freeze refused {len(self.refused)} "
-            f"({100 * len(self.refused) / graphs:.2f}%), {len(self.refused_without_cause)} of them without state "
-            "or random numbers",
+            f"{self.graphs} graphs, {100 * self.fused / graphs:.1f}% with something fused; "
+            f"{self.rejected} programs that PyTorch does not run",
+            f"{len(self.faults)} graphs differ",
+            f"freeze refused {len(self.refused)} ({100 * len(self.refused) / graphs:.2f}%), "
+            f"{len(self.refused_without_cause)} of them without state or random numbers",
         ]
         kinds: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
         for seed, faults in self.faults.items():
@@ -75,18 +76,20 @@ class Summary:
         return "\n".join(lines)
 
 
-def check_seed(seed: int, layout: bool = False) -> tuple[Source, int, Verdict]:
+def check_seed(
+    seed: int, layout: bool = False, sides: tuple[str, ...] = SIDES
+) -> tuple[Source, int, Verdict]:
     """The program of ``seed``, how many attempts PyTorch rejected before it, and what became of it."""
     for attempt in range(ATTEMPTS):
         source = generate(seed, attempt)
         try:
-            return source, attempt, check(source, seed, layout)
+            return source, attempt, check(source, seed, layout, sides)
         except Rejected:
             continue
     raise Rejected(f"PyTorch runs none of {ATTEMPTS} programs of seed {seed}")
 
 
-def run(seeds: range, layout: bool = False, progress: bool = True) -> Summary:
+def run(seeds: range, layout: bool = False, sides: tuple[str, ...] = SIDES, progress: bool = True) -> Summary:
     """Check the programs of ``seeds`` in pieces, each in a forked process."""
     summary = Summary()
     began, left = time.monotonic(), collections.deque(range(seeds.start, seeds.stop, _PIECE))
@@ -94,7 +97,7 @@ def run(seeds: range, layout: bool = False, progress: bool = True) -> Summary:
     while left:
         first = left.popleft()
         end = bounds[first]
-        crashed = _piece(summary, first, end, layout, progress)
+        crashed = _piece(summary, first, end, (layout, sides), progress)
         if crashed is not None and crashed + 1 < end:
             left.appendleft(crashed + 1)
             bounds[crashed + 1] = end
@@ -103,11 +106,11 @@ def run(seeds: range, layout: bool = False, progress: bool = True) -> Summary:
     return summary
 
 
-def _piece(summary: Summary, first: int, end: int, layout: bool, progress: bool) -> int | None:
+def _piece(summary: Summary, first: int, end: int, options: tuple[Any, ...], progress: bool) -> int | None:
     """Check some seeds in a process; returns the one that ended it, if one did."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(send, first, end, layout))
+    worker = context.Process(target=_work, args=(send, first, end, options))
     worker.start()
     send.close()
     at = first
@@ -132,14 +135,14 @@ def _piece(summary: Summary, first: int, end: int, layout: bool, progress: bool)
     return at
 
 
-def _work(send: Connection, first: int, end: int, layout: bool) -> None:
+def _work(send: Connection, first: int, end: int, options: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with strict():
         for seed in range(first, end):
             send.send((seed, None, None, None))  # so that whoever reads knows which one ended us
             try:
-                source, rejected, verdict = check_seed(seed, layout)
+                source, rejected, verdict = check_seed(seed, *options)
             except Exception:
                 traceback.print_exc()
                 raise SystemExit(1) from None

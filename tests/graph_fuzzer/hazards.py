@@ -20,9 +20,24 @@ def shift(module, args):
 def type_test(scope: Scope) -> None:
     value = scope.image()
     y = value.name
-    tests = ("isinstance({}, torch.Tensor)", "type({}) is torch.Tensor", "torch.is_tensor({})", "not hasattr({}, 'node')")
-    tests += ("torch.jit.isinstance({}, torch.Tensor)", "isinstance({}, (list, tuple))", "isinstance({}, nn.Module)")
-    tests += ("{}.is_floating_point()", "{}.dtype == torch.float64", "not {}.requires_grad", "{} is not None", "torch.is_grad_enabled()")
+    tests = (
+        "isinstance({}, torch.Tensor)",
+        "type({}) is torch.Tensor",
+        "torch.is_tensor({})",
+        "not hasattr({}, 'node')",
+    )
+    tests += (
+        "torch.jit.isinstance({}, torch.Tensor)",
+        "isinstance({}, (list, tuple))",
+        "isinstance({}, nn.Module)",
+    )
+    tests += (
+        "{}.is_floating_point()",
+        "{}.dtype == torch.float64",
+        "not {}.requires_grad",
+        "{} is not None",
+        "torch.is_grad_enabled()",
+    )
     value.memory.saved = True
     with scope.block(f"if {scope.rng.choice(tests).format(y)}:"):
         scope.emit(f"{y} = {y} * 2.0")
@@ -68,7 +83,10 @@ def random_numbers(scope: Scope) -> None:
     y = value.name
     scope.program.tags.add("random")
     forms = ("{y} + torch.rand(1, dtype={y}.dtype)", "{y} * torch.rand({y}.shape, dtype={y}.dtype)")
-    forms += ("F.dropout({y}.contiguous(), 0.25, True)", "{y} + torch.randn({y}.size(0), 1, 1, 1, dtype={y}.dtype)")
+    forms += (
+        "F.dropout({y}.contiguous(), 0.25, True)",
+        "{y} + torch.randn({y}.size(0), 1, 1, 1, dtype={y}.dtype)",
+    )
     scope.assign(scope.rng.choice(forms).format(y=y), value.shape)
 
 
@@ -115,4 +133,6 @@ def hook(scope: Scope) -> None:
     if scope.rng.random() < 0.5:
         scope.members.append(f"self.{name}.register_forward_hook({scope.program.helper('double', _HOOK)})")
     else:
-        scope.members.append(f"self.{name}.register_forward_pre_hook({scope.program.helper('shift', _PRE_HOOK)})")
+        scope.members.append(
+            f"self.{name}.register_forward_pre_hook({scope.program.helper('shift', _PRE_HOOK)})"
+        )

@@ -75,7 +75,9 @@ def convolution(program: Program, shape: Shape, channels: int | None = None, kee
     end = rng.choice(("", ", bias=False")) + ")"
     name = "nn.Conv2d"
     if rng.random() < 0.08 and "transposed" not in kind:
-        name = rng.choice((program.helper("Conv", _CONV_CLASS), program.helper("ScaledConv", _SCALED_CONV_CLASS)))
+        name = rng.choice(
+            (program.helper("Conv", _CONV_CLASS), program.helper("ScaledConv", _SCALED_CONV_CLASS))
+        )
     if kind == "depthwise" and channels in (None, c):
         return f"{name}({c}, {c}, 3, padding=1, groups={c}{end}", shape
     if kind == "grouped" and c % 2 == out % 2 == 0:
@@ -154,7 +156,11 @@ def pool(rng: random.Random, shape: Shape) -> tuple[str, str, Shape]:
     if rng.random() < 0.3:
         kind = rng.choice(("avg", "max"))
         out = rng.choice((1, 2, 3))
-        return f"nn.Adaptive{kind.title()}Pool2d({out})", f"F.adaptive_{kind}_pool2d({{}}, {out})", (c, out, out)
+        return (
+            f"nn.Adaptive{kind.title()}Pool2d({out})",
+            f"F.adaptive_{kind}_pool2d({{}}, {out})",
+            (c, out, out),
+        )
     if min(h, w) < 3:
         raise Impossible
     kind = rng.choice(("Max", "Max", "Avg"))
@@ -165,7 +171,9 @@ def pool(rng: random.Random, shape: Shape) -> tuple[str, str, Shape]:
     return f"nn.{kind}Pool2d({arguments})", f"F.{kind.lower()}_pool2d({{}}, {arguments})", made
 
 
-def chain(program: Program, shape: Shape, in_place: bool, keep: bool = False) -> tuple[list[str], Shape, bool]:
+def chain(
+    program: Program, shape: Shape, in_place: bool, keep: bool = False
+) -> tuple[list[str], Shape, bool]:
     """Constructors of layers that follow each other in a Sequential.
 
     Returns:

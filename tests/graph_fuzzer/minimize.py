@@ -1,6 +1,6 @@
 """Makes a failing program smaller: statements and calls go as long as the failure stays.
 
-It works on the syntax tree, so it knows nothing of the grammar. What PyTorch does not run is refused by the test.
+It works on the syntax tree, so it knows nothing of the grammar. The test refuses what PyTorch does not run.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def _simpler_expression(tree: ast.Module, number: int) -> bool:
         for node in ast.walk(function):
             parts: list[ast.AST] = []
             if isinstance(node, ast.Call):
-                is_method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in _MODULES
+                is_method = (
+                    isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in _MODULES
+                )
                 parts = [*node.args, *([node.func.value] if is_method else [])]  # type: ignore[attr-defined]
                 if len(node.args) > 1:
                     shorter = ast.Call(node.func, node.args[:-1], node.keywords)
@@ -141,7 +143,11 @@ def _simpler_expression(tree: ast.Module, number: int) -> bool:
             elif isinstance(node, ast.BinOp):
                 parts = [node.left, node.right]
             elif isinstance(node, (ast.Tuple, ast.List)) and isinstance(node.ctx, ast.Load) and node.elts:
-                parts = [*node.elts, type(node)(node.elts[:-1], node.ctx), type(node)(node.elts[1:], node.ctx)]
+                parts = [
+                    *node.elts,
+                    type(node)(node.elts[:-1], node.ctx),
+                    type(node)(node.elts[1:], node.ctx),
+                ]
             elif isinstance(node, ast.Dict):
                 parts = list(node.values)
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):

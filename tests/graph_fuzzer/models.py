@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from . import aliasing, hazards, statements
+from . import aliasing, hazards, lists, statements
 from .grammar import Impossible, Layer, Memory, Program, Scope, Shape, Value
 from .source import Source
 
@@ -19,7 +19,11 @@ def nested(scope: Scope) -> None:
     text, memory = scope.call(layer, value)
     scope.layers.append(layer)
     made = scope.assign(text, layer.makes, memory)
-    if layer.makes == layer.takes and scope.rng.random() < 0.2 and not (layer.writes and not scope.may_write(made)):
+    if (
+        layer.makes == layer.takes
+        and scope.rng.random() < 0.2
+        and not (layer.writes and not scope.may_write(made))
+    ):
         text, memory = scope.call(layer, made)
         scope.assign(text, layer.makes, memory)
 
@@ -54,8 +58,8 @@ _COMMON: dict[Callable[[Scope], None], float] = {
     statements.again: 1,
     statements.sequential: 1.2,
     statements.squeeze_excite: 0.4,
-    statements.loop: 0.5,
-    statements.collect: 1.2,
+    lists.loop: 0.5,
+    lists.collect: 1.2,
     aliasing.scalar: 1.8,
     aliasing.alias: 2,
     aliasing.turned: 0.5,
@@ -67,6 +71,8 @@ _COMMON: dict[Callable[[Scope], None], float] = {
     aliasing.fresh_constant: 0.5,
     aliasing.branch: 0.8,
     aliasing.optional_child: 0.4,
+    aliasing.counted: 0.3,
+    lists.function: 0.3,
     method: 0.4,
     nested: 1.2,
 }
@@ -132,7 +138,13 @@ def generate(seed: int, attempt: int = 0) -> Source:
         shapes["z"] = rng.choice((shapes["x"], (4, size, size)))
     scope = Scope(program, "Model", shapes, 0)
     # First something to fuse, then anything.
-    opening = (statements.conv_norm_act, statements.conv_norm_act, statements.sequential, statements.loop, nested)
+    opening = (
+        statements.conv_norm_act,
+        statements.conv_norm_act,
+        statements.sequential,
+        lists.loop,
+        nested,
+    )
     if rng.random() < 0.15:
         write(scope, 1)
     for _ in range(rng.choice((1, 1, 2))):
@@ -146,7 +158,11 @@ def generate(seed: int, attempt: int = 0) -> Source:
     program.classes.append(scope.source(result, defaults=defaults))
     dtype = rng.choice(("float64", "float32"))
     return Source(
-        "\n\n".join(program.classes), tuple(shapes.values()), dtype, program.trainable, frozenset(program.tags)
+        "\n\n".join(program.classes),
+        tuple(shapes.values()),
+        dtype,
+        program.trainable,
+        frozenset(program.tags),
     )
 
 
@@ -183,15 +199,29 @@ def _result(scope: Scope) -> str:
     if place < 0.93:
         return "{" + ", ".join(items) + "}"
     if place < 0.96:
-        return "OrderedDict(" + ", ".join(f"{item.partition(':')[0][1:-1]}={item.partition(': ')[2]}" for item in items) + ")"
+        return (
+            "OrderedDict("
+            + ", ".join(f"{item.partition(':')[0][1:-1]}={item.partition(': ')[2]}" for item in items)
+            + ")"
+        )
     return f"{{'out': {text}, 'more': ({', '.join(more)},)}}"
 
 
 def _head(scope: Scope, value: Value) -> str:
     c, h, w = value.shape
     y = value.name
-    forms = ("{}.mean((2, 3))", "{}.mean([2, 3])", "F.adaptive_avg_pool2d({}, 1).flatten(1)", "self.gap({}).flatten(1)")
-    forms += ("torch.flatten(F.adaptive_avg_pool2d({}, (1, 1)), 1)", "{}.flatten(1)", "{}.view({}.size(0), -1)", "{}.mean(dim=(-2, -1))")
+    forms = (
+        "{}.mean((2, 3))",
+        "{}.mean([2, 3])",
+        "F.adaptive_avg_pool2d({}, 1).flatten(1)",
+        "self.gap({}).flatten(1)",
+    )
+    forms += (
+        "torch.flatten(F.adaptive_avg_pool2d({}, (1, 1)), 1)",
+        "{}.flatten(1)",
+        "{}.view({}.size(0), -1)",
+        "{}.mean(dim=(-2, -1))",
+    )
     form = scope.rng.choice(forms)
     if "gap" in form:
         form = form.replace("gap", scope.member("gap", "nn.AdaptiveAvgPool2d(1)"))
@@ -200,8 +230,14 @@ def _head(scope: Scope, value: Value) -> str:
     features = form.replace("{}", y)
     if scope.rng.random() < 0.3:
         return features
-    linear = scope.member("linear", f"nn.Linear({c}, 5)")
+    if scope.rng.random() < 0.25:
+        head = f"nn.Sequential(nn.Linear({c}, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5))"
+    else:
+        head = f"nn.Linear({c}, 5)"
+    linear = scope.member("linear", head)
     text = f"self.{linear}({features})"
     if scope.rng.random() < 0.3:
-        text = scope.rng.choice(("F.relu({})", "torch.sigmoid({})", "{}.softmax(1)", "{}.relu()")).format(text)
+        text = scope.rng.choice(("F.relu({})", "torch.sigmoid({})", "{}.softmax(1)", "{}.relu()")).format(
+            text
+        )
     return text

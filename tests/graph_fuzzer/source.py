@@ -1,4 +1,4 @@
-"""A model as Python source: loaded so that tracebacks and inspect find its lines, and printed to run by itself."""
+"""A model as Python source: tracebacks and inspect find its lines, and printed it runs by itself."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import layers
 from .grammar import Impossible, Layer, Memory, Scope, Value
 
@@ -25,6 +27,7 @@ _FUNCTIONS = (
     "torch.clamp({}, -0.5, 1.0)",
     "F.softplus({})",
     "torch.nn.functional.relu({})",
+    "F.relu(input={})",
 )
 _IN_PLACE = (
     "F.relu({}, inplace=True)",
@@ -155,6 +158,7 @@ def residual(scope: Scope) -> None:
     else:
         forms = ("{a} + {b}", "{a} + {b}", "torch.add({a}, {b})", "{a}.add({b})", "{a} - {b}")
         forms += ("torch.add({a}, {b}, alpha=0.5)", "{a}.add({b}, alpha=2.0)", "torch.sub({a}, {b})")
+        forms += ("torch.add(input={a}, other={b})", "sum([{a}, {b}])")
         a = scope.assign(scope.rng.choice(forms).format(a=a.name, b=b.name), a.shape)
     if scope.rng.random() < 0.5:
         forms = _IN_PLACE[:5] if scope.rng.random() < 0.4 and scope.may_write(a) else _FUNCTIONS[:4]
@@ -169,7 +173,12 @@ def _add_in_place(scope: Scope, a: Value, b: Value) -> None:
     scope.writes(a)
     forms = ["{a} += {b}", "{a} += {b}", "{a}.add_({b})", "{a} -= {b}", "{a}.add_({b}, alpha=0.5)"]
     if not scope.program.trainable:
-        forms += ["torch.add({a}, {b}, out={a})", "torch.sub({a}, {b}, out={a})", "{a} *= {b}", "{a}.mul_({b})"]
+        forms += [
+            "torch.add({a}, {b}, out={a})",
+            "torch.sub({a}, {b}, out={a})",
+            "{a} *= {b}",
+            "{a}.mul_({b})",
+        ]
         forms += ["{a}.copy_({b})"]
     scope.emit(scope.rng.choice(forms).format(a=a.name, b=b.name))
 
@@ -185,12 +194,16 @@ def fused_residual(scope: Scope) -> None:
     out = scope.fresh("out")
     scope.emit(f"{out} = self.{norm}({text})")
     disturb(scope, value, skip)
-    form = scope.rng.choice(("{o} += {s}", "{o} += {s}", "{o} = {o} + {s}", "{o} = {s} + {o}", "{o}.add_({s})"))
+    form = scope.rng.choice(
+        ("{o} += {s}", "{o} += {s}", "{o} = {o} + {s}", "{o} = {s} + {o}", "{o}.add_({s})")
+    )
     scope.emit(form.format(o=out, s=skip.name))
     disturb(scope, value, skip)
     memory = Memory(saved=scope.rng.random() < 0.8)
     if memory.saved:
-        form = scope.rng.choice(("F.relu({o})", "self.{a}({o})", "torch.relu_({o})", "F.relu({o}, inplace=True)"))
+        form = scope.rng.choice(
+            ("F.relu({o})", "self.{a}({o})", "torch.relu_({o})", "F.relu({o}, inplace=True)")
+        )
         if "self" in form:
             act = scope.member("act", layers.activation(scope.rng, scope.rng.random() < 0.5))
             form = form.replace("{a}", act)
@@ -234,7 +247,9 @@ def tail(scope: Scope) -> None:
     mean = scope.rng.choice(("F.adaptive_avg_pool2d({}, 1)", "{}.mean((2, 3), keepdim=True)", "self.gap({})"))
     if "gap" in mean:
         mean = mean.replace("gap", scope.member("gap", "nn.AdaptiveAvgPool2d(1)"))
-    scope.assign(mean.format(scope.rng.choice(("F.relu({})", "({}).relu()")).format(added)), (a.shape[0], 1, 1))
+    scope.assign(
+        mean.format(scope.rng.choice(("F.relu({})", "({}).relu()")).format(added)), (a.shape[0], 1, 1)
+    )
 
 
 def pool(scope: Scope) -> None:
@@ -280,6 +295,9 @@ def again(scope: Scope) -> None:
     if not fits:
         raise Impossible
     layer, value = scope.rng.choice(fits)
+    if scope.rng.random() < 0.2:  # by another name
+        layer = replace(layer, call=f"self.{scope.member('twin', layer.call)}")
+    value.read = True
     text, memory = scope.call(layer, value)
     scope.assign(text, layer.makes, memory)
 
@@ -301,56 +319,3 @@ def squeeze_excite(scope: Scope) -> None:
     scope.emit(f"{gate} = torch.sigmoid(self.{name}({mean.format(value.name)}))")
     value.memory.saved = True
     scope.assign(f"{value.name} * {gate}", value.shape)
-
-
-def loop(scope: Scope) -> None:
-    """Layers of a ModuleList one after the other, and perhaps a list of what they made."""
-    value = scope.image()
-    c = value.shape[0]
-    found = [layers.chain(scope.program, value.shape, False, True)[0] for _ in range(scope.rng.choice((2, 2, 3)))]
-    each = ", ".join(f"nn.Sequential({', '.join(chain)})" for chain in found)
-    children = scope.member("layers", f"nn.ModuleList([{each}])")
-    now, layer, seen = scope.fresh("now"), scope.fresh("layer"), scope.fresh("seen")
-    value.memory.saved = True
-    first = scope.rng.choice((value.name, f"{value.name} * 1.0"))
-    scope.emit(f"{now}, {seen} = {first}, []")
-    owned = "*" in first or (not scope.program.trainable and scope.may_write(value))
-    if "*" not in first and owned:
-        scope.writes(value)
-    grow = scope.rng.choice(("{n} = {l}({n})", "{n} = {n} + {l}({n})", "{n} += {l}({n})"))
-    if "+=" in grow and (not owned or scope.program.trainable):
-        grow = "{n} = {l}({n})"
-    with scope.block(f"for {layer} in self.{children}:"):
-        scope.emit(grow.format(n=now, l=layer))
-        scope.emit(f"{seen}.append({now})")
-    shape = value.shape
-    end = scope.rng.choice(("stack", "cat", "sum", "last"))
-    if end == "cat":
-        scope.assign(f"torch.cat({seen}, {scope.rng.choice(('1', 'dim=1'))})", (c * len(found), *shape[1:]))
-    else:
-        text = {"stack": f"torch.stack({seen}).mean(0)", "sum": f"sum({seen})", "last": f"{seen}[-1]"}[end]
-        scope.assign(text, shape, Memory(saved=True))
-
-
-def collect(scope: Scope) -> None:
-    """Concatenate or stack what a list holds."""
-    a = scope.image()
-    alike = [v for v in scope.values.values() if len(v.shape) == 3 and v.shape[1:] == a.shape[1:]]
-    chosen = [a, *(scope.rng.choice(alike) for _ in range(scope.rng.choice((1, 1, 2))))]
-    if sum(v.shape[0] for v in chosen) > 16:
-        raise Impossible
-    names = [v.name for v in chosen]
-    if scope.rng.random() < 0.4:
-        seen = scope.fresh("seen")
-        scope.emit(f"{seen} = [{names[0]}]")
-        for name in names[1:]:
-            scope.emit(scope.rng.choice((f"{seen}.append({name})", f"{seen} += [{name}]", f"{seen}.extend([{name}])")))
-        listed = seen
-    else:
-        listed = scope.rng.choice(("[{}]", "({})")).format(", ".join(names))
-    if len({v.shape for v in chosen}) == 1 and scope.rng.random() < 0.4:
-        text = scope.rng.choice(("torch.stack({}).sum(0)", "torch.stack({}, 1).mean(1)", "torch.stack({}, dim=0)[0]"))
-        scope.assign(text.format(listed), a.shape)
-    else:
-        shape = (sum(v.shape[0] for v in chosen), *a.shape[1:])
-        scope.assign(f"torch.cat({listed}, {scope.rng.choice(('1', 'dim=1'))})", shape)
