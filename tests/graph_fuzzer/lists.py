@@ -1,4 +1,4 @@
-"""Statements about several layers or values at once: loops, lists, concatenation, functions outside a class."""
+"""Statements about several layers or values at once: loops, lists, concatenation, functions."""
 
 from __future__ import annotations
 

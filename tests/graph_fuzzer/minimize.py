@@ -19,35 +19,31 @@ def minimize(source: Source, fails: Callable[[Source], bool], tries: int = 2000)
         fails: is called with programs that may not even run; False for these.
         tries: how often it may be called.
     """
-    seen = {source.classes}
     improved = True
     while improved:
         improved = False
-        for text in _smaller(source.classes):
-            if text in seen:
-                continue
-            seen.add(text)
-            if tries == 0:
-                return source
-            tries -= 1
-            candidate = replace(source, classes=text)
-            if fails(candidate):
-                source, improved = candidate, True
-                break
+        for change in (_without_class, _without_statement, _without_name, _simpler_expression):
+            place = 0
+            while tries > 0:
+                text = _changed(source.classes, change, place)
+                if text is None:
+                    break
+                tries -= 1
+                candidate = replace(source, classes=text)
+                if text != source.classes and fails(candidate):
+                    source, improved = candidate, True  # what stands at this place now is the next
+                else:
+                    place += 1
     return source
 
 
-def _smaller(text: str) -> Iterator[str]:
-    """Programs with one thing less, those with most less first."""
-    for change in (_without_class, _without_statement, _without_name, _simpler_expression):
-        count = 0
-        while True:
-            tree = ast.parse(text)
-            if not change(tree, count):
-                break
-            ast.fix_missing_locations(tree)
-            yield _unparse(tree)
-            count += 1
+def _changed(text: str, change: Callable[[ast.Module, int], bool], place: int) -> str | None:
+    """The program with one thing less; None where there is no such place."""
+    tree = ast.parse(text)
+    if not change(tree, place):
+        return None
+    ast.fix_missing_locations(tree)
+    return _unparse(tree)
 
 
 def _unparse(tree: ast.Module) -> str:
