@@ -1,0 +1,1 @@
+"""Random models that compare eager, patched and frozen; ``python -m tests.graph_fuzzer --help``."""
