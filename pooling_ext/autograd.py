@@ -20,6 +20,18 @@ def needs_autograd(input: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def refuse_empty(grad: torch.Tensor) -> None:
+    """Raise RuntimeError for an adaptive operator's empty gradient, as PyTorch's backward does.
+
+    Only a batch may be empty.
+    """
+    if 0 in grad.shape[1:]:
+        raise RuntimeError(
+            "Expected grad to have non-zero size for non-batch dimensions, but got grad of size "
+            f"{list(grad.shape)}: output_size or input is empty"
+        )
+
+
 class _Leaf:
     """A tuple that pytree sees as one leaf.
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch.compiler import is_compiling
 
+from .arguments import as_bool, as_int
 from .errors import ArgumentError
 
 Ints = tuple[int, ...]
@@ -46,6 +46,18 @@ class Windows(NamedTuple):
             stride=self.stride or self.kernel_size,
             padding=self.padding or (0, 0) * rank,
             dilation=self.dilation or (1,) * rank,
+        )
+
+    @property
+    def flat(self) -> Windows:
+        """These windows over lines as windows over planes of one row."""
+        output_size, kernel_size, stride, padding, dilation = self
+        return Windows(
+            (1, *output_size),
+            (1, *kernel_size) if kernel_size else (),
+            (1, *stride) if stride else (),
+            (0, 0, *padding) if padding else (),
+            (1, *dilation) if dilation else (),
         )
 
     def ceil_mode(self, sizes: Ints) -> bool | None:
@@ -99,43 +111,83 @@ class Windows(NamedTuple):
         return counts
 
 
+#: What is remembered by its value. Anything else (a list, NumPy's numbers, a tensor, which may change) is
+#: read in each call.
+_PLAIN = frozenset((int, bool, str, type(None)))
+_ITEMS = frozenset((int, type(None)))
+_LARGEST = 2**63 - 1
+
+
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    for value in arguments:
+        if isinstance(value, tuple):
+            if not _ITEMS.issuperset(map(type, value)):
+                return False
+        elif type(value) not in _PLAIN:
+            return False
+    return True
+
+
 def _cached(make):
     """Remember the windows of recent calls: making them costs more than a small kernel.
 
-    Under torch.compile the function is traced instead, and arguments that cannot be hashed (lists,
-    symbolic sizes) go straight through.
+    Under torch.compile the function is traced instead.
     """
-    remember = lru_cache(maxsize=1024, typed=True)(make)
+
+    @lru_cache(maxsize=1024, typed=True)
+    def remember(rank: int, shape: Ints, *arguments) -> tuple[Windows, bool]:
+        if not _are_plain(arguments):
+            raise TypeError("not to be remembered")
+        return make(rank, shape, *arguments), any(isinstance(value, tuple) for value in arguments)
 
     def windows(rank: int, shape: Ints, *arguments) -> Windows:
         if is_compiling():
             return make(rank, shape, *arguments)
         try:
-            return remember(rank, shape, *arguments)
-        except TypeError:
+            found, has_tuples = remember(rank, shape, *arguments)
+        except TypeError:  # an argument cannot be remembered, or has the wrong type
             return make(rank, shape, *arguments)
+        # To the cache (2.0, True) is (2, 1).
+        if has_tuples and not _are_plain(arguments):
+            return make(rank, shape, *arguments)
+        return found
 
     return windows
 
 
-def _ints(value: Any, name: str, rank: int, low: int) -> Ints:
-    """Expand an int, or a sequence of 1 or ``rank`` ints, to ``rank`` ints of at least ``low``."""
-    items: tuple[Any, ...] = (
-        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    )
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)):
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """What a sequence consists of; None for anything else."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+
+
+def _int_list(items: tuple[Any, ...], value: Any, name: str, rank: int, low: int) -> Ints:
+    """``items`` of the argument ``value`` as ints of at least ``low``."""
+    found = []
+    for i, item in enumerate(items):
+        # As PyTorch has it, the first item tells whether these are ints.
+        number = item if type(item) is int else as_int(item, booleans=i > 0)
+        if number is None:
             raise TypeError(
                 f"{name} must be an int or a tuple of {rank} ints, but got {value!r} ({type(item).__name__})"
             )
-    if len(items) == 1:
-        items *= rank
-    if len(items) != rank:
-        raise ArgumentError(f"{name} must be an int or a tuple of {rank} ints, but got {value!r}")
-    if any(item < low for item in items):
+        found.append(number)
+    if any(type(number) is int and number > _LARGEST for number in found):
+        raise ArgumentError(f"{name} must be less than 2 ** 63, but got {value!r}")
+    if any(number < low for number in found):
         allowed = "greater than zero" if low == 1 else "non-negative"
         raise ArgumentError(f"{name} must be {allowed}, but got {value!r}")
-    return items
+    return tuple(found)
+
+
+def _ints(value: Any, name: str, rank: int, low: int) -> Ints:
+    """Expand an int, or a sequence of 1 or ``rank`` ints, to ``rank`` ints of at least ``low``."""
+    items = _items(value)
+    found = _int_list((value,) if items is None else items, value, name, rank, low)
+    if len(found) == 1:
+        found *= rank
+    if len(found) != rank:
+        raise ArgumentError(f"{name} must be an int or a tuple of {rank} ints, but got {value!r}")
+    return found
 
 
 def _padding(value: Any, rank: int, sizes: Ints, kernel_size: Ints, stride: Ints, dilation: Ints) -> Ints:
@@ -213,8 +265,7 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
     no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
     step = kernel if no_stride else _ints(stride, "stride", rank, 1)
     spread = _ints(dilation, "dilation", rank, 1)
-    if not isinstance(ceil_mode, (bool, int)):
-        raise TypeError(f"ceil_mode must be a bool, but got {ceil_mode!r}")
+    as_bool(ceil_mode, "ceil_mode")
     sizes = _spatial_sizes(rank, shape)
     pads = _padding(padding, rank, sizes, kernel, step, spread)
     output = tuple(
@@ -246,11 +297,17 @@ def adaptive_windows(rank: int, shape: Ints, output_size, zero_channels: bool = 
         ArgumentError: ``output_size`` or the input's shape is out of range.
     """
     sizes = _spatial_sizes(rank, shape, len(shape) - rank if zero_channels else 1)
-    if isinstance(output_size, Sequence) and len(output_size) == rank:
-        output_size = tuple(sizes[i] if want is None else want for i, want in enumerate(output_size))
-    elif output_size is None:
-        output_size = sizes
-    return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())
+    if output_size is None:
+        return Windows(sizes, (), (), (), ())
+    items = _items(output_size)
+    if items is None and getattr(output_size, "ndim", 0) == 1:  # an array's or a tensor's elements
+        items = tuple(output_size.tolist())
+    if items is None:
+        return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())
+    if len(items) != rank:
+        raise ArgumentError(f"output_size must be an int or a tuple of {rank} ints, but got {output_size!r}")
+    wanted = tuple(size if item is None else item for size, item in zip(sizes, items, strict=True))
+    return Windows(_int_list(wanted, output_size, "output_size", rank, 0), (), (), (), ())
 
 
 @_cached

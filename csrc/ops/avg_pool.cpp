@@ -20,6 +20,11 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     STD_TORCH_CHECK(sizes_of(grad) == output_sizes(input_size, windows),
                     "pooling_ext: grad must have the output's size");
+    const bool has_channels_last =
+        windows.rank() > 1 && input_size.size() == output_size.size() + 2;
+    STD_TORCH_CHECK(!channels_last || has_channels_last,
+                    "pooling_ext: channels_last must be false unless input_size is (N, C, H, W) or "
+                    "(N, C, D, H, W)");
     const Tensor dense_grad = dense(grad, channels_last);
     Device device(grad);
     Tensor result = device.empty(input_size, grad.scalar_type(), channels_last);

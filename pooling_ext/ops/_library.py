@@ -58,6 +58,18 @@ def suggests_channels_last(input: torch.Tensor) -> bool:
     return suggest_memory_format(input) in (torch.channels_last, torch.channels_last_3d)
 
 
+def keeps_channels_last(input: torch.Tensor, rank: int) -> bool:
+    """Whether a pooling operator's result for ``input`` is to be in a channels-last format."""
+    return rank > 1 and input.dim() == rank + 2 and suggests_channels_last(input)
+
+
+def is_channels_last_1d(input: torch.Tensor) -> bool:
+    """Whether the channels of ``(N, C, L)`` lie together, as in a transposed ``(N, L, C)``."""
+    if input.is_contiguous() or input.dim() != 3:
+        return False
+    return suggests_channels_last(input.unsqueeze(-2))
+
+
 def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
     if not channels_last:
         return torch.contiguous_format
@@ -67,12 +79,11 @@ def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
 def empty(like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor with ``like``'s batch and channels, and its memory format if it is batched."""
     rank = len(spatial)
-    batched = like.dim() == rank + 2
     return torch.empty(
         (*like.shape[: like.dim() - rank], *spatial),
         dtype=dtype or like.dtype,
         device=like.device,
-        memory_format=memory_format(rank, batched and rank > 1 and suggests_channels_last(like)),
+        memory_format=memory_format(rank, keeps_channels_last(like, rank)),
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import backends
-from ..autograd import Differentiable, needs_autograd
+from ..arguments import as_bool, as_int
+from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..errors import ArgumentError
 from ..windows import Windows, adaptive_windows, fixed_windows
 from . import _library
@@ -49,10 +50,14 @@ class _AvgPool(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
         ctx.input_size = input.shape
-        ctx.channels_last = _library.suggests_channels_last(input)
+        ctx.channels_last = _library.keeps_channels_last(input, len(ctx.options[0].output_size))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        windows = ctx.options[0]
+        # PyTorch's mean of everything, which is another operator, does not mind.
+        if windows.adaptive and grads[0].numel() == 0 and any(n != 1 for n in windows.output_size):
+            refuse_empty(grads[0])
         return spread(grads[0], ctx.input_size, ctx.channels_last, *ctx.options), None, None, None
 
 
@@ -100,15 +105,27 @@ def avg_pool(
 ) -> Tensor:
     """Average ``input`` over ``windows``."""
     if divisor_override is not None:
-        if isinstance(divisor_override, bool) or not isinstance(divisor_override, int):
-            raise TypeError(f"divisor_override must be an int or None, but got {divisor_override!r}")
-        if divisor_override == 0:
-            raise ArgumentError("divisor_override must be not zero, but got 0")
+        divisor_override = _checked_divisor(divisor_override)
+    if count_include_pad is not True:
+        as_bool(count_include_pad, "count_include_pad")
+    if len(windows.output_size) == 1 and _library.is_channels_last_1d(input):
+        return avg_pool(input.unsqueeze(-2), windows.flat, count_include_pad, divisor_override).squeeze(-2)
     if backends.choose("avg_pool", input) is backends.ATEN:
         return _aten_avg_pool(input, windows, count_include_pad, divisor_override)
     if needs_autograd(input):
-        return _average(input, windows, bool(count_include_pad), divisor_override)
+        return _average(input, windows, count_include_pad, divisor_override)
     return _avg_pool_forward(input, *windows, count_include_pad, divisor_override)
+
+
+def _checked_divisor(divisor: Any) -> int:
+    number = None if isinstance(divisor, Tensor) and divisor.dim() > 0 else as_int(divisor)
+    if number is None:
+        raise TypeError(f"divisor_override must be an int or None, but got {divisor!r}")
+    if number == 0:
+        raise ArgumentError("divisor_override must be not zero, but got 0")
+    if not -(2**63) <= number < 2**63:
+        raise ArgumentError(f"divisor_override must fit 64 bits, but got {number}")
+    return number
 
 
 def _aten_avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, divisor: int | None) -> Tensor:
@@ -200,6 +217,20 @@ def avg_pool3d(
     return avg_pool(input, windows, count_include_pad, divisor_override)
 
 
+def _adaptive_avg_pool(rank: int, input: Tensor, output_size: Any, zero_channels: bool) -> Tensor:
+    try:
+        windows = adaptive_windows(rank, input.shape, output_size, zero_channels)
+    except ArgumentError:
+        # PyTorch's mean of everything also takes nothing.
+        if input.numel() > 0 or input.dim() not in (rank + 1, rank + 2):
+            raise
+        windows = adaptive_windows(rank, (1,) * input.dim(), output_size)
+        if any(n != 1 for n in windows.output_size):
+            raise
+        return getattr(F, f"adaptive_avg_pool{rank}d")(input, windows.output_size)
+    return avg_pool(input, windows)
+
+
 @public
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """Average pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_avg_pool2d`.
@@ -212,16 +243,16 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
         TypeError: an argument has the wrong type.
         ArgumentError: an argument or the input's shape is out of range.
     """
-    return avg_pool(input, adaptive_windows(2, input.shape, output_size, True))
+    return _adaptive_avg_pool(2, input, output_size, True)
 
 
 @public
 def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
     """As :func:`adaptive_avg_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
-    return avg_pool(input, adaptive_windows(1, input.shape, output_size, True))
+    return _adaptive_avg_pool(1, input, output_size, True)
 
 
 @public
 def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
     """As :func:`adaptive_avg_pool2d`, over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
-    return avg_pool(input, adaptive_windows(3, input.shape, output_size))
+    return _adaptive_avg_pool(3, input, output_size, False)

@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
 from .. import backends
+from ..arguments import as_bool, as_float
 from ..errors import ArgumentError
 from . import _library
 from ._dispatch import public
@@ -297,7 +298,9 @@ def batch_norm_act(
         ArgumentError: an argument does not go with the input's shape, or is out of range.
     """
     parameters = {"weight": weight, "bias": bias}
-    check(input, residual, activation, parameters, running_mean, running_var, training, momentum, eps)
+    momentum, eps = check(
+        input, residual, activation, parameters, running_mean, running_var, training, momentum, eps
+    )
     relu = activation == "relu"
     backend = backends.choose("batch_norm_act", input)
     if backend is backends.ATEN or transformed() or (residual is not None and not alike(input, residual)):
@@ -318,6 +321,8 @@ def batch_norm_act(
         return in_training(
             input, running_mean, running_var, weight, bias, momentum, eps, residual, relu, None
         )
+    if is_compiling():
+        input, weight, bias, residual = distinct(input, weight, bias, residual)
     wanted = needs_grad(input, weight, bias, residual)
     if backend is backends.CPU and not training and not wanted:
         return normalise(input, running_mean, running_var, weight, bias, residual, eps, relu)
@@ -342,6 +347,8 @@ def in_training(
 ) -> Tensor:
     """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
     batch_count(input)  # one value is an error, which must come first
+    if is_compiling():
+        input, weight, bias, residual = distinct(input, weight, bias, residual)
     if needs_grad(input, weight, bias, residual):
         running = running_mean, running_var, momentum
         return _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats, *running)
@@ -358,14 +365,18 @@ def check(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
-    momentum: float,
-    eps: float,
-) -> None:
+    momentum: Any,
+    eps: Any,
+) -> tuple[float, float]:
+    """Check the arguments of :func:`batch_norm_act`, and return ``momentum`` and ``eps`` as floats."""
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(number, (float, int)):
-            raise TypeError(f"{name} must be a number, but got {type(number).__name__}")
+    if type(momentum) is not float:
+        momentum = as_float(momentum, "momentum")
+    if type(eps) is not float:
+        eps = as_float(eps, "eps")
+    if training is not True and training is not False:
+        as_bool(training, "training")
     if eps < 0 or (training and eps == 0):
         raise ArgumentError(f"eps must be positive, or 0 unless training is true, but got {eps}")
     if input.dim() < 2:
@@ -377,7 +388,7 @@ def check(
     for name, value in parameters.items():
         if value is None:
             continue
-        _check_tensor(name, value)
+        check_tensor(name, value)
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating-point, but got {value.dtype}")
         if value.shape != (channels,):
@@ -385,18 +396,30 @@ def check(
                 f"{name} must have shape ({channels},), one value for each of input's channels, but got "
                 f"{tuple(value.shape)}"
             )
-    if not training and (running_mean is None or running_var is None):
-        raise ArgumentError("running_mean and running_var must be given unless training is true")
+        check_device(name, value, input)
+    if running_mean is None or running_var is None:
+        if not training:
+            raise ArgumentError("running_mean and running_var must be given unless training is true")
+        if running_mean is not running_var:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ArgumentError(f"running_mean and running_var must be given together, but {missing} is None")
     if residual is None:
-        return
-    _check_tensor("residual", residual)
+        return momentum, eps
+    check_tensor("residual", residual)
+    check_device("residual", residual, input)
     if residual.shape != input.shape:
         raise ArgumentError(
             f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"
         )
+    return momentum, eps
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_device(name: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise ArgumentError(f"{name} must be on input's device {input.device}, but is on {value.device}")
+
+
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, but got {type(value).__name__}")
 
@@ -408,6 +431,14 @@ def alike(input: Tensor, residual: Tensor) -> bool:
 def transformed() -> bool:
     """Whether torch.func or forward mode is at work, which PyTorch's operators take."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def distinct(*tensors: Any) -> list[Any]:
+    """``tensors``, with views in the place of repetitions, which torch.compile does not give to a Function."""
+    return [
+        x if x is None or all(x is not y for y in tensors[:i]) else x.view_as(x)
+        for i, x in enumerate(tensors)
+    ]
 
 
 def needs_grad(*inputs: Tensor | None) -> bool:
@@ -444,6 +475,8 @@ def batch_norm_arguments(bn: Any) -> dict[str, Any]:
     """What :func:`batch_norm_act` needs of a torch.nn batch norm module, whose counter it advances."""
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
     momentum = 0.0 if bn.momentum is None else bn.momentum
+    if type(momentum) is not float:
+        momentum = as_float(momentum, "momentum")
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:  # a cumulative average
@@ -456,9 +489,15 @@ def batch_norm_arguments(bn: Any) -> dict[str, Any]:
         "bias": bn.bias,
         "training": training,
         "momentum": momentum,
-        "eps": bn.eps,
+        "eps": eps_of(bn),
         "process_group": _process_group(bn) if training and bn.training else None,
     }
+
+
+def eps_of(bn: Any) -> Any:
+    """A batch norm module's ``eps``, which may be a number of NumPy's or PyTorch's."""
+    eps = bn.eps
+    return eps if type(eps) is float else as_float(eps, "eps")
 
 
 def _process_group(bn: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from .batch_norm_act import (
     batch_norm_act,
     bias_grad,
     check,
+    distinct,
     like,
     needs_grad,
     transformed,
@@ -163,7 +164,7 @@ def batch_norm_relu_max_pool(
         ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
     """
     parameters = {"weight": weight, "bias": bias}
-    check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
+    momentum, eps = check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
     if aten or transformed() or input.dim() != 4 or not _usual(windows):
@@ -180,6 +181,8 @@ def batch_norm_relu_max_pool(
         )
         return max_pool(output, windows)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
+    if is_compiling():
+        input, weight, bias = distinct(input, weight, bias)
     if needs_grad(input, weight, bias):
         group = process_group if training else None
         return _BatchNormReluMaxPool.apply(input, weight, bias, stats, eps, count, group, windows)

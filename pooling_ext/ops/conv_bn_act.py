@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
@@ -24,6 +27,9 @@ from .batch_norm_act import (
     alike,
     batch_norm_act,
     batch_norm_arguments,
+    check_device,
+    check_tensor,
+    eps_of,
     in_training,
     needs_grad,
     transformed,
@@ -72,6 +78,8 @@ def conv_bn_act(
     """
     if activation not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
+    if not (type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d) and not _are_fusible(conv, bn):
+        return _unfused(conv, bn, input, residual, activation)
     tensors = isinstance(input, Tensor) and (residual is None or isinstance(residual, Tensor))
     if tensors and tunes(conv, bn, input, residual):
         return tuned(conv, bn, input, residual, activation)
@@ -86,7 +94,46 @@ def conv_bn_act(
             found = evaluated(bn, output, residual, activation == "relu", overwrite=True)
             if found is not None:
                 return found
+    _check_batch(conv, bn, input, output)
     return batch_norm_act(output, **batch_norm_arguments(bn), residual=residual, activation=activation)
+
+
+def _are_fusible(conv: Any, bn: Any) -> bool:
+    """Whether ``bn`` is a batch norm that does what PyTorch's do.
+
+    Raises:
+        TypeError: ``conv`` or ``bn`` is of no kind that can be here.
+    """
+    if not isinstance(conv, nn.Module):
+        raise TypeError(f"conv must be a convolution module, but got {type(conv).__name__}")
+    if not isinstance(bn, _BatchNorm):
+        raise TypeError(f"bn must be a batch norm module, but got {type(bn).__name__}")
+    if isinstance(bn, LazyModuleMixin):  # which is made when it is called
+        return False
+    return type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _check_batch(conv: Any, bn: Any, input: Tensor, output: Tensor) -> None:
+    """Raise ValueError unless ``output`` is a batch, of as many dimensions as ``bn`` takes."""
+    if isinstance(conv, _ConvNd) and output.dim() != len(conv.kernel_size) + 2:
+        dims = len(conv.kernel_size) + 2
+        raise ArgumentError(f"input must be a batch ({dims}D), but got shape {tuple(input.shape)}")
+    bn._check_input_dim(output)
+
+
+def _unfused(conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """:func:`conv_bn_act` with a batch norm that has a forward of its own."""
+    output = bn(conv(input))
+    if residual is not None:
+        check_tensor("residual", residual)
+        check_device("residual", residual, output)
+        if residual.shape != output.shape:
+            raise ArgumentError(
+                f"residual must have the output's shape {tuple(output.shape)}, but got "
+                f"{tuple(residual.shape)}"
+            )
+        output = output + residual
+    return torch.relu(output) if activation == "relu" else output
 
 
 def calls_only_forward(module: Any) -> bool:
@@ -175,13 +222,13 @@ def tuned(
             )
         arguments = batch_norm_arguments(bn)
         running = arguments["running_mean"], arguments["running_var"]
-        momentum = arguments["momentum"]
+        momentum, eps = arguments["momentum"], arguments["eps"]
         if following is not None and residual is None:
-            norm = Deferred(output, stats, bn.weight, bn.bias, bn.eps, relu)
+            norm = Deferred(output, stats, bn.weight, bn.bias, eps, relu)
             if norm.pays(following):
                 update_running(output, stats, *running, momentum)
                 return norm
-        return in_training(output, *running, bn.weight, bn.bias, momentum, bn.eps, residual, relu, stats)
+        return in_training(output, *running, bn.weight, bn.bias, momentum, eps, residual, relu, stats)
 
 
 def outputs(conv: Any, input: Tensor) -> int:
@@ -201,8 +248,8 @@ def folds(conv: Any, bn: Any, input: Tensor) -> bool:
     if is_compiling() or transformed():
         return False
     weight = conv._parameters.get("weight")
-    mean = bn._buffers.get("running_mean")
-    if weight is None or mean is None or mean.shape[0] != weight.shape[0]:
+    mean, variance = bn._buffers.get("running_mean"), bn._buffers.get("running_var")
+    if weight is None or mean is None or variance is None or mean.shape[0] != weight.shape[0]:
         return False
     if torch.is_grad_enabled() and needs_grad(input, weight, conv.bias, bn.weight, bn.bias):
         return False
@@ -219,6 +266,8 @@ def folds(conv: Any, bn: Any, input: Tensor) -> bool:
         return False
     if backends.choose("conv_bn_act", input) is backends.ATEN or not torch.backends.mkldnn.is_available():
         return False
+    if any(x is not None and not x.is_cpu for x in (input, weight, mean, variance, bn.weight, bn.bias)):
+        return False  # batch_norm_act says which
     return not (_is_product(conv, input) and _is_faster_product(conv, input))
 
 
@@ -286,16 +335,24 @@ def evaluated(bn: Any, input: Tensor, residual: Tensor | None, relu: bool, overw
         return None
     if not type(mean) is type(variance) is Tensor or mean.numel() != input.shape[1]:  # there may be none
         return None
-    if not {type(weight), type(bias), type(residual)} <= _VECTORS:
+    if type(weight) not in _VECTORS or type(bias) not in _VECTORS or type(residual) not in _VECTORS:
         return None
+    if not (
+        mean.is_cpu
+        and variance.is_cpu
+        and (weight is None or weight.is_cpu)
+        and (bias is None or bias.is_cpu)
+    ):
+        return None  # batch_norm_act says which
     if torch.is_grad_enabled() and needs_grad(input, residual, weight, bias):
         return None
     if backends.choose("batch_norm_act", input) is not backends.CPU:
         return None
+    eps = eps_of(bn)
     if overwrite:
-        batch_norm_running.overwrite(input, mean, variance, weight, bias, residual, bn.eps, relu)
+        batch_norm_running.overwrite(input, mean, variance, weight, bias, residual, eps, relu)
         return input
-    return batch_norm_running.normalise(input, mean, variance, weight, bias, residual, bn.eps, relu)
+    return batch_norm_running.normalise(input, mean, variance, weight, bias, residual, eps, relu)
 
 
 def folded(conv: Any, bn: Any, input: Tensor, activation: str) -> Tensor:
@@ -317,7 +374,7 @@ def _fold_and_run(conv: Any, bn: Any, input: Tensor, activation: str, dtype: tor
         running["running_var"],
         norm["weight"],
         norm["bias"],
-        bn.eps,
+        eps_of(bn),
         dtype,
     )
     if input.dtype != dtype:

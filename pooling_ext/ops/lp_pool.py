@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import backends
+from ..arguments import as_float
 from ..autograd import Differentiable, needs_autograd
 from ..errors import ArgumentError
 from ..windows import Windows, fixed_windows
@@ -76,7 +77,7 @@ class _LPPool(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
-        ctx.channels_last = _library.suggests_channels_last(input)
+        ctx.channels_last = _library.keeps_channels_last(input, len(ctx.options[0].output_size))
         ctx.save_for_backward(input, output)
         ctx.save_for_forward(input, output)
 
@@ -98,26 +99,58 @@ def _lp_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
 _lp_pool = Differentiable(_LPPool, _lp_jvp)
 
 
-def lp_pool(input: Tensor, norm_type: float, windows: Windows, safe: bool = False) -> Tensor:
+def lp_pool(input: Tensor, norm_type: Any, windows: Windows, safe: bool = False) -> Tensor:
     """Pool ``input`` over ``windows`` by its ``norm_type`` norm."""
-    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float, torch.SymFloat)):
-        raise TypeError(f"norm_type must be a number, but got {norm_type!r}")
+    if type(norm_type) not in (int, float):
+        if isinstance(norm_type, Tensor) and (norm_type.requires_grad or norm_type.dim() > 0):
+            return _composed_lp_pool(input, _checked_norms(norm_type, input), windows, safe)
+        norm_type = _checked_norm(norm_type)
     if norm_type == 0:
         raise ArgumentError(f"norm_type must be a non-zero value, but got {norm_type}")
     if norm_type == math.inf:
         return max_pool(input.abs(), windows)
     if norm_type == -math.inf:
         return -max_pool(-input.abs(), windows)
-    p = int(norm_type)
+    p = int(norm_type) if 1 <= norm_type <= _LARGEST_KERNEL_NORM else 0
     chosen = backends.choose("lp_pool", input)
-    if chosen is backends.ATEN or p != norm_type or not 1 <= p <= _LARGEST_KERNEL_NORM:
+    if chosen is backends.ATEN or p != norm_type:
         return _composed_lp_pool(input, float(norm_type), windows, safe)
+    if not input.is_contiguous():
+        if 0 in input.stride():
+            # What PyTorch pools is a power, which is not expanded and keeps the order of the axes.
+            input = input.clone()
+        if len(windows.output_size) == 1 and _library.is_channels_last_1d(input):
+            return lp_pool(input.unsqueeze(-2), norm_type, windows.flat, safe).squeeze(-2)
     if needs_autograd(input):
         return _lp_pool(input, windows, p, safe)
     return _lp_pool_forward(input, *windows, p, safe)
 
 
-def _composed_lp_pool(input: Tensor, p: float, windows: Windows, safe: bool) -> Tensor:
+def _checked_norm(norm_type: Any) -> Any:
+    """A number that is not one of Python's, as one."""
+    if isinstance(norm_type, bool) or getattr(norm_type, "dtype", None) in (torch.bool, "bool"):
+        raise TypeError(f"norm_type must be a number, but got {norm_type!r}")
+    return as_float(norm_type, "norm_type")
+
+
+def _checked_norms(norm_type: Tensor, input: Tensor) -> Tensor:
+    """A norm that is learned, or differs from place to place."""
+    if norm_type.is_complex() or norm_type.dtype == torch.bool:
+        raise TypeError(f"norm_type must be a number, but got {norm_type.dtype}")
+    if norm_type.device != input.device and (norm_type.dim() > 0 or norm_type.is_meta):
+        raise ArgumentError(
+            f"norm_type must be on input's device {input.device}, but got one on {norm_type.device}"
+        )
+    rest = zip(reversed(norm_type.shape), reversed(input.shape), strict=False)
+    if norm_type.dim() > input.dim() or any(size not in (1, whole) for size, whole in rest):
+        raise ArgumentError(
+            f"norm_type must be a number, or broadcast to input's shape {tuple(input.shape)}, but got "
+            f"{tuple(norm_type.shape)}"
+        )
+    return norm_type
+
+
+def _composed_lp_pool(input: Tensor, p: Any, windows: Windows, safe: bool) -> Tensor:
     size = _window_size(windows, input)
     if not safe:
         mean = avg_pool(input.pow(p), windows)
@@ -126,7 +159,11 @@ def _composed_lp_pool(input: Tensor, p: float, windows: Windows, safe: bool) -> 
     magnitude = wide.abs()
     zero = magnitude == 0
     # The zeros are taken out before the powers, so that no infinite slope meets a zero gradient.
-    power = magnitude.masked_fill(zero, 1).pow(p).masked_fill(zero, 0 if p > 0 else math.inf)
+    power = magnitude.masked_fill(zero, 1).pow(p)
+    if isinstance(p, Tensor):
+        power = torch.where(zero, torch.where(p > 0, 0.0, math.inf).to(power.dtype), power)
+    else:
+        power = power.masked_fill(zero, 0 if p > 0 else math.inf)
     total = avg_pool(power, windows) * size
     flat = (total == 0) | total.isinf()
     root = total.masked_fill(flat, 1).pow(1 / p)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import backends
-from ..autograd import Differentiable, needs_autograd
+from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..windows import Windows, adaptive_kernel, adaptive_windows, fixed_windows
 from . import _library
 from ._dispatch import public
@@ -142,6 +142,8 @@ class _MaxPool(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (places,) = ctx.saved_tensors
+        if ctx.windows.adaptive and grads[0].numel() == 0:
+            refuse_empty(grads[0])
         return _scatter(grads[0], places, ctx.input_size, ctx.windows), None, None
 
 
@@ -169,13 +171,37 @@ def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> A
     """Max pooling of ``input`` over ``windows``: the output, or ``(output, indices)``."""
     if backends.choose("max_pool", input) is backends.ATEN:
         return _aten_max_pool(input, windows, return_indices)
-    if needs_autograd(input):
-        output, places = _max_pool(input, windows, return_indices)
+    differentiates = needs_autograd(input)
+    if not input.is_contiguous() and _lies_otherwise(input, windows, differentiates or return_indices):
+        return _relaid_max_pool(input, windows, return_indices)
+    if differentiates:
+        output, places = _max_pool(input, windows, bool(return_indices))
     elif return_indices:
         output, places = _max_pool_places(input, *windows, True)
     else:
         return _max_pool_values(input, *windows)
     return (output, places) if return_indices else output
+
+
+def _lies_otherwise(input: Tensor, windows: Windows, with_places: bool) -> bool:
+    """Whether the channels lie together where our operators do not look for it, and PyTorch's keep it."""
+    rank = len(windows.output_size)
+    if rank == 1:
+        return (with_places or windows.adaptive) and _library.is_channels_last_1d(input)
+    if rank == 2 or windows.adaptive or input.dim() != 4:
+        return False
+    return input.movedim(0, -1).is_contiguous()
+
+
+def _relaid_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any:
+    """:func:`max_pool` where :func:`_lies_otherwise` is true, by way of a tensor that lies as usual."""
+    if len(windows.output_size) == 1:
+        found, axis = max_pool(input.unsqueeze(-2), windows.flat, return_indices), -2
+    else:
+        # Not input[None], whose new stride is too small for a batch's.
+        batch = input.movedim(0, -1).unsqueeze(0).movedim(-1, 1)
+        found, axis = max_pool(batch, windows, return_indices), 0
+    return tuple(x.squeeze(axis) for x in found) if return_indices else found.squeeze(axis)
 
 
 def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any:

@@ -136,7 +136,7 @@ def _geometry(sizes: tuple[int, ...], channels_last: bool, windows: Windows) -> 
 
 def channels_last(x: Tensor, rank: int) -> bool:
     """Whether kernels see ``x`` in a channels-last format, as the operators' results for it are."""
-    return rank > 1 and x.dim() == rank + 2 and _library.suggests_channels_last(x)
+    return _library.keeps_channels_last(x, rank)
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
