@@ -51,8 +51,8 @@ def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None, *, 
             takes about the time of four forwards. Where they differ, ``model`` is frozen in parts.
 
     Returns:
-        A :class:`Frozen`. It takes inputs in any memory format and floating dtype, leaves them as they are,
-        and returns outputs of the input's dtype, without gradients.
+        A :class:`Frozen`. It takes inputs in any memory format and floating dtype, and returns outputs of
+        the input's dtype, without gradients.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -257,12 +257,14 @@ class _Job:
             report.skip(inside, type(child).__name__, why)
             parts[target] = self._parts(child, given, named, inside)
         editor = GraphEditor(root, trace, self.dtype, path_of, report)
+        contiguous = _contiguous_outputs(trace, tensors)
         made = rewrite(editor, parts)
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
-        outputs = Outputs(trace.spec, _contiguous_outputs(trace, tensors))
+        changed = [place for place, node in enumerate(placeholders) if node in editor.changed]
+        outputs = Outputs(trace.spec, contiguous, changed)
         region = Region(
             fx.GraphModule(made, graph, name),
             self.dtype or self.own,

@@ -161,7 +161,7 @@ def _run(model: Callable[..., Any], call: Call, state: Any) -> Any:
         else:
             torch.manual_seed(torch.initial_seed() + 1)
         result = model(*args, **kwargs)
-        return cloned(result)
+        return cloned((result, args, kwargs))  # the model may have changed its arguments
 
 
 def cloned(tree: Any) -> Any:

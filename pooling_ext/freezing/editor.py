@@ -31,6 +31,7 @@ class GraphEditor:
 
     Attributes:
         made: the modules and tensors that the rewritten graph calls and reads, by their new names.
+        changed: the arguments that the model changes in place, and what they become.
         aliasing: facts about memory, of the graph as it was when they were last gathered.
     """
 
@@ -46,6 +47,7 @@ class GraphEditor:
         self.path_of, self.report = path_of, report
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.made: dict[str, Any] = {}
+        self.changed: dict[fx.Node, fx.Node] = {}
         self.aliasing = self.gather()
 
     def gather(self) -> Aliasing:
@@ -128,6 +130,7 @@ class GraphEditor:
         new.meta = {**kept, "layer": path, "shape_in": args[0].meta.get("shape")}
         self.aliasing.replace(last, new, at)
         last.replace_all_uses_with(new)
+        self.changed = {of: new if node is last else node for of, node in self.changed.items()}
         self.erase(last, keep=new)
         return new
 

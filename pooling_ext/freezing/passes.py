@@ -59,9 +59,10 @@ def rewrite(editor: GraphEditor, parts: dict[str, nn.Module]) -> dict[str, Any]:
     fold_constants(editor)
     drop_identities(editor)
     make_functional(editor)
-    free_of_layout(editor)
+    free_of_layout(editor, parts)
     replace_pools(editor)
     fold_and_fuse(editor)
+    return_changed(editor)
     overwrite(editor)
     keep_rest(editor, parts)
     return editor.made
@@ -138,6 +139,7 @@ def make_functional(editor: GraphEditor) -> None:
     graph, nodes = editor.graph, list(editor.graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     aliasing = type(editor.aliasing)((), editor.effect)
+    argument_of = {node: node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         source = node.args[0] if node.args else None
         module = editor.module(node)
@@ -148,8 +150,13 @@ def make_functional(editor: GraphEditor) -> None:
                 if other is not source
                 for user in other.users
             )
-            parameter = any(isinstance(root, str) for root in aliasing.roots[source])
-            if not read_later and not parameter and _replace_in_place(editor, node):
+            own = all(
+                isinstance(root, fx.Node) and root.op != "placeholder" for root in aliasing.roots[source]
+            )
+            if not read_later and (own or source in argument_of) and _replace_in_place(editor, node):
+                if source in argument_of:
+                    argument_of[node] = argument_of[source]
+                    editor.changed[argument_of[node]] = node
                 node.meta.pop("wrote", None)
                 node.meta.pop("shares", None)
                 source.replace_all_uses_with(
@@ -194,7 +201,7 @@ def _replace_in_place(editor: GraphEditor, node: fx.Node) -> bool:
     return True
 
 
-def free_of_layout(editor: GraphEditor) -> None:
+def free_of_layout(editor: GraphEditor, parts: dict[str, nn.Module]) -> None:
     """Let the graph run in channels_last: views become reshapes.
 
     Raises:
@@ -215,6 +222,7 @@ def free_of_layout(editor: GraphEditor) -> None:
                 )
     if any(node.op == "placeholder" and aliasing.writers(node) for node in aliasing.order):
         _copy_inputs(editor)
+    _check_opaque(editor, parts)
     for node in list(editor.graph.nodes):
         if name_of(node).rstrip("_").removesuffix("_like") in RANDOM and node.op != "get_attr":
             _draw_in_order(editor, node)
@@ -222,6 +230,16 @@ def free_of_layout(editor: GraphEditor) -> None:
         sizes = node.args[1:] if node.op == "call_method" and node.target == "view" else ()
         if sizes and not any(isinstance(size, torch.dtype) for size in sizes):
             node.target = "reshape"
+
+
+def _check_opaque(editor: GraphEditor, parts: dict[str, nn.Module]) -> None:
+    """A child that runs as it is, and changes its arguments, has to be given the memory that others read."""
+    for node in editor.graph.nodes:
+        part = parts.get(str(node.target)) if node.op == "call_module" else None
+        if part is not None and editor.aliasing.writes[node]:
+            kept = _kept(editor, str(node.target), parts)
+            if kept.contiguous or kept.own != kept.dtype:
+                raise Untraceable(f"{editor.path(node)}, which cannot be traced, changes its input")
 
 
 def _draw_in_order(editor: GraphEditor, node: fx.Node) -> None:
@@ -236,12 +254,13 @@ def _draw_in_order(editor: GraphEditor, node: fx.Node) -> None:
 
 
 def _copy_inputs(editor: GraphEditor) -> None:
-    """A frozen module does not change its arguments."""
+    """Let the graph change copies of the arguments, which are copied back at its end."""
     for node in list(editor.graph.nodes):
         if node.op == "placeholder" and editor.aliasing.writers(node):
             with editor.graph.inserting_after(node):
                 copied = editor.graph.call_method("clone", (node,))
             copied.meta = dict(node.meta)
+            editor.changed.setdefault(node, copied)
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, own=copied: user is not own)
     editor.gather()
 
@@ -259,6 +278,13 @@ def replace_pools(editor: GraphEditor) -> None:
             if mean is not None:
                 node.op, node.target = "call_function", F.global_avg_pool2d
                 node.args, node.kwargs = (node.args[0], mean.keepdim), {}
+
+
+def return_changed(editor: GraphEditor) -> None:
+    """Give what the arguments have become as further results, in the arguments' order."""
+    output = next(node for node in reversed(editor.graph.nodes) if node.op == "output")
+    order = [node for node in editor.graph.nodes if node in editor.changed]
+    output.args = ((*output.args[0], *(editor.changed[node] for node in order)),)  # type: ignore[misc]
 
 
 def overwrite(editor: GraphEditor) -> None:
@@ -330,7 +356,7 @@ def _is_ours(node: fx.Node) -> bool:
     )
 
 
-def _kept(editor: GraphEditor, target: str, parts: dict[str, nn.Module]) -> nn.Module:
+def _kept(editor: GraphEditor, target: str, parts: dict[str, nn.Module]) -> Any:
     module = parts.get(target) or editor.modules[target]
     if target in parts or not type(module).__module__.startswith(("torch.nn", "pooling_ext")):
         own = next((p.dtype for p in module.parameters() if p.is_floating_point()), editor.dtype)

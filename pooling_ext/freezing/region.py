@@ -33,15 +33,20 @@ class Outputs:
 
     Args:
         spec: how they are nested.
-        contiguous: for each, whether it has to be contiguous where the first argument is, as the model's is.
+        contiguous: for each, whether it has to be contiguous where the arguments are, as the model's is.
+        changed: which arguments the model changes in place; what they become are further results.
     """
 
-    def __init__(self, spec: Any, contiguous: list[bool]) -> None:
-        self.spec, self.contiguous = spec, contiguous
+    def __init__(self, spec: Any, contiguous: list[bool], changed: list[int]) -> None:
+        self.spec, self.contiguous, self.changed = spec, contiguous, changed
         self.single = spec == pytree.tree_structure(0)
 
     def finish(self, results: tuple[Any, ...], dtype: torch.dtype | None, inputs: list[Any]) -> Any:
         """The results nested, in ``dtype``, and in the memory format that the model's have."""
+        if self.changed:
+            given, results = results[len(self.contiguous) :], results[: len(self.contiguous)]
+            for place, value in zip(self.changed, given, strict=True):
+                inputs[place].copy_(value)
         if True in self.contiguous and all(x.is_contiguous() for x in inputs if x.dim() > 3):
             results = tuple(
                 x.contiguous() if ordered and isinstance(x, Tensor) else x

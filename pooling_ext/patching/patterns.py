@@ -159,6 +159,14 @@ class _Match:
         """Whether ``chain`` may read ``value`` at its end instead of at ``since``."""
         return self.aliasing.unchanged(value, since, chain[-1], besides=chain)
 
+    def _written_after(self, value: fx.Node, node: fx.Node) -> bool:
+        """Whether an operator changes ``value`` after ``node``; what a child does to it is its own affair."""
+        return any(
+            self.places[writer] > self.places[node]
+            for writer in self.aliasing.writers(value)
+            if writer.op != "call_module"
+        )
+
     def batch_norm(self, bn: fx.Node) -> tuple[str, str]:
         """Replace the longest chain around ``bn`` by one call."""
         source: Any = bn.args[0]
@@ -184,7 +192,8 @@ class _Match:
             yield [bn, step]
         elif self._is_relu(step):
             after = only_user(step)
-            if self._max_pool(after) is not None:
+            # Backward reads what was pooled, PyTorch's does not.
+            if self._max_pool(after) is not None and not self._written_after(after, after):
                 yield [bn, step, after]
             yield [bn, step]
         yield [bn]
@@ -268,6 +277,8 @@ class _Match:
             return None
         if not all(self._unchanged(operand, node, chain) for operand in (value, residual)):
             return None
+        if self._written_after(value, pool) or self._written_after(residual, pool):
+            return None  # backward reads what was added
         call = AddPoolChain(add, function, relu_function)
         modules = [None if relu_function else relu, None if function else pool]
         return self._replace(chain, call, modules, [value, residual]), "add_relu_global_avg_pool"

@@ -71,8 +71,8 @@ class Verdict:
 @contextmanager
 def strict() -> Iterator[None]:
     """Chains run fused and batch norms are folded at any size, and memory that nobody wrote holds NaN."""
-    from pooling_ext.chains import from_size
     from pooling_ext.ops import conv_bn_act
+    from pooling_ext.patching.fused_calls import from_size
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
