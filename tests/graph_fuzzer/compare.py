@@ -218,7 +218,7 @@ class _Runs:
                     self._differs(stage, name, f"{_short(other)} instead of {_short(value)}")
                 continue
             if value.shape != other.shape or value.dtype != other.dtype:
-                self._differs(stage, name, f"{_short(other)} instead of {_short(value)}")
+                self._differs(stage, name, f"{_short(other)} instead of {_short(value)}", "'s dtype or shape")
                 continue
             error, scale = distance(value, other)
             if error <= self.tolerance * scale:
@@ -228,8 +228,8 @@ class _Runs:
             if not error <= _SENSITIVITY * allowed.get(name, 0.0) + self.tolerance * scale:
                 self._differs(stage, name, f"{error:.3g} where the largest is {scale:.3g}")
 
-    def _differs(self, stage: str, name: str, detail: str) -> None:
-        what = name.partition(" ")[0]
+    def _differs(self, stage: str, name: str, detail: str, of: str = "") -> None:
+        what = name.partition(" ")[0] + of
         fault = Fault(stage, what, f"{name}: {detail}")
         wrong_at_once = what == "kept" and Fault(stage, "output", "") in self.verdict.faults
         if fault not in self.verdict.faults and not wrong_at_once:
