@@ -170,9 +170,9 @@ class _Job:
 
     def twin(self, share: bool = False) -> nn.Module:
         """A copy of the model in eval mode, unpatched and without what only recomputes its weights."""
-        twin = replica(self.source, share)
+        twin = replica(self.source, share).eval()
         unpatch(twin)
-        return _with_plain_weights(twin.eval().requires_grad_(False) if not share else twin.eval())
+        return _with_plain_weights(twin if share else twin.requires_grad_(False))
 
     def freeze(self, whole: bool, compare: bool) -> Frozen:
         """Freeze the model.
@@ -202,7 +202,7 @@ class _Job:
         """How ``frozen`` differs from the model; where that cannot be told, the report says so."""
         try:
             with state_kept(frozen):
-                return difference(self.twin(), frozen, self.call, self.dtype or self.own)
+                return difference(self.twin(share=True), frozen, self.call, self.dtype or self.own)
         except Undecided as error:
             text = f"freeze could not check its result: {error}"
             frozen.report.warnings.append(text)
@@ -264,7 +264,7 @@ class _Job:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
         changed = [place for place, node in enumerate(placeholders) if node in editor.changed]
-        outputs = Outputs(trace.spec, contiguous, changed)
+        outputs = Outputs(trace.spec, contiguous, changed, trace.same)
         region = Region(
             fx.GraphModule(made, graph, name),
             self.dtype or self.own,

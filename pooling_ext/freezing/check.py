@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,8 +44,11 @@ def difference(
     dtype = dtype or _floating_dtype(call) or torch.float32
     state = _random_state()
     # The changed copy comes last: where it differs alone, a value of the example was kept as a constant.
-    for example, times in ((call, 2), (_changed(model, call), 1)):
-        expected = _run(model, example, state)
+    for example, times in ((call, 2), (None, 1)):
+        if example is not None:
+            expected = _run(model, example, state)
+        else:
+            example, expected = _run_changed(model, call, state)
         for _ in range(times):
             try:
                 found = _run(frozen, example, state)
@@ -73,7 +76,7 @@ def _explain(
     drawn = _mismatch(other, expected, _BARS[dtype]) is not None
     if drawn and _mismatch(frozen_other, found, _BARS[dtype]) is not None:
         raise Undecided(f"the model's results are random ({problem})")
-    one = _one_image(model, call)
+    one = _one_image(call)
     try:
         exact = _run(_in_dtype(model, torch.float64), _cast(one, torch.float64), state)
         own = _run(_in_dtype(model, dtype), _cast(one, dtype), state)
@@ -196,18 +199,21 @@ def _floating_dtype(call: Any) -> torch.dtype | None:
     return floats[0] if floats else None
 
 
-def _changed(model: nn.Module, call: Call) -> Call:
-    """Other values of the same kind; of half the batch, where the model takes that."""
+def _run_changed(model: nn.Module, call: Call, state: Any) -> tuple[Call, Any]:
+    """Other values of the same kind, of half the batch where the model takes that; and what it gives."""
 
     def change(x: Any) -> Any:
         return 0.75 * x.flip(-1) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() else x
 
     changed = pytree.tree_map(change, call)
     half = _first_images(changed, lambda n: (n + 1) // 2)
-    return changed if half is None else half
+    if half is not None:
+        with suppress(Exception):
+            return half, _run(model, half, state)
+    return changed, _run(model, changed, state)
 
 
-def _one_image(model: nn.Module, call: Call) -> Call:
+def _one_image(call: Call) -> Call:
     one = _first_images(call, lambda n: 1)
     return call if one is None else one
 
@@ -258,11 +264,14 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     """Give the modules of ``model`` back the attributes and buffers that they have now."""
     before = []
     for module in model.modules():
+        if type(module).__module__.startswith("pooling_ext.freezing"):
+            continue  # which have none
         fields = dict(vars(module))
         containers = {
             name: value.copy() for name, value in fields.items() if type(value) in (list, dict, set)
         }
-        buffers = [(b, b.detach().clone()) for b in module._buffers.values() if b is not None]
+        tensors = [*module._buffers.values(), *(v for v in fields.values() if type(v) is Tensor)]
+        buffers = [(b, b.detach().clone()) for b in tensors if b is not None]
         before.append((module, fields, containers, buffers))
     try:
         yield

@@ -21,6 +21,7 @@ from .. import functional as F
 from ..graph.guards import Untraceable
 from ..graph.op_tables import (
     IDENTITIES,
+    LAYOUT,
     OUT_OF_PLACE,
     RANDOM,
     argument,
@@ -124,6 +125,8 @@ def drop_identities(editor: GraphEditor) -> None:
             depth = name == "stochastic_depth" and str(node.target.__module__).startswith("torchvision.")  # type: ignore
             drops = "dropout" in name and getattr(TF, name, None) is node.target
             gone = (depth or drops) and argument(node, "training", 3 if depth else 2, True) is False
+        if name_of(node) in LAYOUT and node.meta.get("same") and editor.aliasing.writers(node):
+            gone = True  # others know the tensor too, and are to know it in any memory format
         source = node.args[0] if node.args else None
         if gone and isinstance(source, fx.Node):
             node.replace_all_uses_with(source)
@@ -149,6 +152,9 @@ def make_functional(editor: GraphEditor) -> None:
                 for other in aliasing.sharing(source)
                 if other is not source
                 for user in other.users
+            )
+            read_later |= any(
+                value is not source and value in aliasing.sharing(source) for value in editor.changed.values()
             )
             own = all(
                 isinstance(root, fx.Node) and root.op != "placeholder" for root in aliasing.roots[source]

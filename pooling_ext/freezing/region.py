@@ -35,10 +35,12 @@ class Outputs:
         spec: how they are nested.
         contiguous: for each, whether it has to be contiguous where the arguments are, as the model's is.
         changed: which arguments the model changes in place; what they become are further results.
+        same: for each, which argument itself it is, or None.
     """
 
-    def __init__(self, spec: Any, contiguous: list[bool], changed: list[int]) -> None:
+    def __init__(self, spec: Any, contiguous: list[bool], changed: list[int], same: list[int | None]) -> None:
         self.spec, self.contiguous, self.changed = spec, contiguous, changed
+        self.same = [(place, given) for place, given in enumerate(same) if given is not None]
         self.single = spec == pytree.tree_structure(0)
 
     def finish(self, results: tuple[Any, ...], dtype: torch.dtype | None, inputs: list[Any]) -> Any:
@@ -47,6 +49,9 @@ class Outputs:
             given, results = results[len(self.contiguous) :], results[: len(self.contiguous)]
             for place, value in zip(self.changed, given, strict=True):
                 inputs[place].copy_(value)
+        if self.same:
+            own = dict(self.same)
+            results = tuple(inputs[own[i]] if i in own else x for i, x in enumerate(results))
         if True in self.contiguous and all(x.is_contiguous() for x in inputs if x.dim() > 3):
             results = tuple(
                 x.contiguous() if ordered and isinstance(x, Tensor) else x

@@ -139,6 +139,10 @@ OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
+# The arguments of torch.nn.functional.batch_norm that training changes.
+_STATISTICS = ((1, "running_mean"), (2, "running_var"))
+
+
 class Effect(NamedTuple):
     """What calling a node does to memory.
 
@@ -222,8 +226,9 @@ def effect(node: fx.Node, module: nn.Module | None = None) -> Effect:
         return Effect((), first)
     if is_in_place(node):
         return Effect(first, first)
-    if name == "batch_norm" and argument(node, "training", 5, False):
-        return Effect((), sources[1:])
+    if node.target is TF.batch_norm and argument(node, "training", 5, False):
+        statistics = (argument(node, name, place, None) for place, name in _STATISTICS)
+        return Effect((), tuple(x for x in statistics if isinstance(x, fx.Node)))
     if name in FRESH or name == "batch_norm":
         return Effect()
     if node.target is getattr:

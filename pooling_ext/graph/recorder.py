@@ -77,10 +77,14 @@ class Recorder:
         key = self.paths[id(copy)][0], name
         self.reads[key] = self.reads.get(key, 0) + 1
 
-    def write(self, copy: Any, name: str) -> None:
-        """A forward that sets what it has read keeps state; what it only sets, its results do not show."""
+    def write(self, copy: Any, name: str, value: Any) -> None:
+        """A forward that sets what it has read keeps state; what it only sets, its results do not show.
+
+        A constant that it computes once and keeps is none either: it would be the same again.
+        """
         path, module = self.paths[id(copy)]
-        if self.tracer.watcher.strict or (path, name) in self.reads:
+        cached = copy.__dict__.get(name) is None and self.tracer.is_constant(value)
+        if self.tracer.watcher.strict or ((path, name) in self.reads and not cached):
             self.tracer.refuse(f"its forward changes {dotted(path, name)}")
         self._written.setdefault(id(module), set()).add(name)
 
@@ -89,9 +93,22 @@ class Recorder:
         for key, copy in self._copies.items():
             before, ignored = self._before[key], self._written.get(key, ())
             for name, value in _snapshot(copy.__dict__).items():
-                if name not in ignored and (name not in before or before[name] != value):
+                if name in ignored or (name in before and before[name] == value):
+                    continue
+                if not self._only_caches(copy.__dict__[name], before.get(name)):
+                    if name in ("_parameters", "_buffers", "_modules"):
+                        changed = set(value) ^ set(before[name])
+                        name = next(key for key, _ in changed)
                     return f"its forward changes {dotted(self.paths[id(copy)][0], name)}"
         return None
+
+    def _only_caches(self, value: Any, before: Any) -> bool:
+        """Whether a dictionary has been given constants under new keys, and nothing else."""
+        if type(value) not in (dict, OrderedDict) or not isinstance(before, list):
+            return False
+        after = _snapshot({"": value})[""]
+        added = list(value.values())[len(before) :]
+        return after[: len(before)] == before and all(map(self.tracer.is_constant, added))
 
     def conditions(self, inline: dict[str, Any], calls: list[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Expressions under which every read gives what it gave, and the constants that they name.
@@ -169,7 +186,7 @@ def _recording(base: Any) -> type:
     def write(self: Any, name: str, value: Any) -> None:
         found = recorder(self)
         if found is not None:
-            found.write(self, name)
+            found.write(self, name, value)
         base.__setattr__(self, name, value)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -68,16 +68,19 @@ class ExampleTrace:
         graph: one placeholder for each leaf of the arguments that is a tensor; its output is the tuple of the
             result's leaves. Nodes have ``meta``: "type", of what they give; for a tensor "shape", "dtype" and
             "contiguous"; "shape_in", the shape of the first argument; "constant", whether it depends on no
-            argument; "wrote" and "shares", the nodes whose memory it was seen to change and to share.
+            argument; "wrote" and "shares", the nodes whose memory it was seen to change and to share; "same",
+            whether it gave its first argument itself.
         constants: tensors that are no parameters or buffers, by the names that the graph gives them.
         opaque: for each child that could not be traced: why, and the arguments it was called with.
         spec: how the result's leaves are nested.
+        same: for each leaf, which placeholder's tensor it is, or None.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     opaque: dict[str, tuple[str, Any]]
     spec: Any
+    same: list[int | None]
 
 
 def trace(
@@ -161,6 +164,10 @@ class _Tracer(TracerBase):
         if path not in self._attributes:
             self._attributes[path] = self.create_proxy("get_attr", path, (), {})
         return self._attributes[path]
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether a value is known to be the same in each call."""
+        return False
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is OrderedDict:  # torch.fx would make it a dict
@@ -264,13 +271,18 @@ class _ExampleTracer(_Tracer):
             self.create_node("output", "output", (tuple(map(self.create_arg, leaves)),), {})
         except NotImplementedError as error:
             raise Untraceable(f"its forward returns what torch.fx cannot pass on: {error}") from error
-        return ExampleTrace(self.graph, self.constants, self.opaque, spec)
+        places = {id(value.hint): i for i, value in enumerate(filter(_is_value, values))}
+        same = [places.get(id(leaf.hint)) if _is_value(leaf) else None for leaf in leaves]
+        return ExampleTrace(self.graph, self.constants, self.opaque, spec, same)
 
     def type_of(self, value: Any) -> type:
         return type(value.hint)
 
     def proxy(self, node: fx.Node) -> HintedValue:
         return HintedValue(node, self)
+
+    def is_constant(self, value: Any) -> bool:
+        return _is_value(value) and bool(value.node.meta.get("constant"))
 
     def to_bool(self, obj: Any) -> bool:
         if obj.node.meta.get("constant"):
@@ -357,6 +369,7 @@ class _ExampleTracer(_Tracer):
         first = args[0] if args else None
         if isinstance(first, fx.Proxy):
             value.node.meta["shape_in"] = first.node.meta.get("shape")
+            value.node.meta["same"] = isinstance(hint, Tensor) and hint is first.hint
 
     def _describe(self, node: fx.Node, hint: Any, constant: bool) -> None:
         node.meta |= {"type": type(hint), "constant": constant}
@@ -479,6 +492,10 @@ def _drawn_elsewhere() -> Any:
 
 def _has_tensor(tree: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, HintedValue)
 
 
 def _version(x: Any) -> int | None:
