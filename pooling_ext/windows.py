@@ -312,6 +312,8 @@ def adaptive_windows(rank: int, shape: Ints, output_size, zero_channels: bool = 
     if items is None:
         return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())
     if len(items) != rank:
+        known = tuple(1 if item is None and rank > 1 else item for item in items)
+        _int_list(known, output_size, "output_size", rank, 0)  # a wrong type is the first to be told
         raise ArgumentError(f"output_size must be an int or a tuple of {rank} ints, but got {output_size!r}")
     wanted = tuple(size if item is None else item for size, item in zip(sizes, items, strict=True))
     return Windows(_int_list(wanted, output_size, "output_size", rank, 0), (), (), (), ())

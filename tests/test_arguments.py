@@ -63,8 +63,8 @@ def test_output_sizes(size):
 @pytest.mark.parametrize("divisor", [np.int64(3), torch.tensor(3), -(2**63)], ids=repr)
 def test_divisors(divisor):
     expected = TF.avg_pool2d(X, 2, divisor_override=int(divisor))
-    assert_same(F.avg_pool2d(X, 2, divisor_override=divisor), expected)
-    assert_same(pooling_ext.AvgPool2d(2, divisor_override=divisor)(X), expected)
+    torch.testing.assert_close(F.avg_pool2d(X, 2, divisor_override=divisor), expected)
+    torch.testing.assert_close(pooling_ext.AvgPool2d(2, divisor_override=divisor)(X), expected)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_huge_strides():
         usual = gradient(partial(torch_op(name), kernel_size=2, stride=100, ceil_mode=ceil_mode), x)
         for huge in (2**31 + 5, 2**62, 2**63 - 1):
             found = gradient(partial(our_op(name), kernel_size=2, stride=huge, ceil_mode=ceil_mode), x)
-            assert_same(found, usual)
+            torch.testing.assert_close(found, usual)
     with pytest.raises(ValueError, match="stride"):
         F.max_pool2d(X, 2, 2**63)
 
@@ -234,7 +234,7 @@ def test_compile_with_a_tensor_given_twice(training):
 
 # --- any argument, beside PyTorch's -----------------------------------------------------------------------
 
-ints = st.sampled_from([0, 1, 2, 2, 3, 3, -1, 9, 2**63, 2.0, None, True, "2"])
+ints = st.sampled_from([0, 1, 2, 2, 3, 3, -1, 9, 2.0, None, True, "2"])
 
 
 def disguised(number: object) -> st.SearchStrategy:
@@ -248,7 +248,7 @@ def arguments(draw, rank: int):
     """A number, or a list or tuple of some, that PyTorch may or may not take."""
     one = ints.flatmap(disguised)
     if draw(st.booleans()):
-        return draw(one)
+        return draw(one | st.just(2**63))  # which in a list is a TypeError to PyTorch
     length = rank if draw(st.integers(0, 5)) else draw(st.integers(0, 4))
     return draw(st.sampled_from([list, tuple]))(draw(st.lists(one, min_size=length, max_size=length)))
 
@@ -276,7 +276,7 @@ def ours_alone(name: str, options: dict, rank: int) -> bool:
 
 
 @given(st.data())
-@settings(max_examples=120)
+@settings(max_examples=60)
 @pytest.mark.parametrize("rank", RANKS, ids="{}d".format)
 @pytest.mark.parametrize(
     "kind", ["max_pool", "avg_pool", "lp_pool", "adaptive_max_pool", "adaptive_avg_pool"]
@@ -284,17 +284,17 @@ def ours_alone(name: str, options: dict, rank: int) -> bool:
 @pytest.mark.usefixtures("one_thread")
 def test_any_argument(kind, rank, data):
     name = f"{kind}{rank}d"
-    options = {}
-    if "adaptive" in kind:
-        options["output_size"] = data.draw(arguments(rank))
-    else:
-        options["kernel_size"] = data.draw(arguments(rank))
-        options["stride"] = data.draw(st.one_of(st.none(), arguments(rank)))
-        options["ceil_mode"] = data.draw(st.sampled_from([True, False, False, 1]))
+    good: dict = (
+        {"output_size": 2} if "adaptive" in kind else {"kernel_size": 3, "stride": 2, "ceil_mode": False}
+    )
     if kind in ("max_pool", "avg_pool"):
-        options["padding"] = data.draw(st.one_of(st.just(0), arguments(rank)))
+        good["padding"] = 1
     if kind == "lp_pool":
-        options["norm_type"] = data.draw(st.sampled_from([1, 2, np.float32(2), torch.tensor(3), 0, None]))
+        good["norm_type"] = 2
+    # One at a time: of several that are wrong either may be named first.
+    odd = data.draw(st.sampled_from(sorted(good)))
+    values = {"ceil_mode": [True, 1], "norm_type": [1, np.float32(2), torch.tensor(3), 0, None]}
+    options = good | {odd: data.draw(st.sampled_from(values[odd]) if odd in values else arguments(rank))}
     note(f"{name} {options}")
     x = torch.rand(2, 3, *(6,) * rank) + 0.5
     ours, theirs = outcome(our_op(name), x, **options), outcome(torch_op(name), x, **options)
