@@ -116,6 +116,7 @@ class Windows(NamedTuple):
 _PLAIN = frozenset((int, bool, str, type(None)))
 _ITEMS = frozenset((int, type(None)))
 _LARGEST = 2**63 - 1
+_USUAL_STRIDE = 1024
 
 
 def _are_plain(arguments: Sequence[Any]) -> bool:
@@ -268,6 +269,12 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
     as_bool(ceil_mode, "ceil_mode")
     sizes = _spatial_sizes(rank, shape)
     pads = _padding(padding, rank, sizes, kernel, step, spread)
+    # Beyond the padded input a stride is as good as any other, and kernels need not be told of a huge one.
+    step = tuple(
+        min(step[i], sizes[i] + pads[2 * i] + pads[2 * i + 1]) if step[i] > _USUAL_STRIDE else step[i]
+        for i in range(rank)
+    )
+    spread = tuple(1 if k == 1 else d for k, d in zip(kernel, spread, strict=True))
     output = tuple(
         _output_size(sizes[i], kernel[i], step[i], pads[2 * i], pads[2 * i + 1], spread[i], ceil_mode)
         for i in range(rank)
@@ -305,6 +312,8 @@ def adaptive_windows(rank: int, shape: Ints, output_size, zero_channels: bool = 
     if items is None:
         return Windows(_ints(output_size, "output_size", rank, 0), (), (), (), ())
     if len(items) != rank:
+        known = tuple(1 if item is None and rank > 1 else item for item in items)
+        _int_list(known, output_size, "output_size", rank, 0)  # a wrong type is the first to be told
         raise ArgumentError(f"output_size must be an int or a tuple of {rank} ints, but got {output_size!r}")
     wanted = tuple(size if item is None else item for size, item in zip(sizes, items, strict=True))
     return Windows(_int_list(wanted, output_size, "output_size", rank, 0), (), (), (), ())
