@@ -29,7 +29,7 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-TORCH_TARGET = (2, 10)  # the oldest PyTorch that the built library loads in
+TORCH_TARGET = (2, 11)  # the oldest PyTorch that the built library loads in
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
 # or errno. No contraction, so that every instruction set computes the same bits.
@@ -351,4 +351,5 @@ def cuda_why_not():
     return None
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "cuda_on_cpu": CudaOnCpu})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild, "cuda_on_cpu": CudaOnCpu})
