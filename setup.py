@@ -4,9 +4,10 @@ _C has the CPU's kernels (csrc/cpu/*_kernels.cpp, compiled once for each instruc
 compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
 operators.
 
-_cuda has the GPU's (csrc/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA, and is built for
-the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes it an error that it
-cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names; POOLING_EXT_CUDA=0 leaves it out.
+_cuda has the GPU's (csrc/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA, and is
+built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes it an
+error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
+POOLING_EXT_CUDA=0 leaves it out.
 
 `python setup.py cuda_on_cpu [--sanitize]` makes the same sources into a library that runs on the CPU, for
 tests.
@@ -37,8 +38,8 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-mat
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS += ["-DPOOLING_EXT_X86"] * X86
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
-#: What POOLING_EXT_CUDA=1 compiles for without a GPU, as far as nvcc knows them; the newest as PTX too, for what
-#: comes after it. No older ones have the instructions.
+#: What POOLING_EXT_CUDA=1 compiles for without a GPU, as far as nvcc knows them; the newest as PTX too, for
+#: what comes after it. No older ones have the instructions.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ISAS = {"baseline": []}
 if X86:
@@ -61,7 +62,7 @@ def glob(*patterns):
 
 @cache
 def quicker():
-    """Flags for what only processors without AVX2 run: half the time to compile, and loops still become vectors."""
+    """Flags for what only processors without AVX2 run, which halve the time; loops still become vectors."""
     said = subprocess.run([*shlex.split(cxx()), "--version"], capture_output=True, text=True).stdout
     return ["-O2"] if "clang" in said else ["-O2", "-fvect-cost-model=dynamic"]
 
@@ -213,7 +214,9 @@ def visible_gpus():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible in ("", "-1") or shutil.which(ask[0]) is None:
             return []
-        said = subprocess.run([*ask, *([f"--id={visible}"] if visible else [])], capture_output=True, text=True)
+        said = subprocess.run(
+            [*ask, *([f"--id={visible}"] if visible else [])], capture_output=True, text=True
+        )
         found = [tuple(map(int, pair)) for pair in re.findall(r"^(\d+)\.(\d+)$", said.stdout, re.MULTILINE)]
     least = tuple(map(int, ARCHITECTURES[0].split(".")))
     return sorted({capability for capability in found if capability >= least})
@@ -244,7 +247,10 @@ def run_ninja(folder, target, objects, rules, libraries):
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
     lines += ["rule link", f"  command = {cxx()} -shared $in {quote(libraries)} -o $out"]
     for source, name, rule, flags in objects:
-        lines += [f"build {name}.o: {rule} {escape(os.path.relpath(source, folder))}", f"  own = {quote(flags)}"]
+        lines += [
+            f"build {name}.o: {rule} {escape(os.path.relpath(source, folder))}",
+            f"  own = {quote(flags)}",
+        ]
     linked = " ".join(f"{name}.o" for _, name, _, _ in objects)
     lines += [f"build {escape(target)}: link {linked}", f"default {escape(target)}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -260,8 +266,8 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"pooling_ext: POOLING_EXT_CUDA=1, but {why_not}")
         if why_not:
             print(
-                f"pooling_ext: built without CUDA kernels, since {why_not}. Ask for them with POOLING_EXT_CUDA=1, or "
-                "for some architectures with TORCH_CUDA_ARCH_LIST=9.0"
+                f"pooling_ext: built without CUDA kernels, since {why_not}. To have them, set "
+                "POOLING_EXT_CUDA=1, or TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
             )
             self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_cuda")]
             # Of an earlier build, which this one would not match.

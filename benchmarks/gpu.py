@@ -140,8 +140,9 @@ def _parts(
     for case in CASES:
         for dtype in args.dtypes if case.name in chosen else ():
             for layout in args.layouts:
-                yield f"{case.name} {dtype} {layout}", partial(
-                    _operator, found, case, dtype, layout, args, device
+                yield (
+                    f"{case.name} {dtype} {layout}",
+                    partial(_operator, found, case, dtype, layout, args, device),
                 )
     for name, part in MODELS.items():
         if name in chosen:

@@ -31,7 +31,7 @@ OPERATORS = frozenset(
 #: Low-level operators that only CUDA has: beside Triton's, not in their place.
 OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
 #: How to have the kernels where a build left them out.
-ASK = "build it with POOLING_EXT_CUDA=1, or for some architectures with TORCH_CUDA_ARCH_LIST, where there is nvcc"
+ASK = "where there is nvcc, POOLING_EXT_CUDA=1 builds them, TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
 #: The library that stands in for a GPU's, if one was asked for.
 ON_CPU = os.environ.get("POOLING_EXT_CUDA_ON_CPU") or None
 _library: ctypes.CDLL | None = None

@@ -150,8 +150,8 @@ def one_thread():
 def poison(request: pytest.FixtureRequest):
     """Fill fresh memory with NaN (the largest value for integers), so that an output nobody wrote shows.
 
-    The same setting makes PyTorch refuse any backward that is not deterministic. On a GPU it only warns, since
-    some of PyTorch's own operators, which results are compared with, are not; test_gpu.py is strict.
+    The same setting makes PyTorch refuse any backward that is not deterministic. On a GPU it only warns,
+    since some of PyTorch's own operators, which results are compared with, are not; test_gpu.py is strict.
     """
     if request.node.get_closest_marker("no_poison"):
         yield

@@ -1,4 +1,4 @@
-"""Windows that reach or step far beyond the input: results are PyTorch's, and nothing is as large as the step."""
+"""Windows that reach or step far beyond the input: results are PyTorch's, and take no longer than others."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ DILATIONS: dict[str, dict[str, Any]] = {
     "dilation-ceil": dict(kernel_size=2, stride=4 * FAR, dilation=FAR, ceil_mode=True),
 }
 #: Many small planes are pooled in blocks, few in rows, channels_last by pixels.
-SHAPES = {1: ((7, 10, 9), (2, 1, 75)), 2: ((7, 11, 9, 9), (1, 2, 9, 75), (2, 37, 9, 11)), 3: ((2, 3, 9, 8, 9),)}
+SHAPES = {
+    1: ((7, 10, 9), (2, 1, 75)),
+    2: ((7, 11, 9, 9), (1, 2, 9, 75), (2, 37, 9, 11)),
+    3: ((2, 3, 9, 8, 9),),
+}
 LAYOUTS = {1: ("contiguous",), 2: ("contiguous", "channels_last"), 3: ("contiguous", "channels_last")}
-
 
 
 def cases(*kinds: str, **sets: dict[str, Any]) -> pytest.MarkDecorator:

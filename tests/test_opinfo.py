@@ -12,7 +12,7 @@ from helpers import NATIVE, assert_same, dtype_id, has_empty_window, our_op
 from pooling_ext.testing.tolerances import assert_close
 
 pytest.importorskip("expecttest")  # which PyTorch's samples import
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
 
 OPS = {
     op.name.removeprefix("nn.functional."): op

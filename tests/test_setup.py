@@ -62,7 +62,9 @@ def architectures(setup: ModuleType) -> list[tuple[str, bool]]:
         pytest.param([OLD, H200], {}, [("90", False)], id="one-too-old"),
         pytest.param([FUTURE], {}, [("100", True)], id="newer-than-nvcc"),
         pytest.param([H200], {"POOLING_EXT_CUDA": "1"}, [("90", False)], id="visible-and-asked"),
-        pytest.param([H200], {"TORCH_CUDA_ARCH_LIST": "8.0;8.6+PTX"}, [("80", False), ("86", True)], id="named"),
+        pytest.param(
+            [H200], {"TORCH_CUDA_ARCH_LIST": "8.0;8.6+PTX"}, [("80", False), ("86", True)], id="named"
+        ),
         pytest.param([], {"TORCH_CUDA_ARCH_LIST": "9.0a"}, [("90a", False)], id="named-without-a-gpu"),
         pytest.param(
             [],

@@ -142,8 +142,7 @@ POOLING_EXT_INLINE bool is_whole(const PoolParams& p) {
 POOLING_EXT_INLINE Axis without_outside(Axis axis) {
     if (axis.adaptive || axis.out < 1) return axis;
     const int64_t reach = (axis.out - 1) * axis.stride;
-    const int64_t before =
-        axis.pad_before > reach ? (axis.pad_before - reach) / axis.dilation : 0;
+    const int64_t before = axis.pad_before > reach ? (axis.pad_before - reach) / axis.dilation : 0;
     axis.pad_before -= before * axis.dilation;
     axis.pad_after = 0;
     axis.kernel -= before;

@@ -14,7 +14,8 @@
 
 #include "common/windows.h"
 
-// The check whose error says what failed, where this PyTorch has it; the other, which all have, does not.
+// The check whose error says what failed, where this PyTorch has it; the other, which all have,
+// does not.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define POOLING_EXT_TORCH_CHECK_CODE STABLE_TORCH_ERROR_CODE_CHECK
 #else

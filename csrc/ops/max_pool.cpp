@@ -5,7 +5,8 @@
 namespace pooling_ext {
 namespace {
 
-// Windows of so many places remember indices instead of offsets, as places_dtype in max_pool.py says.
+// Windows of so many places remember indices instead of offsets, as places_dtype in max_pool.py
+// says.
 constexpr int64_t kManyPlaces = int64_t(1) << 30;
 
 // Of so many places nearly all are outside the input, and nothing that is remembered counts them.
