@@ -153,8 +153,8 @@ oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest 
 
 clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
 	$(call copy_tree,build/clang)
-	cd build/clang && CXX="$(CLANG)" POOLING_EXT_CXXFLAGS=-Werror POOLING_EXT_CUDA=0 $(CURDIR)/$(BIN)/python setup.py build_ext --inplace
-	cd build/clang && $(CURDIR)/$(BIN)/python tests/abi_smoke.py --built-here
+	cd build/clang && CXX="$(CLANG)" POOLING_EXT_CXXFLAGS=-Werror POOLING_EXT_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
+	cd build/clang && $(abspath $(BIN))/python tests/abi_smoke.py --built-here
 
 # --- sanitizers ----------------------------------------------------------------------------------
 

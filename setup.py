@@ -5,8 +5,8 @@ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it a
 operators.
 
 _cuda has the GPU's (csrc/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA, and is
-built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes it an
-error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
+built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes
+it an error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
 POOLING_EXT_CUDA=0 leaves it out.
 
 `python setup.py cuda_on_cpu [--sanitize]` makes the same sources into a library that runs on the CPU, for

@@ -1,7 +1,7 @@
 """``pytest --quick``: a few cases of every test, for every day.
 
-Nothing here names a test, so there is nothing to keep up. What is marked slow, large or timing is left out, and
-of a test's cases a few are run, evenly spread over the list of them.
+Nothing here names a test, so there is nothing to keep up. What is marked slow, large or timing is left out.
+Of each other test's cases a few are run, evenly spread over the list of them.
 """
 
 from __future__ import annotations
