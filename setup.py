@@ -35,8 +35,11 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
 # or errno. No contraction, so that every instruction set computes the same bits.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
+# Left out of the warnings: pragmas of other compilers, and that vectors are passed in another way where there
+# are wider registers, which no function does that more than one file calls.
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS += ["-DPOOLING_EXT_X86"] * X86
+# 177: a function of a header that this file does not call.
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
 #: What POOLING_EXT_CUDA=1 compiles for without a GPU, as far as nvcc knows them; the newest as PTX too, for
 #: what comes after it. No older ones have the instructions.
@@ -265,10 +268,11 @@ class NinjaBuild(build_ext):
         if why_not and asked("POOLING_EXT_CUDA"):
             raise SystemExit(f"pooling_ext: POOLING_EXT_CUDA=1, but {why_not}")
         if why_not:
-            print(
-                f"pooling_ext: built without CUDA kernels, since {why_not}. To have them, set "
-                "POOLING_EXT_CUDA=1, or TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
-            )
+            if asked("POOLING_EXT_CUDA") is None:
+                print(
+                    f"pooling_ext: built without CUDA kernels, since {why_not}. To have them, set "
+                    "POOLING_EXT_CUDA=1, or TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
+                )
             self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_cuda")]
             # Of an earlier build, which this one would not match.
             Path(self.get_ext_fullpath("pooling_ext._cuda")).unlink(missing_ok=True)
