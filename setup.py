@@ -9,6 +9,8 @@ built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it
 it an error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
 POOLING_EXT_CUDA=0 leaves it out.
 
+CXX names the C++ compiler, POOLING_EXT_CXXFLAGS more flags for it.
+
 `python setup.py cuda_on_cpu [--sanitize]` makes the same sources into a library that runs on the CPU, for
 tests.
 """
