@@ -5,7 +5,10 @@
 
 PYTHON    ?= python3
 TORCH     ?= torch
-ABI_TORCH ?= 2.13.0
+# The oldest PyTorch that is supported, and the one under which `make abi` runs the library.
+OLDEST_TORCH ?= 2.11.0
+ABI_TORCH    ?= $(OLDEST_TORCH)
+CLANG     ?= clang++
 SUITE     ?= pool
 ARGS      ?=
 
@@ -31,12 +34,14 @@ CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo finetune test bench gpu lint format abi sanitize sanitize-cpu sanitize-cuda setup clean distclean FORCE
+.PHONY: help demo finetune test test-quick bench gpu lint format abi oldest clang cuda sanitize sanitize-cpu \
+        sanitize-cuda setup clean distclean FORCE
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | \
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | \
 	    while IFS='|' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
-	@echo 'Variables: TORCH="torch==X", PYTHON, CXX, ABI_TORCH, SUITE, ARGS (passed to the program that is run).'
+	@echo 'Variables: TORCH="torch==X", PYTHON, CXX, CLANG, OLDEST_TORCH, ABI_TORCH, POOLING_EXT_CUDA, TORCH_CUDA_ARCH_LIST,'
+	@echo '           SUITE, ARGS (passed to the program that is run).'
 
 demo: $(STAMPS)/demo ## run examples/accelerate_resnet.py and write demo.png
 	$(BIN)/python examples/accelerate_resnet.py $(ARGS)
@@ -46,6 +51,9 @@ finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unle
 
 test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-quick: $(STAMPS)/test $(CUDA_ON_CPU) ## run a few cases of every test that is not slow (tests/quick.py)
+	$(BIN)/python -m pytest -n auto --dist worksteal --quick $(ARGS)
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
@@ -69,6 +77,9 @@ format: $(STAMPS)/lint ## reformat Python and C++
 	$(BIN)/clang-format -i $(CLANG_FORMATTED)
 
 CLANG_FORMATTED = $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+cuda: | $(PACKAGE) ## compile the CUDA kernels too, for TORCH_CUDA_ARCH_LIST or the GPUs that are visible
+	POOLING_EXT_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 
 setup: $(PACKAGE) ## make .venv, install PyTorch, build and install the package
 
@@ -108,19 +119,42 @@ $(EXTRAS): $(STAMPS)/%: pyproject.toml | $(PACKAGE)
 build/cuda_on_cpu.so: $(CSRC) $(STAND_IN) setup.py | $(PACKAGE)
 	$(BIN)/python setup.py cuda_on_cpu
 
-# --- the stable ABI ------------------------------------------------------------------------------
+# --- other versions of PyTorch, another compiler ---------------------------------------------------
 
-# Runs the library built in this checkout, not a copy built again, under another PyTorch.
-ABI := build/abi
-
-$(ABI)/torch-$(ABI_TORCH): | $(BIN)/python
-	$(BIN)/python -m venv $(ABI)
-	$(ABI)/bin/python -m pip --disable-pip-version-check install "torch==$(ABI_TORCH)" numpy
-	@rm -f $(ABI)/torch-*
+# An environment with another PyTorch than .venv's.
+$(foreach version,$(sort $(ABI_TORCH) $(OLDEST_TORCH)),build/torch-$(version)/installed): build/torch-%/installed: | $(BIN)/python
+	$(BIN)/python -m venv build/torch-$*
+	build/torch-$*/bin/python -m pip --disable-pip-version-check install "torch==$*" numpy "setuptools>=77" "pybind11>=2.13" \
+	    ninja pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
-abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an older PyTorch (ABI_TORCH)
-	PYTHONPATH="$(CURDIR)" $(ABI)/bin/python tests/abi_smoke.py
+abi: $(PACKAGE) build/torch-$(ABI_TORCH)/installed ## run the built library under an older PyTorch (ABI_TORCH)
+	PYTHONPATH="$(CURDIR)" build/torch-$(ABI_TORCH)/bin/python tests/abi_smoke.py
+
+# Makes $(1) a copy of the tree, with what is compiled already: kernels depend on neither Python nor PyTorch.
+define copy_tree
+rm -rf $(1)
+mkdir -p $(1)/build
+cp -a csrc pooling_ext tests setup.py pyproject.toml README.md LICENSE $(1)
+cp -a $(wildcard build/native build/cuda) $(1)/build
+rm -f $(1)/pooling_ext/*.so
+endef
+
+OLDEST        := build/torch-$(OLDEST_TORCH)
+OLDEST_PYTHON := $(CURDIR)/$(OLDEST)/bin/python
+# There the CUDA kernels are compiled wherever there is nvcc.
+WITH_CUDA     := $(if $(shell command -v nvcc),POOLING_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$(or $(TORCH_CUDA_ARCH_LIST),9.0))
+
+oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest PyTorch (OLDEST_TORCH), in a copy of the tree
+	$(call copy_tree,$(OLDEST)/tree)
+	cd $(OLDEST)/tree && $(WITH_CUDA) $(OLDEST_PYTHON) setup.py build_ext --inplace
+	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/abi_smoke.py --built-here
+	cd $(OLDEST)/tree && $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
+
+clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
+	$(call copy_tree,build/clang)
+	cd build/clang && CXX="$(CLANG)" POOLING_EXT_CXXFLAGS=-Werror POOLING_EXT_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
+	cd build/clang && $(abspath $(BIN))/python tests/abi_smoke.py --built-here
 
 # --- sanitizers ----------------------------------------------------------------------------------
 

@@ -117,25 +117,42 @@ def run(args: argparse.Namespace, device: str = "cuda") -> int:
     start = perf_counter()
     with torch.device(device):
         found = Run(_facts(device))
-        for case in CASES:
-            if case.name in chosen:
-                _try(found, case.name, console, partial(_operator, found, case, args, device))
-        for name, part in MODELS.items():
-            if name in chosen:
-                _try(found, name, console, partial(part, found, name, args, device))
-    found.facts["seconds"] = round(perf_counter() - start)
+        folder = args.out or ROOT / "benchmarks" / "results" / found.facts["machine"]
+        folder.mkdir(parents=True, exist_ok=True)
+        for what, part in _parts(found, chosen, args, device):
+            _try(found, what, console, part)
+            # At once, so that what comes next can end the process and nothing measured is lost.
+            found.facts["seconds"] = round(perf_counter() - start)
+            _write(found, folder)
     for grid in (_operators(found), _models(found)):
         if grid.rows:
             console.print(grid.rich())
     for label, why in found.wrong.items():
         console.print(f"[red]WRONG, not timed:[/] {label}: {why}", highlight=False)
-    folder = args.out or ROOT / "benchmarks" / "results" / found.facts["machine"]
-    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"wrote {folder}/gpu.json, gpu.md", highlight=False)
+    return 1 if found.wrong else 0
+
+
+def _parts(
+    found: Run, chosen: set[str], args: argparse.Namespace, device: str
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What there is to measure: a name for each part and what measures it."""
+    for case in CASES:
+        for dtype in args.dtypes if case.name in chosen else ():
+            for layout in args.layouts:
+                yield (
+                    f"{case.name} {dtype} {layout}",
+                    partial(_operator, found, case, dtype, layout, args, device),
+                )
+    for name, part in MODELS.items():
+        if name in chosen:
+            yield name, partial(part, found, name, args, device)
+
+
+def _write(found: Run, folder: Path) -> None:
     data = {**found.facts, "wrong": found.wrong, "entries": [asdict(entry) for entry in found.entries]}
     (folder / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
     (folder / "gpu.md").write_text(markdown(found))
-    console.print(f"wrote {folder}/gpu.json, gpu.md", highlight=False)
-    return 1 if found.wrong else 0
 
 
 @dataclass(frozen=True)
@@ -159,11 +176,11 @@ def _facts(device: str) -> dict[str, Any]:
 
 
 def _try(found: Run, what: str, console: Console, part: Callable[[], None]) -> None:
-    """Measure one part; what is wrong or runs out of memory does not end the others."""
+    """Measure one part; what is wrong, or fails in whatever way, does not end the others."""
     console.print(what, style="dim", highlight=False)
     try:
         part()
-    except (AssertionError, RuntimeError) as error:
+    except Exception as error:  # Triton's compiler has errors of its own
         found.wrong[what] = f"{type(error).__name__}: {str(error)[:300]}"
 
 
@@ -196,18 +213,18 @@ def _theirs(case: LaunchCase) -> Callable[..., Tensor]:
     }.get(case.op) or getattr(F, case.op)
 
 
-def _operator(found: Run, case: LaunchCase, args: argparse.Namespace, device: str) -> None:
-    for dtype in args.dtypes:
-        for layout in args.layouts:
-            make = partial(case.tensors, dtype=DTYPES[dtype], format=LAYOUTS[layout], device=device)
-            ours = [name for name in OURS if _takes(case, name, make(2))]
-            if not ours:
-                raise RuntimeError(f"no backend of ours takes {case} in {dtype} on {device}")
-            tensors = make(CHECKED)
-            for backend in ours:
-                with use_backend(backend):
-                    _check(case, tensors, ALLOWED[dtype])
-            _time_operator(found, case, make(args.batch), ours, dtype, layout, args)
+def _operator(
+    found: Run, case: LaunchCase, dtype: str, layout: str, args: argparse.Namespace, device: str
+) -> None:
+    make = partial(case.tensors, dtype=DTYPES[dtype], format=LAYOUTS[layout], device=device)
+    ours = [name for name in OURS if _takes(case, name, make(2))]
+    if not ours:
+        raise RuntimeError(f"no backend of ours takes {case} in {dtype} on {device}")
+    tensors = make(CHECKED)
+    for backend in ours:
+        with use_backend(backend):
+            _check(case, tensors, ALLOWED[dtype])
+    _time_operator(found, case, make(args.batch), ours, dtype, layout, args)
 
 
 def _takes(case: LaunchCase, backend: str, tensors: dict[str, Tensor]) -> bool:

@@ -55,7 +55,7 @@ def info() -> Rows:
     rows += [
         ("CPU", cpu_model()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        ("CUDA kernels for", ", ".join(cuda.architectures()) or "no architecture"),
+        ("CUDA kernels for", ", ".join(cuda.architectures()) or f"no architecture: {cuda.why_not()}"),
         ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU that torch can use"),
     ]
     return rows

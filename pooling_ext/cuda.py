@@ -30,6 +30,8 @@ OPERATORS = frozenset(
 )
 #: Low-level operators that only CUDA has: beside Triton's, not in their place.
 OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
+#: How to have the kernels where a build left them out.
+ASK = "where there is nvcc, POOLING_EXT_CUDA=1 builds them, TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
 #: The library that stands in for a GPU's, if one was asked for.
 ON_CPU = os.environ.get("POOLING_EXT_CUDA_ON_CPU") or None
 _library: ctypes.CDLL | None = None
@@ -45,7 +47,7 @@ def _load() -> None:
     if path is None:
         spec = importlib.util.find_spec("pooling_ext._cuda")
         if spec is None or spec.origin is None:
-            _why_not = "pooling_ext was built without CUDA"
+            _why_not = f"pooling_ext was built without CUDA kernels ({ASK})"
             return
         if torch.version.cuda is None:
             _why_not = "PyTorch was built without CUDA"
@@ -118,7 +120,8 @@ def gpus_why_not() -> str | None:
         major, minor = torch.cuda.get_device_capability(index)
         if not runs_on((major, minor), architectures()):
             built = ", ".join(architectures())
-            return f"the CUDA kernels are for {built}, and GPU {index} has {major}.{minor}"
+            own = f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            return f"the CUDA kernels are for {built}, and GPU {index} has {major}.{minor} (build with {own})"
     return None
 
 

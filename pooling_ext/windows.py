@@ -79,7 +79,8 @@ class Windows(NamedTuple):
         """Whether a window has no element of the input in it (dilation can step over a small one)."""
         output_size, kernel_size, strides, padding, dilations = self.full
         return any(
-            not any(0 <= o * stride - pad + dilation * place < size for place in range(kernel))
+            (first := max(0, -((o * stride - pad) // dilation))) >= kernel
+            or o * stride - pad + dilation * first >= size
             for size, out, kernel, stride, pad, dilation in zip(
                 sizes, output_size, kernel_size, strides, padding[::2], dilations, strict=True
             )

@@ -10,11 +10,14 @@ promise of the stable ABI. It needs neither pytest nor an installed package:
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,120 @@ def check(ours: Callable[..., Any], theirs: Callable[..., Any], x: Tensor, kind:
         same(leaf.grad, wide_leaf.grad.to(x.dtype))
 
 
+# --- fused operators -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused operator beside what PyTorch's own make of the same tensors.
+
+    Attributes:
+        op: a function of :mod:`pooling_ext.functional`.
+        theirs: takes the same arguments.
+        batch_norm: whether weight, bias and running statistics are among them.
+    """
+
+    op: str
+    theirs: Callable[..., Tensor]
+    batch_norm: bool = True
+    residual: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+        x = values(2, dtype, layout)
+        assert x is not None
+        tensors = {"input": x}
+        if self.residual:
+            tensors["residual"] = x.flip(0) - 1
+        if self.batch_norm:
+            # Batch norm of 16-bit activations has float32 parameters.
+            parameters = dtype if dtype == torch.float64 else torch.float32
+            ramp = torch.linspace(-1, 1, x.shape[1], dtype=parameters)
+            tensors |= {"weight": ramp + 0.1, "bias": ramp / 3}
+            tensors |= {"running_mean": ramp / 2, "running_var": ramp**2 + 1}
+        return tensors
+
+
+def batch_norm_relu(
+    input: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    training: bool, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training)
+    return F.relu(output if residual is None else output + residual)
+
+
+FUSED = (
+    Fused("batch_norm_act", batch_norm_relu, options=dict(training=True)),
+    Fused("batch_norm_act", batch_norm_relu, options=dict(training=False)),
+    Fused("batch_norm_act", batch_norm_relu, residual=True, options=dict(training=True)),
+    Fused("batch_norm_act", batch_norm_relu, residual=True, options=dict(training=False)),
+    *(
+        Fused(
+            "batch_norm_relu_max_pool",
+            lambda **tensors: F.max_pool2d(batch_norm_relu(**tensors), 3, 2, 1),
+            options=dict(training=training),
+        )
+        for training in (True, False)
+    ),
+    Fused(
+        "add_relu_global_avg_pool",
+        lambda input, residual: F.relu(input + residual).mean((-2, -1), keepdim=True),
+        batch_norm=False,
+        residual=True,
+    ),
+)
+
+
+#: Of a whole tensor's size, by the dtype of the activations.
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, slack: float = 1) -> None:
+    """Errors of sums grow with their terms, so the whole tensors are compared."""
+    off = float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    assert off <= slack * NEAR[dtype], f"{what} is off by {off:.2g} of its size"
+
+
+def check_fused(case: Fused, ours: Callable[..., Tensor], dtype: torch.dtype, layout: str) -> None:
+    """Compare the output, without gradients and with them, the gradients and the running statistics."""
+    tensors = case.tensors(dtype, layout)
+    with torch.no_grad():
+        alone = ours(**{name: tensor.clone() for name, tensor in tensors.items()}, **case.options)
+    results = []
+    for call, wide in ((ours, False), (case.theirs, True)):
+        mine = {name: (x.double() if wide else x).clone() for name, x in tensors.items()}
+        leaves = {name: x.requires_grad_() for name, x in mine.items() if not name.startswith("running_")}
+        output = call(**mine, **case.options)
+        grads = torch.autograd.grad(output.sum() + output.square().sum(), list(leaves.values()))
+        found = {"output": output.detach()} | {name: x for name, x in mine.items() if name not in leaves}
+        found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        results.append(found)
+    near(alone, results[1]["output"], dtype, "the output without gradients")
+    for name, expected in results[1].items():
+        # Rounding to 16 bits makes ties of which the first wins, so some gradients go elsewhere.
+        moves = case.op == "batch_norm_relu_max_pool" and name == "gradient of input" and dtype.itemsize == 2
+        near(results[0][name], expected, dtype, name, 10 if moves else 1)
+
+
+def check_conv_bn_act(functional: Any, dtype: torch.dtype, layout: str) -> None:
+    """In evaluation, where batch norm is folded, and in training."""
+    x = values(2, dtype, layout)
+    assert x is not None
+    torch.manual_seed(0)
+    conv, bn = torch.nn.Conv2d(x.shape[1], 24, 3, padding=1, bias=False), torch.nn.BatchNorm2d(24)
+    with torch.no_grad():
+        for parameter in bn.parameters():
+            parameter.uniform_(0.5, 1.5)
+    conv, bn = conv.to(dtype), bn.to(dtype if dtype == torch.float64 else torch.float32)
+    wide_conv, wide_bn = (copy.deepcopy(module).double() for module in (conv, bn))
+    for training in (False, True):
+        with torch.no_grad():
+            output = functional.conv_bn_act(conv, bn.train(training), x)
+            expected = F.relu(wide_bn.train(training)(wide_conv(x.double())))
+            near(output, expected, dtype, f"conv_bn_act, {training=}")
+    near(bn.running_var, wide_bn.running_var, dtype, "running_var")
+
+
 def release(version: str) -> str:
     """``"2.13.0+cpu"`` to ``"2.13.0"``."""
     return version.partition("+")[0]
@@ -116,13 +233,15 @@ def release(version: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--fallback", action="store_true", help="expect that the kernels are missing")
+    parser.add_argument("--built-here", action="store_true", help="the PyTorch may be that of the build")
     options = parser.parse_args()
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         import pooling_ext
         import pooling_ext.functional
-        from pooling_ext import _native
+        from pooling_ext import _native, cuda
+    told_cuda = ""
     told = [w for w in caught if issubclass(w.category, pooling_ext.NativeUnavailableWarning)]
 
     if options.fallback:
@@ -133,10 +252,14 @@ def main() -> int:
         assert _native.module is not None, f"the compiled kernels did not load: {_native.why_not}"
         assert not told, f"unexpected warning: {told[0].message}"
         built = _native.module.build_torch
-        assert release(built) != release(torch.__version__), (
+        assert options.built_here or release(built) != release(torch.__version__), (
             f"built with {built}: run it under another PyTorch"
         )
         backend, dtypes = "cpu", FLOATS + INTEGERS
+        # The GPU's library, where there is one, has to load too; nothing here runs on a GPU.
+        if find_spec("pooling_ext._cuda") is not None:
+            assert cuda.why_not() is None, cuda.why_not()
+            told_cuda = f", CUDA kernels for {', '.join(cuda.architectures())}"
 
     checked = 0
     for (kind, name, rank, arguments), dtype, layout in itertools.product(cases(), dtypes, LAYOUTS):
@@ -153,7 +276,23 @@ def main() -> int:
             print(f"{name}({arguments}) of {dtype}, {layout}, failed", file=sys.stderr)
             raise error
         checked += 1
-    library = f"library built with {built}" if built else "without the library"
+    for case, dtype, layout in itertools.product((*FUSED, None), dtypes, ("contiguous", "channels_last")):
+        if dtype in INTEGERS:
+            continue
+        try:
+            if case is None:
+                check_conv_bn_act(pooling_ext.functional, dtype, layout)
+            else:
+                ours = getattr(pooling_ext.functional, case.op)
+                took = pooling_ext.explain(ours, **case.tensors(dtype, layout), **case.options)
+                assert took.backend == backend, f"expected backend {backend!r}, but got: {took}"
+                check_fused(case, ours, dtype, layout)
+        except Exception as error:
+            name = f"{case.op}({case.options})" if case else "conv_bn_act"
+            print(f"{name} of {dtype}, {layout}, failed", file=sys.stderr)
+            raise error
+        checked += 1
+    library = f"library built with {built}{told_cuda}" if built else "without the library"
     print(f"PyTorch {torch.__version__}, {library}: {checked} cases agree with PyTorch")
     return 0
 

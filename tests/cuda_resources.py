@@ -1,7 +1,7 @@
 """What the CUDA kernels use of a multiprocessor, by the logs of the build.
 
 Run as a script it writes the table that test_cuda.py compares with: after a change of the kernels,
-`TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace && python tests/cuda_resources.py`.
+`make cuda TORCH_CUDA_ARCH_LIST=9.0 && .venv/bin/python tests/cuda_resources.py`.
 """
 
 from __future__ import annotations

@@ -307,5 +307,20 @@ def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
     assert {entry["rival"] for entry in found["entries"]} == rivals
     assert len(found["entries"]) == 2 * len(rivals) * len(small) and not found["wrong"]
     assert "of a copy's rate" in (tmp_path / "gpu.md").read_text()
+
+    class CompilationError(Exception):
+        """One that is neither a RuntimeError nor an AssertionError, as Triton's are."""
+
+    def fails(*args, **kwargs):
+        so_far.append(json.loads((tmp_path / "gpu.json").read_text())["entries"])
+        raise CompilationError("at 1:0")
+
+    so_far: list[list] = []
+    monkeypatch.setattr(gpu, "CASES", tuple(small[:1]))
+    monkeypatch.setattr(gpu, "MODELS", {"fails": fails, "fails too": fails})
+    assert gpu.run(args, device="cpu") == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["wrong"] == {name: "CompilationError: at 1:0" for name in ("fails", "fails too")}
+    assert [len(entries) for entries in so_far] == [2 * len(rivals)] * 2, "not written as it came"
     if not torch.cuda.is_available():
         assert gpu.run(args) == 2

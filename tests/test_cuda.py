@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pooling_ext
 import pooling_ext.functional as F
-from pooling_ext import backends, cuda, triton
+from pooling_ext import backends, cli, cuda, triton
 from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.launches import BACKWARD, CASES, FORWARD, PHASES, TRAINING, LaunchCase
 
@@ -137,7 +137,27 @@ def test_the_dispatcher_runs_what_is_chosen(gpus, capabilities, chosen, op):
 def test_the_reason_names_the_gpu(gpus):
     gpus((9, 0), (8, 6))
     (decision,) = pooling_ext.explain(backends.choose, "max_pool", on_a_gpu()).decisions
-    assert decision.declined["cuda"] == "the CUDA kernels are for 9.0, and GPU 1 has 8.6"
+    assert decision.declined["cuda"] == (
+        "the CUDA kernels are for 9.0, and GPU 1 has 8.6 (build with TORCH_CUDA_ARCH_LIST=8.6)"
+    )
+
+
+def test_what_a_build_left_out_can_be_asked_for(monkeypatch):
+    """``explain`` of a tensor on a GPU says how, and so does ``pooling-ext info``."""
+    monkeypatch.setattr(cuda, "ON_CPU", None)
+    monkeypatch.setattr(cuda, "_library", None)
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "_why_not", None)
+    cuda._load()
+    cuda.architectures.cache_clear()
+    try:
+        (decision,) = pooling_ext.explain(backends.choose, "max_pool", on_a_gpu()).decisions
+        rows = dict(cli.info())
+    finally:
+        cuda.architectures.cache_clear()
+    for said in (decision.declined["cuda"], rows["backend cuda"], rows["CUDA kernels for"]):
+        assert "built without CUDA kernels" in said
+        assert "POOLING_EXT_CUDA=1" in said and "TORCH_CUDA_ARCH_LIST" in said
 
 
 @on_cpu

@@ -19,6 +19,8 @@ def tensors_of(case: LaunchCase, device: str = "cuda") -> dict[str, Tensor]:
 
 @cases
 def test_the_same_bits_every_time(backend, case):
+    """Under the setting that refuses whatever is not deterministic; elsewhere on a GPU it only warns."""
+    torch.use_deterministic_algorithms(True)
     tensors = tensors_of(case)
     first, second = ([case.run(phase, tensors)() for phase in PHASES] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

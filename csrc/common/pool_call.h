@@ -37,8 +37,12 @@ inline PoolParams params_of(const Ints& sizes, const Windows& windows, bool chan
     const int64_t rank = windows.rank(), dims = static_cast<int64_t>(sizes.size());
     PoolParams p;
     Axis* axes[] = {&p.d, &p.h, &p.w};
-    for (int64_t i = 0; i < rank; ++i)
-        *axes[3 - rank + i] = axis_of(sizes[dims - rank + i], windows, i);
+    for (int64_t i = 0; i < rank; ++i) {
+        Axis& axis = *axes[3 - rank + i];
+        axis = axis_of(sizes[dims - rank + i], windows, i);
+        // One window makes no step, which may be as long as it likes.
+        if (axis.out == 1 && axis.stride > axis.kernel) axis.stride = axis.kernel;
+    }
     for (int64_t i = 0; i < dims - rank; ++i) p.outer *= sizes[i];
     if (channels_last) {
         p.channels = sizes[1];

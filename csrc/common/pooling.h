@@ -87,6 +87,9 @@ struct AxisOf {
         return high - low;
     }
 
+    // No window has more places inside the input. There may be far more outside.
+    POOLING_EXT_INLINE Int most_inside() const { return kernel < in ? kernel : in; }
+
     // Whether no two windows overlap.
     POOLING_EXT_INLINE bool apart() const {
         return out == 1 || (!adaptive && stride > dilation * (kernel - 1));
@@ -114,7 +117,13 @@ struct PoolParams {
     int64_t channels = 1;
     Axis d, h, w;
 
-    POOLING_EXT_INLINE int64_t window_places() const { return d.kernel * h.kernel * w.kernel; }
+    // At most 2^62.
+    POOLING_EXT_INLINE int64_t window_places() const {
+        const double places = double(d.kernel) * double(h.kernel) * double(w.kernel);
+        return places < 0x1p62 ? d.kernel * h.kernel * w.kernel : int64_t(1) << 62;
+    }
+    // No window has more rows inside the input.
+    POOLING_EXT_INLINE int64_t window_rows() const { return d.most_inside() * h.most_inside(); }
     POOLING_EXT_INLINE int64_t in_row() const { return w.in * channels; }
     POOLING_EXT_INLINE int64_t out_row() const { return w.out * channels; }
     POOLING_EXT_INLINE int64_t in_plane() const { return d.in * h.in * w.in; }
@@ -126,6 +135,20 @@ struct PoolParams {
 // Whether the only window is the whole plane.
 POOLING_EXT_INLINE bool is_whole(const PoolParams& p) {
     return p.w.whole() && p.h.whole() && p.d.whole();
+}
+
+// The same windows without the places that are inside the input in none of them, for a maximum: an
+// average counts some of those.
+POOLING_EXT_INLINE Axis without_outside(Axis axis) {
+    if (axis.adaptive || axis.out < 1) return axis;
+    const int64_t reach = (axis.out - 1) * axis.stride;
+    const int64_t before = axis.pad_before > reach ? (axis.pad_before - reach) / axis.dilation : 0;
+    axis.pad_before -= before * axis.dilation;
+    axis.pad_after = 0;
+    axis.kernel -= before;
+    const int64_t rest = ceil_div(axis.in + axis.pad_before, axis.dilation);
+    if (axis.kernel > rest) axis.kernel = rest;
+    return axis;
 }
 
 // The largest window, in places, whose offsets fit one byte with 255 left to mean "none".

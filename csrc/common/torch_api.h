@@ -14,6 +14,14 @@
 
 #include "common/windows.h"
 
+// The check whose error says what failed, where this PyTorch has it; the other, which all have,
+// does not.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define POOLING_EXT_TORCH_CHECK_CODE STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define POOLING_EXT_TORCH_CHECK_CODE TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace pooling_ext {
 
 using Tensor = torch::stable::Tensor;
@@ -83,8 +91,8 @@ inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last, Mem
         if (!channels_last || axis != 1) next(axis);
     const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), code,
-                                                           memory.type, memory.index, &handle));
+    POOLING_EXT_TORCH_CHECK_CODE(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), code,
+                                                          memory.type, memory.index, &handle));
     return Tensor(handle);
 }
 

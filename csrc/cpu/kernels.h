@@ -63,17 +63,27 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 
+// Whether rows are dealt out (see Phases), which takes windows of one size in the contiguous
+// format, and no more room than a few rows: strides, dilation and padding may go far beyond one.
+POOLING_EXT_INLINE bool deals(const PoolParams& p) {
+    const Axis& w = p.w;
+    if (p.channels != 1 || w.adaptive || w.kernel > kWideWindow) return false;
+    return w.stride + w.pad_before + w.dilation * (w.kernel - 1) <= 4 * w.in + 1024;
+}
+
 // Bytes of scratch that one call of a kernel needs, for elements of at most 8 bytes.
 inline size_t scratch_bytes(const PoolParams& p) {
     constexpr size_t element = 8 + 4, pointer = 8, slack = 12288;
-    const size_t rows = p.d.kernel * p.h.kernel;
+    const size_t rows = p.window_rows();
     if (p.channels == 1 && is_whole(p) && rows == 1) return slack;  // walked in place
-    const size_t columns = p.channels == 1 && p.w.kernel > kWideWindow ? 0 : p.w.kernel;
+    const bool dealt = deals(p);
+    const size_t columns = dealt ? p.w.kernel : p.channels == 1 ? 0 : p.w.most_inside();
+    const size_t steps = dealt ? p.w.stride : 0;
     const size_t phases =
-        columns ? p.w.in + p.w.pad_before + p.w.dilation * columns + (p.w.out + 2) * p.w.stride : 0;
+        dealt ? p.w.in + p.w.pad_before + p.w.dilation * columns + (p.w.out + 2) * steps : 0;
     const size_t in = p.in_row(), out = p.out_row();
     return (in + 2 * out + phases) * element +
-           (rows + 2 * columns + 4 * (columns ? p.w.stride : 0) + 2 * p.w.out) * pointer + slack;
+           (rows + 2 * columns + 4 * steps + 2 * p.w.out) * pointer + slack;
 }
 
 }  // namespace pooling_ext

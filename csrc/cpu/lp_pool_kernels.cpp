@@ -80,12 +80,12 @@ void power_average(const Job& job, int64_t begin, int64_t end, void* memory) {
     const Divisors<T> divisors(job, scratch);
     const PoolParams& p = job.p;
     // All of a plane is one long row, of which scratch memory holds a piece.
-    const bool whole_plane = p.channels == 1 && is_whole(p) && p.d.kernel * p.h.kernel == 1;
+    const bool whole_plane = p.channels == 1 && is_whole(p) && p.window_rows() == 1;
     const int64_t plane = p.in_plane() * p.channels;
     const int64_t in = whole_plane ? kPiece : whole_vectors(p.in_row());
     const auto* const src = static_cast<const In*>(job.src);
     const In* const src_end = src + p.outer * plane;
-    const In** const rows = scratch.take<const In*>(p.d.kernel * p.h.kernel);
+    const In** const rows = scratch.take<const In*>(p.window_rows());
     T* const sum = scratch.take<T>(in + kVector);
     PoolParams columns = p;
     columns.outer = 1;
@@ -108,7 +108,8 @@ void power_average(const Job& job, int64_t begin, int64_t end, void* memory) {
             }
             if (!whole_plane) powers = add_columns(sum, 0, 0);
             // PyTorch takes the average and multiplies by the full window's size.
-            const T whole = T(p.d.places(od) * p.h.places(oh) * p.w.places(0));
+            const T whole =
+                T(double(p.d.places(od)) * double(p.h.places(oh)) * double(p.w.places(0)));
             divisors.divide(
                 od, oh, [=](int64_t i) { return powers[i]; },
                 [=](int64_t i, T mean) { powers[i] = mean * whole; });

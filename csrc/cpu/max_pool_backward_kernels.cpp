@@ -50,8 +50,8 @@ class Scatter {
                     starts_[i] = int32_t(plane * p_.in_plane() + rows_[r] + columns_[ow]);
         row_inverse_ = 65536 / p_.w.kernel + 1;
         slice_inverse_ = 65536 / p_.h.kernel + 1;
-        row_step_ = int32_t(p_.h.dilation * p_.w.in - p_.w.dilation * p_.w.kernel);
-        slice_step_ = int32_t((p_.d.dilation * p_.h.in - p_.h.dilation * p_.h.kernel) * p_.w.in);
+        row_step_ = uint32_t(p_.h.dilation * p_.w.in - p_.w.dilation * p_.w.kernel);
+        slice_step_ = uint32_t((p_.d.dilation * p_.h.in - p_.h.dilation * p_.h.kernel) * p_.w.in);
         if (!std::is_same_v<Place, uint8_t>) return;
         for (int64_t offset = 0; offset < p_.window_places(); ++offset)
             lead_[offset] = lead_of(offset);
@@ -197,14 +197,14 @@ class Scatter {
 
     void locate(const uint8_t* __restrict place, const int32_t* __restrict starts,
                 int32_t* __restrict located, int64_t n) const {
-        const int32_t column = int32_t(p_.w.dilation), row = row_step_, slice = slice_step_;
+        // Modulo 2^32: a window may start so far outside that its start does not fit.
+        const uint32_t column = uint32_t(p_.w.dilation), row = row_step_, slice = slice_step_;
         const uint32_t per_row = row_inverse_, per_slice = slice_inverse_;
         for (int64_t i = 0; i < n; ++i) {
             const uint32_t at = place[i];
             const uint32_t kh = (at * per_row) >> 16, kd = (kh * per_slice) >> 16;
-            const int32_t where =
-                starts[i] + int32_t(at) * column + int32_t(kh) * row + int32_t(kd) * slice;
-            located[i] = at == kByteWindow ? -1 : where;
+            const uint32_t where = uint32_t(starts[i]) + at * column + kh * row + kd * slice;
+            located[i] = at == kByteWindow ? -1 : int32_t(where);
         }
     }
 
@@ -242,7 +242,7 @@ class Scatter {
     int32_t* const located_;
     int32_t* const starts_;
     uint32_t row_inverse_, slice_inverse_;
-    int32_t row_step_, slice_step_;
+    uint32_t row_step_, slice_step_;
 };
 
 // The input column that an offset in window o names, if it is in the window's row `place`; else -1.

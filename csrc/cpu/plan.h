@@ -60,7 +60,7 @@ inline Rows plan_forward(Job& job, int64_t size, bool averages) {
     }
     flatten_whole_planes(p);
     flatten_whole_rows(p);
-    return {p.out_rows(), p.d.kernel * p.h.kernel * p.in_row()};
+    return {p.out_rows(), p.window_rows() * p.in_row()};
 }
 
 // Max pooling's backward gathers from small windows, comparing a vector of places at a time, and

@@ -197,11 +197,6 @@ POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + i);
 }
 
-// Whether rows are dealt out, which takes windows of one size in the contiguous format.
-POOLING_EXT_INLINE bool deals(const PoolParams& p) {
-    return p.channels == 1 && !p.w.adaptive && p.w.kernel <= kWideWindow;
-}
-
 // Calls visit(pointer to row, place of the row in the window) for the input rows inside the
 // window of output row (od, oh).
 template <class In, class Visit>
@@ -269,10 +264,11 @@ class RowReducer {
           dealing_(!slide_ && deals(p)),
           end_(end),
           phases_(p.w, dealing_, scratch),
-          rows_(scratch.take<const In*>(p.d.kernel * p.h.kernel)),
-          columns_(scratch.take<const void*>(p.channels > 1 || dealing_ ? p.w.kernel : 0)),
-          row_(scratch.take<T>(slide_ || p.d.kernel * p.h.kernel > 1 ? p.in_row() + 2 * kVector
-                                                                     : 0) +
+          rows_(scratch.take<const In*>(p.window_rows())),
+          columns_(scratch.take<const void*>(dealing_         ? p.w.kernel
+                                             : p.channels > 1 ? p.w.most_inside()
+                                                              : 0)),
+          row_(scratch.take<T>(slide_ || p.window_rows() > 1 ? p.in_row() + 2 * kVector : 0) +
                kVector),
           dealt_(scratch.take<T>(slide_ ? p.w.out + kVector : phases_.size())),
           out_(scratch.take<T>(p.out_row() + kVector)) {

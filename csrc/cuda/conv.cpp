@@ -198,9 +198,12 @@ std::tuple<Tensor, Tensor> conv_stats(const Tensor& input, const Tensor& weight,
 extern "C" __attribute__((visibility("default"))) const char* pooling_ext_cuda_conv_tiles() {
     static const std::string text = [] {
         std::string all;
-        for (const auto& tile : pooling_ext::cuda::kConvTiles)
-            all += (all.empty() ? "" : ";") + std::to_string(tile.pixels) + " " +
-                   std::to_string(tile.channels) + " " + std::to_string(tile.stages);
+        for (const auto& tile : pooling_ext::cuda::kConvTiles) {
+            if (!all.empty()) all += ";";
+            for (const auto part : {tile.pixels, tile.channels, tile.stages})
+                all += std::to_string(part) + " ";
+            all.pop_back();
+        }
         return all;
     }();
     return text.c_str();

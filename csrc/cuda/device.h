@@ -24,7 +24,7 @@ class Device {
 #else
     explicit Device(const Tensor& x)
         : memory_{aoti_torch_device_type_cuda(), x.get_device_index()}, guard_(memory_.index) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(memory_.index, &stream_));
+        POOLING_EXT_TORCH_CHECK_CODE(aoti_torch_get_current_cuda_stream(memory_.index, &stream_));
     }
 #endif
 

@@ -5,9 +5,20 @@
 namespace pooling_ext {
 namespace {
 
+// Windows of so many places remember indices instead of offsets, as places_dtype in max_pool.py
+// says.
+constexpr int64_t kManyPlaces = int64_t(1) << 30;
+
+// Of so many places nearly all are outside the input, and nothing that is remembered counts them.
+void leave_outside_out(PoolParams& p) {
+    if (p.window_places() < kManyPlaces) return;
+    for (Axis* axis : {&p.d, &p.h, &p.w}) *axis = without_outside(*axis);
+}
+
 Tensor max_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
                 Ints dilation) {
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
+    leave_outside_out(call.job.p);
     if (call.any()) call.device.max_pool(call.job, dtype_of(input), Places::None);
     return call.output;
 }
@@ -16,11 +27,10 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
                                            Ints stride, Ints padding, Ints dilation, bool indices) {
     const Windows windows{output_size, kernel_size, stride, padding, dilation};
     Forward call(input, windows);
-    // As places_dtype in max_pool.py says.
-    constexpr int64_t kManyPlaces = int64_t(1) << 30;
     const int64_t window = call.job.p.window_places();
-    STD_TORCH_CHECK(window < kManyPlaces || is_whole(call.job.p),
-                    "pooling_ext: kernel_size must have fewer than 2**30 places");
+    leave_outside_out(call.job.p);
+    STD_TORCH_CHECK(call.job.p.window_places() < kManyPlaces || is_whole(call.job.p),
+                    "pooling_ext: kernel_size must have fewer than 2**30 places in the input");
     const Places kind = indices || window >= kManyPlaces ? Places::Index
                         : window <= kByteWindow          ? Places::Byte
                                                          : Places::Int32;
@@ -60,6 +70,7 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     Tensor result = device.empty(input_size, grad.scalar_type(), channels_last);
     PoolJob job;
     job.p = params_of(input_size, windows, channels_last);
+    leave_outside_out(job.p);
     job.src = dense_grad.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
@@ -79,6 +90,7 @@ Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_si
     Tensor result = device.empty(sizes, input.scalar_type(), channels_last);
     PoolJob job;
     job.p = params_of(sizes_of(input), windows, channels_last);
+    leave_outside_out(job.p);
     job.src = dense_input.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kDefaultJobs = 20000;
 
 // What is counted of the jobs.
-enum Counter { kBlocks, kPlanes, kEmptyWindows };
+enum Counter { kBlocks, kPlanes, kEmptyWindows, kFarWindows };
 
 // --- jobs ------------------------------------------------------------------------------
 
@@ -99,6 +99,20 @@ struct Case {
     }
 };
 
+// Has the windows step or reach far beyond the input.
+void reach_far(Axis& a, bool dilated, Random& r) {
+    constexpr int64_t kFar = int64_t(1) << 24;
+    if (dilated && a.kernel > 1 && r.chance(2)) {
+        a.dilation = kFar + r.pick(0, 3);
+        // So that one place of each window is near the input.
+        a.pad_before = a.dilation * r.pick(0, a.kernel - 1) + r.pick(0, 2);
+        a.pad_before = std::min(a.pad_before, a.dilation * (a.kernel - 1));
+        a.pad_after = a.dilation * (a.kernel - 1) - a.pad_before;
+    } else {
+        a.stride = kFar + r.pick(0, 3);
+    }
+}
+
 // Fills in the axes; false where that leaves no outputs, or too many to loop over.
 bool choose_windows(Case& c, Random& r, int64_t rank, bool many) {
     const bool whole = r.chance(8), adaptive = r.chance(3),
@@ -119,6 +133,7 @@ bool choose_windows(Case& c, Random& r, int64_t rank, bool many) {
         a.stride = r.chance(3) ? a.kernel : r.pick(1, 5);
         const int64_t reach = a.dilation * (a.kernel - 1);
         if (!whole && r.chance(2)) a.pad_before = r.pick(0, reach), a.pad_after = r.pick(0, reach);
+        if (!whole && r.chance(20)) reach_far(a, dilated, r);
         a.out = output_size(a.in, a.kernel, a.stride, a.pad_before, a.pad_after, a.dilation,
                             r.chance(2));
         if (a.out < 1) return false;
@@ -195,6 +210,8 @@ std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random
     };
     const auto windows = c.windows();
     const auto empty = [](const Window& window) { return window.inside.empty(); };
+    const auto far = [](const Axis& a) { return a.stride > (1 << 20) || a.dilation > (1 << 20); };
+    progress->counted[kFarWindows] += far(c.p.d) || far(c.p.h) || far(c.p.w);
     progress->counted[kEmptyWindows] += std::any_of(windows.begin(), windows.end(), empty);
     for (int64_t o = 0; o < c.outputs(); ++o) {
         const int64_t channel = o % p.channels, outer = o / p.channels / p.out_plane();
@@ -307,7 +324,8 @@ void run_case(const Case& c, Random& r) {
 
 int main(int argc, char** argv) {
     using namespace pooling_ext;
-    const char* const counters[] = {"in blocks", "by plane", "with empty windows", nullptr};
+    const char* const counters[] = {"in blocks", "by plane", "with empty windows",
+                                    "with far windows", nullptr};
     return fuzz(argc, argv, "fuzz_kernels", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     const Case c = make_case(random);

@@ -136,17 +136,17 @@ def _spread_cells(
     for tile in tl.range(STRIP):
         cell_h = first_h + tile * TILE[1] + h_at
         offsets = (((outer * out_d + cell_d) * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
-        for rd in tl.static_range(STRIDE[0]):
+        for rd in tl.static_range(tl.constexpr(STRIDE[0])):
             d = cell_d * STRIDE[0] + rd
             d_ok = (item < items) & (d < in_d)
-            for rh in tl.static_range(STRIDE[1]):
+            for rh in tl.static_range(tl.constexpr(STRIDE[1])):
                 h = cell_h * STRIDE[1] + rh
                 h_ok = d_ok & (h < in_h)
-                for rw in tl.static_range(STRIDE[2]):
+                for rw in tl.static_range(tl.constexpr(STRIDE[2])):
                     w = cell_w * STRIDE[2] + rw
                     ok = h_ok & (w < in_w)
                     total = tl.zeros(offsets.shape, accumulator(grad, "sum"))
-                    for place in tl.static_range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
+                    for place in tl.static_range(tl.constexpr(KERNEL[0] * KERNEL[1] * KERNEL[2])):
                         if _covers(place, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
                             up_d = _ahead(0, place, rd, KERNEL, STRIDE, PADDING, DILATION)
                             up_h = _ahead(1, place, rh, KERNEL, STRIDE, PADDING, DILATION)

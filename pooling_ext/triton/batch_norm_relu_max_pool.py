@@ -113,11 +113,11 @@ def _pool_kernel(
             first_kh = (tl.maximum(-h_start, 0) + (DILATION[1] - 1)) // DILATION[1]
             first_kw = (tl.maximum(-w_start, 0) + (DILATION[2] - 1)) // DILATION[2]
             where = tl.broadcast_to((first_kh * KERNEL[2] + first_kw)[:, None], best.shape)
-        for kh in tl.static_range(KERNEL[1]):
+        for kh in tl.static_range(tl.constexpr(KERNEL[1])):
             row_ok = within(
                 h_ok, h_start + kh * DILATION[1], in_h, kh * DILATION[1] < PADDING[1], kh >= INSIDE[1]
             )
-            for kw in tl.static_range(KERNEL[2]):
+            for kw in tl.static_range(tl.constexpr(KERNEL[2])):
                 ok = within(
                     row_ok, w_start + kw * DILATION[2], in_w, kw * DILATION[2] < PADDING[2], kw >= INSIDE[2]
                 )
@@ -287,19 +287,19 @@ def _backward_kernel(
     for tile in tl.range(STRIP):
         cell_h = first_h + tile * TILE[1] + h_at
         window = ((item_at * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
-        for rh in tl.static_range(STRIDE[1]):
+        for rh in tl.static_range(tl.constexpr(STRIDE[1])):
             h = cell_h * STRIDE[1] + rh
-            for rw in tl.static_range(STRIDE[2]):
+            for rw in tl.static_range(tl.constexpr(STRIDE[2])):
                 w = cell_w * STRIDE[2] + rw
                 ok = item_ok & (h < in_h) & (w < in_w)
                 at = ((item_at * in_h + h) * in_w + w)[:, None] * channels + c
                 d = tl.load(x + at, mask=ok[:, None] & c_ok, other=0.0).to(acc) - center
                 g = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
-                for kh in tl.static_range(KERNEL[1]):
+                for kh in tl.static_range(tl.constexpr(KERNEL[1])):
                     if _covers(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION):
                         up = _ahead(1, kh, rh, KERNEL, STRIDE, PADDING, DILATION)
                         row_ok = within(ok, cell_h + up, out_h, up < 0, True)
-                        for kw in tl.static_range(KERNEL[2]):
+                        for kw in tl.static_range(tl.constexpr(KERNEL[2])):
                             if _covers(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION):
                                 across = _ahead(2, kw, rw, KERNEL, STRIDE, PADDING, DILATION)
                                 there = within(row_ok, cell_w + across, out_w, across < 0, True)

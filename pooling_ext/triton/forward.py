@@ -148,13 +148,13 @@ def _pool_windows(
                 where = tl.where(any_d & any_h & any_w, where, -1)
             where = tl.broadcast_to(where[:, None], best.shape)
         if UNROLL:
-            for kd in tl.static_range(KERNEL[0]):
+            for kd in tl.static_range(tl.constexpr(KERNEL[0])):
                 d_ok = within(
                     h_ok, d_start + kd * DILATION[0], in_d, kd * DILATION[0] < PADDING[0], kd >= INSIDE[0]
                 )
                 if ADAPTIVE:
                     d_ok &= kd < d_places
-                for kh in tl.static_range(KERNEL[1]):
+                for kh in tl.static_range(tl.constexpr(KERNEL[1])):
                     row_ok = within(
                         d_ok, h_start + kh * DILATION[1], in_h, kh * DILATION[1] < PADDING[1], kh >= INSIDE[1]
                     )
@@ -165,7 +165,7 @@ def _pool_windows(
                         + (kd * DILATION[0] * in_h + kh * DILATION[1]) * in_w * channels
                         + (origin[:, None] + c)
                     )
-                    for kw in tl.static_range(KERNEL[2]):
+                    for kw in tl.static_range(tl.constexpr(KERNEL[2])):
                         ok = within(
                             row_ok,
                             w_start + kw * DILATION[2],

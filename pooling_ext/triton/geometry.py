@@ -116,6 +116,11 @@ def _geometry(sizes: tuple[int, ...], channels_last: bool, windows: Windows) -> 
         adaptive = any(out and n % out for n, out in zip(spatial, windows.output_size, strict=True))
         windows = windows._replace(kernel_size=kernel)
     output_size, kernel, stride, padding, dilation = windows.full
+    # One window makes no step, which may be as long as it likes.
+    stride = tuple(
+        min(step, size) if out == 1 else step
+        for step, size, out in zip(stride, kernel, output_size, strict=True)
+    )
 
     def axes(values: Sequence[int], fill: int) -> Ints:
         return (fill,) * (3 - rank) + tuple(values)  # type: ignore[return-value]
