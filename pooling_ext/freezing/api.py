@@ -184,10 +184,11 @@ class _Job:
         self.report, self.compare = FusionReport(), compare
         twin = self.twin()
         args, kwargs = self._copied()
-        with state_kept(twin):
-            body: nn.Module | None = self._region(twin, args, kwargs, "") if whole else None
-        if body is None:
-            body = self._parts(twin, *self._copied(), "")
+        region = self._region(twin, args, kwargs, "") if whole else None
+        body: nn.Module = twin if region is None else region
+        if region is None:
+            args, kwargs = self._copied()
+            self._parts(body, args, kwargs, "")
             try:
                 with state_kept(body):
                     args, kwargs = self._copied()

@@ -110,7 +110,8 @@ def _per_channel(editor: GraphEditor, value: Any, constant: Any, node: fx.Node) 
 def _fuse_layer(editor: GraphEditor, node: fx.Node, kind: type, shared: dict[Any, str]) -> None:
     """Take what follows a convolution or linear layer into it."""
     module = editor.module(node)
-    path, parts, last = editor.path(node), [type(module).__name__], node
+    path, parts = editor.path(node), [type(module).__name__]
+    last: fx.Node = node
     rank = 2 if kind is nn.Linear else module.weight.dim()
     shape: Any = node.meta.get("shape_in") or ()
     normalizations: list[Normalization | Affine] = []
@@ -125,7 +126,7 @@ def _fuse_layer(editor: GraphEditor, node: fx.Node, kind: type, shared: dict[Any
         key.append(user.target if user.op == "call_module" else user)
         last, user = user, only_user(user)
     activation, residual = editor.activation(user), None
-    if activation is not None:
+    if activation is not None and user is not None:
         last = user
         parts.append(str(activation))
     elif kind in (nn.Conv2d, nn.Conv3d) and len(shape) == rank:

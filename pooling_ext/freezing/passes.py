@@ -275,7 +275,7 @@ def replace_pools(editor: GraphEditor) -> None:
     for node in list(editor.graph.nodes):
         module = editor.module(node)
         if module is not None:
-            ours = REPLACES.get(editor.kind(node) or type(None))
+            ours = REPLACES.get(editor.kind(node) or nn.Module)
             if ours is not None:
                 editor.tell(node, type(module).__name__, "ours")
                 module.__class__ = ours

@@ -133,7 +133,7 @@ OUT_OF_PLACE: dict[Any, Any] = {
     TF.elu_: TF.elu,
     TF.selu_: TF.selu,
     TF.celu_: TF.celu,
-    TF.threshold_: TF.threshold,
+    torch.threshold_: TF.threshold,
     torch.sigmoid_: torch.sigmoid,
     torch.tanh_: torch.tanh,
 }

@@ -128,7 +128,7 @@ class Watcher:
                 self._asking[argument] += 1 if event == "c_call" else -1
             elif event == "c_call":
                 why = self._why_not_builtin(argument)
-        if why is not None:
+        if why is not None and caller is not None:
             self.refuse(f"{why} ({os.path.basename(caller.f_code.co_filename)}:{caller.f_lineno})")
 
     def _why_not_call(self, name: str, frame: Any) -> str | None:

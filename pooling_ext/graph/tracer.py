@@ -245,7 +245,7 @@ class _ExampleTracer(_Tracer):
         self.constants: dict[str, Tensor] = {}
         self.opaque: dict[str, tuple[str, Any]] = {}
         self._names: dict[int, str] = {}
-        self._changing: set[int] = set()  # memory of constants into which something else is written
+        self._changing: set[int | None] = set()  # memory of constants into which something else is written
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             self._names.setdefault(id(tensor), name)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import _format_target
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from ..errors import ArgumentError
 from ..graph.guards import Untraceable, submodule
@@ -180,7 +181,7 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
 
     @functools.wraps(traced_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is traced_forward and not torch.jit.is_tracing():
+        if base.forward is traced_forward and not is_tracing():
             values = args
             if kwargs:
                 fits = len(args) + len(kwargs) == count
@@ -244,6 +245,6 @@ def _rebuild(version: Any, *args: Any) -> Any:
             f"this patched model was saved by a newer version of pooling_ext (format {version}, and this one "
             f"reads up to {FORMAT})"
         )
-    key, base, *args = args
+    key, base, args = args[0], args[1], args[2:]
     cls = _classes.get(key) or _restored_class(base)
     return cls.__new__(cls, *args)
