@@ -124,7 +124,7 @@ build/cuda_on_cpu.so: $(CSRC) $(STAND_IN) setup.py | $(PACKAGE)
 # An environment with another PyTorch than .venv's.
 $(foreach version,$(sort $(ABI_TORCH) $(OLDEST_TORCH)),build/torch-$(version)/installed): build/torch-%/installed: | $(BIN)/python
 	$(BIN)/python -m venv build/torch-$*
-	build/torch-$*/bin/python -m pip --disable-pip-version-check install "torch==$*" numpy "setuptools>=77" "pybind11>=2.13" \
+	build/torch-$*/bin/python -m pip --disable-pip-version-check install "torch==$*" torchvision numpy "setuptools>=77" "pybind11>=2.13" \
 	    ninja pytest pytest-timeout pytest-xdist hypothesis
 	@touch $@
 
@@ -149,7 +149,7 @@ oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest 
 	$(call copy_tree,$(OLDEST)/tree)
 	cd $(OLDEST)/tree && $(WITH_CUDA) $(OLDEST_PYTHON) setup.py build_ext --inplace
 	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/abi_smoke.py --built-here
-	cd $(OLDEST)/tree && $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
+	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
 
 clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
 	$(call copy_tree,build/clang)

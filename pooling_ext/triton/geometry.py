@@ -100,6 +100,27 @@ class Geometry(NamedTuple):
         }
 
 
+#: Of so many places nearly all are outside the input, and places_dtype in ops/max_pool.py remembers indices.
+MANY_PLACES = 2**30
+
+
+@lru_cache(maxsize=1024)
+def without_outside(g: Geometry) -> Geometry:
+    """``g`` for a maximum: of many places, those are left out that are inside the input in no window.
+
+    Kernels count places in 32 bits; an average counts some of those that are left out.
+    """
+    if g.adaptive or g.places < MANY_PLACES:
+        return g
+    axes = zip(g.size, g.out, g.kernel, g.stride, g.before, g.dilation, strict=True)
+    kernels, pads = [], []
+    for n, out, kernel, step, pad, dilation in axes:
+        before = max(pad - (out - 1) * step, 0) // dilation
+        pads.append(pad - before * dilation)
+        kernels.append(min(kernel - before, -(-(n + pads[-1]) // dilation)))
+    return g._replace(kernel=tuple(kernels), before=tuple(pads), after=(0, 0, 0))
+
+
 def geometry(sizes: Sequence[int], channels_last: bool, *windows: Sequence[int]) -> Geometry:
     """The geometry of an input of shape ``sizes`` under the fields of a ``Windows``."""
     return _geometry(tuple(sizes), channels_last, Windows(*map(tuple, windows)))

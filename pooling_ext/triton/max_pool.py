@@ -25,6 +25,7 @@ from .geometry import (
     tile_pixels,
     tiling,
     window_start,
+    without_outside,
 )
 from .launching import launch
 from .planes import pool_planes, spread_planes
@@ -62,7 +63,7 @@ def _pool(input: Tensor, windows: tuple[Ints, ...], places: Tensor | None) -> Te
     if output.numel() == 0:
         return output
     nhwc = channels_last(input, len(windows[0]))
-    g = geometry(input.shape, nhwc, *windows)
+    g = without_outside(geometry(input.shape, nhwc, *windows))
     pool = pool_planes if g.whole else pool_windows
     pool(dense(input, nhwc), output, places, g, MAX)
     return output
@@ -86,7 +87,7 @@ def max_pool_backward(
         return result
     if grad.numel() == 0:
         return result.zero_()
-    g = geometry(input_size, nhwc, output_size, kernel_size, stride, padding, dilation)
+    g = without_outside(geometry(input_size, nhwc, output_size, kernel_size, stride, padding, dilation))
     spread = spread_planes if g.whole else spread_windows
     spread(dense(grad, nhwc), dense(places, nhwc), result, g)
     return result
@@ -106,7 +107,7 @@ def max_pool_gather(
     output = _library.empty(places, output_size, input.dtype)
     if output.numel() == 0:
         return output
-    g = geometry(input.shape, nhwc, output_size, kernel_size, stride, padding, dilation)
+    g = without_outside(geometry(input.shape, nhwc, output_size, kernel_size, stride, padding, dilation))
     _gather(dense(input, nhwc), dense(places, nhwc), output, g)
     return output
 
