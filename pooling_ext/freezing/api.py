@@ -23,7 +23,7 @@ from .editor import GraphEditor
 from .layers import PackedConv, PackedLinear
 from .parts import freeze_parts
 from .passes import rewrite
-from .region import Input, Outputs, Region, floating, own_dtype
+from .region import Input, Outputs, Region, floating, in_order, own_dtype
 from .signature import Signature, call_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -182,12 +182,10 @@ class _Job:
             compare: whether to compare each region with the module that it stands for.
         """
         self.report, self.compare = FusionReport(), compare
-        twin = self.twin()
-        args, kwargs = self._copied()
-        with state_kept(twin):
-            body: nn.Module | None = self._region(twin, args, kwargs, "") if whole else None
+        body: nn.Module | None = self._region(self.twin(), *self._copied(), "") if whole else None
         if body is None:
-            body = self._parts(twin, *self._copied(), "")
+            self.report.replaced.clear()  # parts of a region that came to nothing
+            body = self._parts(self.twin(), *self._copied(), "")
             try:
                 with state_kept(body):
                     args, kwargs = self._copied()
@@ -224,7 +222,8 @@ class _Job:
             return None
         if self.compare:
             try:
-                problem = difference(module, region, (args, kwargs), self.dtype or self.own)
+                with state_kept(module):
+                    problem = difference(module, region, (args, kwargs), self.dtype or self.own)
             except Undecided:
                 problem = None
             if problem is not None:
@@ -303,11 +302,12 @@ def _dotted(prefix: str, path: str) -> str:
 
 
 def _contiguous_outputs(trace: ExampleTrace, tensors: list[Tensor]) -> list[bool]:
-    """Which of the results were contiguous, as the arguments were."""
-    ordered = all(x.is_contiguous() for x in tensors if x.dim() > 3)
+    """Which of the results are in the order of their dimensions where the arguments are."""
+    # Of an example in channels_last, results in channels_last: they would follow the other order too.
+    wanted = "in_order" if all(map(in_order, tensors)) else "channels_last"
     output = next(node for node in reversed(trace.graph.nodes) if node.op == "output")
     return [
-        ordered and isinstance(x, fx.Node) and len(x.meta.get("shape", ())) > 3 and x.meta["contiguous"]
+        isinstance(x, fx.Node) and x.meta[wanted]
         for x in output.args[0]  # type: ignore[union-attr]
     ]
 
