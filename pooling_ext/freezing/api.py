@@ -21,7 +21,7 @@ from ..patching import unpatch
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor
 from .layers import PackedConv, PackedLinear
-from .parts import freeze_parts
+from .parts import Part, freeze_parts
 from .passes import rewrite
 from .region import Input, Outputs, Region, floating, in_order, own_dtype
 from .signature import Signature, call_arguments
@@ -85,12 +85,21 @@ def _checked(job: _Job, frozen: Frozen) -> Frozen:
     frozen.report.skip("(root)", job.name, reason)
     problem = job.difference(frozen)
     if problem is not None:
-        left = ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
         raise ArgumentError(
             f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
-            f"{left}. freeze(..., check=False) leaves the comparison out"
+            f"{_to_blame(job, frozen)}. freeze(..., check=False) leaves the comparison out"
         )
     return frozen
+
+
+def _to_blame(job: _Job, frozen: Frozen) -> str:
+    """The part without which ``frozen`` would be right; where none alone is at fault, all that are left."""
+    parts = {path: m for path, m in frozen.body.named_modules() if type(m) is Part and ".region." not in path}
+    for path, part in parts.items():
+        with part.unfrozen():
+            if job.difference(frozen) is None:
+                return path
+    return ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
 
 
 class Frozen(nn.Module):
@@ -216,7 +225,7 @@ class _Job:
     def _region(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region | None:
         """Freeze ``module`` as one region; None where it cannot be."""
         try:
-            region = self._traced(module, args, kwargs, path)
+            region, report = self._traced(module, args, kwargs, path)
         except Untraceable as error:
             self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
             return None
@@ -229,9 +238,13 @@ class _Job:
             if problem is not None:
                 self.report.skip(path, type(module).__name__, f"gives other results when frozen: {problem}")
                 return None
+        self.report.replaced += report.replaced
+        for entry in report.skipped:
+            self.report.skip(entry.path, entry.what, entry.why)
         return region
 
-    def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region:
+    def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> tuple[Region, FusionReport]:
+        """A region for ``module``, and what is to be said of it if it is used."""
         if is_hooked(module):
             raise Untraceable("it has hooks")
         report = FusionReport()
@@ -273,10 +286,7 @@ class _Job:
             signature,
             outputs,
         )
-        self.report.replaced += report.replaced
-        for entry in report.skipped:
-            self.report.skip(entry.path, entry.what, entry.why)
-        return region
+        return region, report
 
 
 class _Around(nn.Module):

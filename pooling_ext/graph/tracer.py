@@ -69,9 +69,10 @@ class ExampleTrace:
     Attributes:
         graph: one placeholder for each leaf of the arguments that is a tensor; its output is the tuple of the
             result's leaves. Nodes have ``meta``: "type", of what they give; for a tensor "shape", "dtype" and
-            "contiguous"; "in_order" and "channels_last", of the strides of all tensors that they give; "shape_in", the shape of the first argument; "constant", whether it depends on no
-            argument; "wrote" and "shares", the nodes whose memory it was seen to change and to share; "same",
-            whether it gave its first argument itself.
+            "contiguous"; "in_order" and "channels_last", by the strides of all tensors that they give;
+            "shape_in", the shape of the first argument; "constant", whether it depends on no argument;
+            "wrote" and "shares", the nodes whose memory it was seen to change and to share; "same", whether
+            it gave its first argument itself.
         constants: tensors that are no parameters or buffers, by the names that the graph gives them.
         opaque: for each child that could not be traced: why, and the arguments it was called with.
         spec: how the result's leaves are nested.
