@@ -21,9 +21,9 @@ from ..patching import unpatch
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor
 from .layers import PackedConv, PackedLinear
-from .parts import freeze_parts
+from .parts import Part, freeze_parts
 from .passes import rewrite
-from .region import Input, Outputs, Region, floating, own_dtype
+from .region import Input, Outputs, Region, floating, in_order, own_dtype
 from .signature import Signature, call_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,12 +85,21 @@ def _checked(job: _Job, frozen: Frozen) -> Frozen:
     frozen.report.skip("(root)", job.name, reason)
     problem = job.difference(frozen)
     if problem is not None:
-        left = ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
         raise ArgumentError(
             f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
-            f"{left}. freeze(..., check=False) leaves the comparison out"
+            f"{_to_blame(job, frozen)}. freeze(..., check=False) leaves the comparison out"
         )
     return frozen
+
+
+def _to_blame(job: _Job, frozen: Frozen) -> str:
+    """The part without which ``frozen`` would be right; where none alone is at fault, all that are left."""
+    parts = {path: m for path, m in frozen.body.named_modules() if type(m) is Part and ".region." not in path}
+    for path, part in parts.items():
+        with part.unfrozen():
+            if job.difference(frozen) is None:
+                return path
+    return ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
 
 
 class Frozen(nn.Module):
@@ -182,13 +191,13 @@ class _Job:
             compare: whether to compare each region with the module that it stands for.
         """
         self.report, self.compare = FusionReport(), compare
-        twin = self.twin()
         args, kwargs = self._copied()
-        region = self._region(twin, args, kwargs, "") if whole else None
-        body: nn.Module = twin if region is None else region
+        region = self._region(self.twin(), args, kwargs, "") if whole else None
+        body: nn.Module = self.twin() if region is None else region
         if region is None:
+            self.report.replaced.clear()  # parts of a region that came to nothing
             args, kwargs = self._copied()
-            self._parts(body, args, kwargs, "")
+            body = self._parts(body, args, kwargs, "")
             try:
                 with state_kept(body):
                     args, kwargs = self._copied()
@@ -219,21 +228,26 @@ class _Job:
     def _region(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region | None:
         """Freeze ``module`` as one region; None where it cannot be."""
         try:
-            region = self._traced(module, args, kwargs, path)
+            region, report = self._traced(module, args, kwargs, path)
         except Untraceable as error:
             self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
             return None
         if self.compare:
             try:
-                problem = difference(module, region, (args, kwargs), self.dtype or self.own)
+                with state_kept(module):
+                    problem = difference(module, region, (args, kwargs), self.dtype or self.own)
             except Undecided:
                 problem = None
             if problem is not None:
                 self.report.skip(path, type(module).__name__, f"gives other results when frozen: {problem}")
                 return None
+        self.report.replaced += report.replaced
+        for entry in report.skipped:
+            self.report.skip(entry.path, entry.what, entry.why)
         return region
 
-    def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region:
+    def _traced(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> tuple[Region, FusionReport]:
+        """A region for ``module``, and what is to be said of it if it is used."""
         if is_hooked(module):
             raise Untraceable("it has hooks")
         report = FusionReport()
@@ -275,10 +289,7 @@ class _Job:
             signature,
             outputs,
         )
-        self.report.replaced += report.replaced
-        for entry in report.skipped:
-            self.report.skip(entry.path, entry.what, entry.why)
-        return region
+        return region, report
 
 
 class _Around(nn.Module):
@@ -304,11 +315,12 @@ def _dotted(prefix: str, path: str) -> str:
 
 
 def _contiguous_outputs(trace: ExampleTrace, tensors: list[Tensor]) -> list[bool]:
-    """Which of the results were contiguous, as the arguments were."""
-    ordered = all(x.is_contiguous() for x in tensors if x.dim() > 3)
+    """Which of the results are in the order of their dimensions where the arguments are."""
+    # Of an example in channels_last, results in channels_last: they would follow the other order too.
+    wanted = "in_order" if all(map(in_order, tensors)) else "channels_last"
     output = next(node for node in reversed(trace.graph.nodes) if node.op == "output")
     return [
-        ordered and isinstance(x, fx.Node) and len(x.meta.get("shape", ())) > 3 and x.meta["contiguous"]
+        isinstance(x, fx.Node) and x.meta[wanted]
         for x in output.args[0]  # type: ignore[union-attr]
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -162,7 +163,7 @@ def _run(model: Callable[..., Any], call: Call, state: Any) -> Any:
         if state is not None:
             _set_random_state(state)
         else:
-            torch.manual_seed(torch.initial_seed() + 1)
+            _set_other_seeds()
         result = model(*args, **kwargs)
         return cloned((result, args, kwargs))  # the model may have changed its arguments
 
@@ -174,15 +175,22 @@ def cloned(tree: Any) -> Any:
 
 def _random_state() -> Any:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return torch.get_rng_state(), cuda, random.getstate()
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False)
 
 
 def _set_random_state(state: Any) -> None:
-    cpu, cuda, python = state
+    cpu, cuda, python, numpy = state
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state_all(cuda)
     random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def _set_other_seeds() -> None:
+    torch.manual_seed(torch.initial_seed() + 1)
+    random.seed(random.random())
+    np.random.seed(np.random.randint(1 << 31))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ class Part(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.region(*args, **kwargs)
+
+    @contextmanager
+    def unfrozen(self) -> Iterator[None]:
+        """Let calls run the child itself."""
+        region = self._modules["region"]
+        self._modules["region"] = self.__dict__["original"]
+        try:
+            yield
+        finally:
+            self._modules["region"] = region
 
     def __getattr__(self, name: str) -> Any:
         try:

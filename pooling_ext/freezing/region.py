@@ -33,7 +33,7 @@ class Outputs:
 
     Args:
         spec: how they are nested.
-        contiguous: for each, whether it has to be contiguous where the arguments are, as the model's is.
+        contiguous: for each, whether its tensors have to be contiguous where no argument is in channels_last.
         changed: which arguments the model changes in place; what they become are further results.
         same: for each, which argument itself it is, or None.
     """
@@ -52,9 +52,9 @@ class Outputs:
         if self.same:
             own = dict(self.same)
             results = tuple(inputs[own[i]] if i in own else x for i, x in enumerate(results))
-        if True in self.contiguous and all(x.is_contiguous() for x in inputs if x.dim() > 3):
+        if True in self.contiguous and all(map(in_order, inputs)):
             results = tuple(
-                x.contiguous() if ordered and isinstance(x, Tensor) else x
+                pytree.tree_map(_contiguous, x) if ordered else x
                 for x, ordered in zip(results, self.contiguous, strict=True)
             )
         if self.single and type(results[0]) is Tensor:
@@ -172,6 +172,15 @@ class _Blame(fx.Interpreter):
         elif n.op != "placeholder":
             self.layer = n.name
         return super().run_node(n)
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def in_order(x: Tensor) -> bool:
+    """Whether convolutions of PyTorch keep the channels of what they make of ``x`` apart in memory."""
+    return x.dim() < 3 or x.is_contiguous() or (x.dim() > 3 and x.stride(1) != 1)
 
 
 def floating(x: Any, dtype: torch.dtype | None) -> Any:

@@ -75,7 +75,7 @@ class Value(_Checks, fx.Proxy):
     """What an operator, a child or an argument gives, of which nothing is known."""
 
     def __getattr__(self, name: str) -> Any:
-        if self.tracer.watcher.in_hasattr:
+        if self.tracer.watcher.asks_for_attribute:
             self.tracer.refuse("its forward asks whether a value has an attribute")
         return _Attribute(self, name)
 

@@ -69,7 +69,7 @@ class Watcher:
     def __init__(self, refuse: Callable[[str], None], strict: bool) -> None:
         self.refuse, self.strict = refuse, strict
         self.active = False
-        self._asking = {hasattr: 0, isinstance: 0}
+        self._asking = {hasattr: 0, getattr: 0, isinstance: 0}
 
     def asks_for_type(self, frame: Any) -> bool:
         """Whether the code at ``frame``, which reads a value's ``__class__``, is the model's isinstance."""
@@ -80,8 +80,9 @@ class Watcher:
         return is_torch(module_name(frame)) and frame.f_code.co_name in _TYPE_TESTS and not self.strict
 
     @property
-    def in_hasattr(self) -> bool:
-        return self._asking[hasattr] > 0
+    def asks_for_attribute(self) -> bool:
+        """Whether the model's code calls hasattr or getattr, which may have a default."""
+        return self._asking[hasattr] > 0 or self._asking[getattr] > 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Watcher:
             if not is_ours(module_name(frame)) and (is_ours(called_by) or is_model(called_by)):
                 why = self._why_not_call(module_name(frame), frame)
         elif event != "return" and is_model(module_name(frame)):
-            if argument is hasattr or argument is isinstance:
+            if argument is hasattr or argument is getattr or argument is isinstance:
                 self._asking[argument] += 1 if event == "c_call" else -1
             elif event == "c_call":
                 why = self._why_not_builtin(argument)

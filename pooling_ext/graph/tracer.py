@@ -11,8 +11,9 @@ for the whole process.
 from __future__ import annotations
 
 import inspect
+import itertools
+import pickle
 import random
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
@@ -67,9 +69,10 @@ class ExampleTrace:
     Attributes:
         graph: one placeholder for each leaf of the arguments that is a tensor; its output is the tuple of the
             result's leaves. Nodes have ``meta``: "type", of what they give; for a tensor "shape", "dtype" and
-            "contiguous"; "shape_in", the shape of the first argument; "constant", whether it depends on no
-            argument; "wrote" and "shares", the nodes whose memory it was seen to change and to share; "same",
-            whether it gave its first argument itself.
+            "contiguous"; "in_order" and "channels_last", by the strides of all tensors that they give;
+            "shape_in", the shape of the first argument; "constant", whether it depends on no argument;
+            "wrote" and "shares", the nodes whose memory it was seen to change and to share; "same", whether
+            it gave its first argument itself.
         constants: tensors that are no parameters or buffers, by the names that the graph gives them.
         opaque: for each child that could not be traced: why, and the arguments it was called with.
         spec: how the result's leaves are nested.
@@ -372,7 +375,10 @@ class _ExampleTracer(_Tracer):
             value.node.meta["same"] = isinstance(hint, Tensor) and hint is first.hint
 
     def _describe(self, node: fx.Node, hint: Any, constant: bool) -> None:
+        steps = [x.stride() for x in pytree.tree_leaves(hint) if _storage(x) is not None and x.dim() > 2]
         node.meta |= {"type": type(hint), "constant": constant}
+        node.meta["in_order"] = bool(steps) and all(map(_descends, steps))
+        node.meta["channels_last"] = bool(steps) and all(len(s) == 4 and s[1] == 1 for s in steps)
         if isinstance(hint, Tensor):
             contiguous = hint.layout is torch.strided and hint.is_contiguous()
             node.meta |= {"shape": tuple(hint.shape), "dtype": hint.dtype, "contiguous": contiguous}
@@ -485,9 +491,7 @@ def _is_plain(value: Any) -> bool:
 
 def _drawn_elsewhere() -> Any:
     """The states of generators whose numbers a graph does not draw."""
-    numpy = sys.modules.get("numpy")
-    state = None if numpy is None else numpy.random.get_state(legacy=False)["state"]
-    return random.getstate(), None if state is None else (state["key"].tobytes(), state["pos"])
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
 def _has_tensor(tree: Any) -> bool:
@@ -501,6 +505,10 @@ def _is_value(x: Any) -> bool:
 def _version(x: Any) -> int | None:
     """How often a tensor was written to."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else None
+
+
+def _descends(steps: tuple[int, ...]) -> bool:
+    return all(one >= other for one, other in itertools.pairwise(steps))
 
 
 def _storage(x: Any) -> int | None:

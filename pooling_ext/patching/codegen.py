@@ -75,8 +75,9 @@ def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fus
         return None
     if "forward" in module.__dict__:
         raise Untraceable("it has a forward of its own")
-    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
-        raise Untraceable(f"it is a {base.__name__}")
+    for kind in (torch.jit.ScriptModule, fx.GraphModule):
+        if isinstance(module, kind):
+            raise Untraceable(f"it is a {kind.__name__}")
     known = {} if known is None else known
     structure = (base, *((name, plain_class(child)) for name, child in module.named_modules() if name))
     for fusion in known.get(structure, ()):
