@@ -24,7 +24,7 @@ KEEP   := -c $(STAMPS)/constraints.txt
 # so it has a stamp of its own.
 NO_NATIVE := $(filter-out 0,$(POOLING_EXT_NO_NATIVE))$(if $(shell command -v $(firstword $(CXX))),,none)
 PACKAGE   := $(STAMPS)/package$(if $(NO_NATIVE),-no-native)
-CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+CSRC      := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*/*.*)
 STAND_IN  := $(wildcard tests/cuda_on_cpu/*)
 CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 

@@ -1,6 +1,7 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp, compiled once for each instruction set). Without a C++
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for
+each instruction set). Without a C++
 compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
 operators.
 
@@ -30,7 +31,9 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = (2, 10)  # the oldest PyTorch that the built library loads in
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
-# or errno. No contraction, so that every instruction set computes the same bits.
+# or errno. No contraction, so that every instruction set computes the same bits; convolutions alone,
+# which live on fused multiply-add, are compiled with it and promise the same bits for any number of
+# threads, but not on every instruction set.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
@@ -56,12 +59,14 @@ def glob(*patterns):
 
 
 def cpu_objects():
-    for path in glob("*.cpp", "ops/*.cpp", "cpu/*.cpp"):
+    for path in glob("*.cpp", "ops/*.cpp", "cpu/*.cpp", "launchers/*.cpp", "kernels/cpu/*/*.cpp"):
         if not path.stem.endswith("_kernels"):
             yield Object(path, path.stem)
             continue
+        contract = ("-ffp-contract=fast",) if path.parent.name == "conv" else ()
         for isa, flags in ISAS.items():
-            yield Object(path, f"{path.stem}_{isa}", flags=(f"-DPOOLING_EXT_ISA={isa}", *flags))
+            own = (f"-DPOOLING_EXT_ISA={isa}", *flags, *contract)
+            yield Object(path, f"{path.stem}_{isa}", flags=own)
 
 
 def cuda_objects(rule="nvcc", define=("-DPOOLING_EXT_CUDA", "-DUSE_CUDA")):
