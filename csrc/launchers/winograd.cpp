@@ -22,7 +22,7 @@ WinogradMachine machine_of(ScalarType dtype) {
     WinogradMachine m;
     m.element = dtype == ScalarType::Double ? 8 : 4;
     m.lanes = kernels().winograd(m.element == 8 ? DType::Float64 : DType::Float32).lanes;
-    m.near = second / 4 * 3;
+    m.near = second / 8 * 5;
     // Of the last cache a worker has a share, which no system tells.
     m.far = third > 0 ? std::clamp(third / 8, second, 8 * second) : second;
     return m;

@@ -55,15 +55,26 @@ struct RowPointers {
     }
 };
 
+// Two runs of memory that are needed soon, of which each step of a product fetches so many bytes:
+// evenly, since a burst of fetches would wait for itself.
+struct Ahead {
+    const char *first, *second;
+    int64_t first_step, second_step;
+};
+
 // c[i][:] = sum over k of a[i][k] * b[k][:]
 template <class T, int kRows, int kVectors>
 void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                  int64_t c_stride) {
+                  int64_t c_stride, Ahead ahead) {
     using L = Lanes<T>;
     using X = typename L::X;
     const RowPointers<T> rows(a, a_stride);
     X sums[kRows][kVectors] = {};
     for (int64_t k = 0; k < depth; ++k) {
+        __builtin_prefetch(ahead.first, 0, 2);
+        __builtin_prefetch(ahead.second, 0, 2);
+        ahead.first += ahead.first_step;
+        ahead.second += ahead.second_step;
         X factor[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + k * b_stride + v * L::kCount);
@@ -119,7 +130,7 @@ void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
 template <class T>
 struct TileKernels {
     using Product = void (*)(int64_t depth, const T* a, int64_t a_stride, const T* b,
-                             int64_t b_stride, T* c, int64_t c_stride);
+                             int64_t b_stride, T* c, int64_t c_stride, Ahead ahead);
     using Outer = void (*)(int64_t depth, const T* a, int64_t a_stride, const T* b,
                            int64_t b_stride, T* c, int64_t c_stride, bool add);
 

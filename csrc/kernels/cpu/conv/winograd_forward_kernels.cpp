@@ -8,24 +8,56 @@
 namespace pooling_ext::POOLING_EXT_ISA {
 namespace {
 
-// The products of a block with vectors [first, last) of a group, for every point.
+// The memory of an activation that tiles [first, last) of all lie in, roughly: in channels-last
+// tiles follow each other as pixels do, but for those in a row of tiles.
+struct Stretch {
+    const char* from = nullptr;
+    int64_t bytes = 0;
+
+    POOLING_EXT_INLINE Stretch(const void* data, int64_t size, int64_t first, int64_t last,
+                               int64_t tiles) {
+        if (data == nullptr) return;
+        from = static_cast<const char*>(data) + size / tiles * first;
+        bytes = size / tiles * (last - first);
+    }
+};
+
+// The products of a block with vectors [first, last) of a group, for every point. Meanwhile the
+// weight's next panel is fetched, and one stretch after the other.
 template <class T>
 void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t tiles, const T* v,
-              const T* weight, int64_t first, int64_t last, T* products) {
-    constexpr int64_t kLanes = Lanes<T>::kCount;
-    const int64_t vectors = (s.features + kLanes - 1) / kLanes;
+              const T* weight, int64_t first, int64_t last, T* products, const Stretch& written,
+              const Stretch& read) {
+    constexpr int64_t kLanes = Lanes<T>::kCount, kHalf = kWinogradPoints / 2;
+    const int64_t vectors = ceil_div(s.features, kLanes);
+    const int64_t row_tiles = ceil_div(tiles, int64_t(kTileRows));
+    const int64_t steps = row_tiles * s.channels, panels = ceil_div(last - first, 2);
     for (int64_t point = 0; point < kWinogradPoints; ++point) {
+        const Stretch& stretch = point < kHalf ? written : read;
+        const int64_t share = stretch.bytes / kHalf / panels;
+        const char* other = stretch.from + point % kHalf * panels * share;
         for (int64_t vector = first; vector < last;) {
             const WinogradPanel panel(vector, vectors, s.channels, kLanes);
             const int64_t many = vector % 2 == 0 && vector + 1 < last ? 2 : 1;
-            const T* const b = weight + panel.offset + point * s.channels * panel.width;
+            const int64_t size = s.channels * panel.width;
+            const T* const b = weight + panel.offset + point * size;
             T* const c = products + point * blocks.m_point + (vector - first) * kLanes;
+            // The same vectors' next point if they are the last ones of this.
+            const WinogradPanel begin(first, vectors, s.channels, kLanes);
+            const T* const next = vector + many < last
+                                      ? b + size * kWinogradPoints
+                                      : weight + begin.offset + (point + 1) * s.channels * begin.width;
+            Ahead ahead{reinterpret_cast<const char*>(next), other,
+                        ceil_div(size * int64_t(sizeof(T)), steps), share / steps};
             each_row_tile(tiles, [&](int64_t row, int64_t rows) {
                 kTiles<T>.product[many - 1][rows](
                     s.channels, v + point * blocks.v_point + row * blocks.v_row, blocks.v_row, b,
-                    panel.width, c + row * blocks.m_row, blocks.m_row);
+                    panel.width, c + row * blocks.m_row, blocks.m_row, ahead);
+                ahead.first += s.channels * ahead.first_step;
+                ahead.second += s.channels * ahead.second_step;
             });
             vector += many;
+            other += share;
         }
     }
 }
@@ -192,7 +224,10 @@ void forward(const WinogradJob& job, void* scratch) {
     T* const products = v + blocks.v_size();
     In* const zeros = reinterpret_cast<In*>(products + blocks.m_size());
     std::memset(zeros, 0, size_t(s.channels) * sizeof(In));
-    const int64_t vectors = winograd_vectors(s.features, m);
+    const int64_t vectors = winograd_vectors(s.features, m), tiles = s.tiles();
+    const int64_t x_size =
+        s.batch * s.height * s.width * s.groups * s.channels * int64_t(sizeof(In));
+    const int64_t y_size = s.pixels() * s.groups * s.features * int64_t(sizeof(In));
     for (int64_t group = share.first_vector / vectors; group * vectors < share.last_vector; ++group) {
         const int64_t begin = larger(share.first_vector - group * vectors, 0);
         const int64_t end = smaller(share.last_vector - group * vectors, vectors);
@@ -205,7 +240,13 @@ void forward(const WinogradJob& job, void* scratch) {
                                  zeros);
             for (int64_t vector = begin; vector < end; vector += job.block.vectors) {
                 const int64_t last = smaller(vector + job.block.vectors, end);
-                multiply(s, blocks, last_tile - tile, v, weight, vector, last, products);
+                // Once for a block: where it is written, and what the next one reads.
+                const bool first_pass = vector == begin && s.groups == 1;
+                const int64_t next = smaller(last_tile + job.block.tiles, share.last_tile);
+                const Stretch written(first_pass ? job.y : nullptr, y_size, tile, last_tile, tiles);
+                const Stretch read(first_pass ? job.x : nullptr, x_size, last_tile, next, tiles);
+                multiply(s, blocks, last_tile - tile, v, weight, vector, last, products, written,
+                         read);
                 finish_block<In>(job, blocks, group, tile, last_tile, vector, last, products);
             }
         }

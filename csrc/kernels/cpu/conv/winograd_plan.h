@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/cpu/conv/winograd.h"
 
@@ -15,8 +16,10 @@ struct WinogradCosts {
     double input = 110, output = 90, grad = 80;  // transforms of a tile's vector
     double step = 0.5;                           // one vector of products
     double byte = 0.15;
-    double wake = 5000;  // for other workers to begin
-    double ragged = 1.15;  // of products whose rows fill no tile of registers
+    double fetched_byte = 0.03;  // of those fetched in time
+    double near_byte = 0.003;    // from the second-level cache
+    double wake = 5000;          // for other workers to begin
+    double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
 };
 constexpr WinogradCosts kWinogradCosts{};
 // Tiles that may be taken at a time.
@@ -93,6 +96,8 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
     const double panel = double(m.lanes * s.channels * m.element);
     const double weight = double(all * kWinogradPoints) * panel, near = double(m.near);
     const double products = double(tiles * all * s.channels * kWinogradPoints);
+    const WinogradCosts& c = kWinogradCosts;
+
     WinogradBlock best{std::min<int64_t>(kWinogradUnit, tiles), std::min<int64_t>(2, vectors)};
     double least = -1;
     for (const int64_t some : kWinogradTiles) {
@@ -103,14 +108,15 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double p = double(parts.m_size() * m.element);
             const double blocks = double(ceil_div(tiles, block.tiles));
             const double passes = double(ceil_div(vectors, block.vectors));
-            const bool fits = v + p + 2 * panel <= near;
-            double bytes = v + p + weight <= near ? weight : weight * blocks;
-            if (!fits) bytes += blocks * v * (1 + passes);
-            if (!fits && p > near / 4) bytes += blocks * 2 * p * passes;
-            const double cost =
-                bytes * kWinogradCosts.byte + products * kWinogradCosts.step *
-                                                  (some < 14 ? kWinogradCosts.ragged : 1);
-            if ((fits || v + p <= double(m.far)) && (least < 0 || cost < least)) {
+            // What does not fit is written to the far cache and read back.
+            const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
+            const double spilled = blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
+            const double read = v + p + weight <= near ? weight : weight * blocks;
+            const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
+            const double work = products * c.step * (1 + c.tile / rows);
+            const double cost = std::max(work, read * c.byte) + read * c.fetched_byte +
+                                weight * blocks * c.near_byte + over * spilled * c.byte;
+            if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
                 least = cost;
                 best = block;
             }
