@@ -71,7 +71,8 @@ WinogradShape shape_of(const Tensor& input, int64_t features, int64_t groups, co
 // The transformed weight: [groups, 36, channels, features rounded up], inside which each
 // instruction set has its own order.
 Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
-    const Ints sizes = sizes_of(weight), strides = {weight.strides().begin(), weight.strides().end()};
+    const Ints sizes = sizes_of(weight),
+               strides = {weight.strides().begin(), weight.strides().end()};
     STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3 && groups > 0 &&
                         sizes[0] % groups == 0 && weight.numel() > 0,
                     "pooling_ext: weight must be (out, in, 3, 3)");
@@ -89,7 +90,8 @@ Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
     job.result = result.data_ptr();
     const auto kernel = kernels().winograd(dtype_of(weight)).weight;
     STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: weight must be floating-point");
-    const int64_t vectors = groups * winograd_vectors(job.features, machine_of(weight.scalar_type()));
+    const int64_t vectors =
+        groups * winograd_vectors(job.features, machine_of(weight.scalar_type()));
     parallel_for(0, vectors, 1 + 256 / job.channels,
                  [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     return result;
@@ -111,7 +113,8 @@ Tensor merged(const WinogradShape& s, const std::vector<double>& units) {
     const double all = double(s.pixels());
     constexpr int64_t kTogether = 64;
     parallel_for(0, ceil_div(channels, kTogether), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin * kTogether; c < std::min(end * kTogether, channels); c += kTogether) {
+        for (int64_t c = begin * kTogether; c < std::min(end * kTogether, channels);
+             c += kTogether) {
             const int64_t some = std::min(kTogether, channels - c);
             // As differences to the first, so that nothing is lost where means are large.
             double away[kTogether] = {}, square[kTogether] = {}, deviation[kTogether] = {};
@@ -142,16 +145,15 @@ struct ForwardCall {
 
     ForwardCall(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                 const MaybeTensor& residual, const Ints& padding, int64_t features, int64_t groups)
-        : channels_last(suggests_channels_last(x, 2)),
-          input(dense(x, true)),
-          output(x) {
+        : channels_last(suggests_channels_last(x, 2)), input(dense(x, true)), output(x) {
         job.shape = shape_of(x, features, groups, padding);
         const WinogradShape& s = job.shape;
         const ScalarType wide = computed_in(x.scalar_type());
         const int64_t padded = ceil_div(s.features, kWinogradChannels) * kWinogradChannels;
-        STD_TORCH_CHECK(weight.scalar_type() == wide && weight.is_contiguous() &&
-                            sizes_of(weight) == (Ints{groups, kWinogradPoints, s.channels, padded}),
-                        "pooling_ext: weight must be a winograd_weight for these channels and dtype");
+        STD_TORCH_CHECK(
+            weight.scalar_type() == wide && weight.is_contiguous() &&
+                sizes_of(weight) == (Ints{groups, kWinogradPoints, s.channels, padded}),
+            "pooling_ext: weight must be a winograd_weight for these channels and dtype");
         job.x = input.data_ptr();
         job.weight = weight.data_ptr();
         if (bias) {
@@ -163,9 +165,9 @@ struct ForwardCall {
         }
         const Ints sizes = {s.batch, features, s.out_height, s.out_width};
         if (residual) {
-            STD_TORCH_CHECK(sizes_of(*residual) == sizes &&
-                                residual->scalar_type() == x.scalar_type(),
-                            "pooling_ext: residual must have the output's shape and dtype");
+            STD_TORCH_CHECK(
+                sizes_of(*residual) == sizes && residual->scalar_type() == x.scalar_type(),
+                "pooling_ext: residual must have the output's shape and dtype");
             kept.push_back(dense(*residual, true));
             job.residual = kept.back().data_ptr();
         }

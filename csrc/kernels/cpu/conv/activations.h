@@ -86,9 +86,8 @@ __attribute__((noinline)) void activate_slowly(typename Lanes<T>::X* values, int
         case Activation::LeakyRelu:
             return each([by](X x) { return x > T(0) ? x : x * by; });
         case Activation::Gelu:
-            return each([](X x) {
-                return T(0.5) * x * (T(1) + M::erf(x * T(0.70710678118654752440)));
-            });
+            return each(
+                [](X x) { return T(0.5) * x * (T(1) + M::erf(x * T(0.70710678118654752440))); });
         case Activation::GeluTanh:
             return each([](X x) {
                 const X inner = T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
@@ -103,7 +102,8 @@ template <class T>
 POOLING_EXT_INLINE void activate(typename Lanes<T>::X* values, int64_t n, Activation activation,
                                  double slope) {
     if (activation == Activation::Relu) {
-        for (int64_t i = 0; i < n; ++i) values[i] = values[i] < T(0) ? typename Lanes<T>::X{} : values[i];
+        for (int64_t i = 0; i < n; ++i)
+            values[i] = values[i] < T(0) ? typename Lanes<T>::X{} : values[i];
     } else if (activation != Activation::None) {
         activate_slowly<T>(values, n, activation, slope);
     }

@@ -88,8 +88,7 @@ void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v)
-            L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
 }
 
 // c[i][:] = sum over k of a[k][i] * b[k][:], to which what was there is added if asked for.
@@ -122,8 +121,7 @@ void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v)
-            L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
 }
 
 // The tiles of every height up to kTileRows, by their height, for one vector and two.

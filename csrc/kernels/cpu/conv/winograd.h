@@ -1,6 +1,7 @@
-// Winograd's convolution F(4x4, 3x3): what its launchers and kernels agree on. After Lavin and Gray,
-// "Fast Algorithms for Convolutional Neural Networks" (2015): an output tile of 4x4 comes from a
-// tile of 6x6 through Y = A^T [(G g G^T) . (B^T d B)] A, with 36 multiplications instead of 144.
+// Winograd's convolution F(4x4, 3x3): what its launchers and kernels agree on. After Lavin and
+// Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): an output tile of 4x4 comes
+// from a tile of 6x6 through Y = A^T [(G g G^T) . (B^T d B)] A, with 36 multiplications instead of
+// 144.
 #pragma once
 
 #include <cstddef>
@@ -36,10 +37,16 @@ struct WinogradShape {
     int64_t height = 1, width = 1, out_height = 1, out_width = 1;
     int64_t pad_top = 0, pad_left = 0;  // below 0 the input is cropped
 
-    POOLING_EXT_INLINE int64_t rows() const { return (out_height + kWinogradOut - 1) / kWinogradOut; }
-    POOLING_EXT_INLINE int64_t columns() const { return (out_width + kWinogradOut - 1) / kWinogradOut; }
+    POOLING_EXT_INLINE int64_t rows() const {
+        return (out_height + kWinogradOut - 1) / kWinogradOut;
+    }
+    POOLING_EXT_INLINE int64_t columns() const {
+        return (out_width + kWinogradOut - 1) / kWinogradOut;
+    }
     POOLING_EXT_INLINE int64_t tiles() const { return batch * rows() * columns(); }
-    POOLING_EXT_INLINE int64_t units() const { return (tiles() + kWinogradUnit - 1) / kWinogradUnit; }
+    POOLING_EXT_INLINE int64_t units() const {
+        return (tiles() + kWinogradUnit - 1) / kWinogradUnit;
+    }
     POOLING_EXT_INLINE int64_t pixels() const { return batch * out_height * out_width; }
 };
 

@@ -44,9 +44,9 @@ void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t til
             T* const c = products + point * blocks.m_point + (vector - first) * kLanes;
             // The same vectors' next point if they are the last ones of this.
             const WinogradPanel begin(first, vectors, s.channels, kLanes);
-            const T* const next = vector + many < last
-                                      ? b + size * kWinogradPoints
-                                      : weight + begin.offset + (point + 1) * s.channels * begin.width;
+            const T* const next = vector + many < last ? b + size * kWinogradPoints
+                                                       : weight + begin.offset +
+                                                             (point + 1) * s.channels * begin.width;
             Ahead ahead{reinterpret_cast<const char*>(next), other,
                         ceil_div(size * int64_t(sizeof(T)), steps), share / steps};
             each_row_tile(tiles, [&](int64_t row, int64_t rows) {
@@ -122,8 +122,7 @@ struct Epilogue {
             return;
         }
         for (int64_t a = 0; a < rows; ++a)
-            for (int64_t b = 0; b < columns; ++b)
-                use(a * kWinogradOut + b, a * line + b * pixel);
+            for (int64_t b = 0; b < columns; ++b) use(a * kWinogradOut + b, a * line + b * pixel);
     }
 };
 
@@ -202,9 +201,8 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t
             for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
                 X tile[16];
                 transform_back(from, blocks.m_point, tile);
-                epilogue.finish(walk.place(), tile, [&](int64_t i) POOLING_EXT_INLINE_LAMBDA {
-                    sums.add(tile[i]);
-                });
+                epilogue.finish(walk.place(), tile,
+                                [&](int64_t i) POOLING_EXT_INLINE_LAMBDA { sums.add(tile[i]); });
             }
             double* const mean = job.stats + unit * 2 * channels + channel;
             sums.store(mean, mean + channels, epilogue.lanes);
@@ -228,7 +226,8 @@ void forward(const WinogradJob& job, void* scratch) {
     const int64_t x_size =
         s.batch * s.height * s.width * s.groups * s.channels * int64_t(sizeof(In));
     const int64_t y_size = s.pixels() * s.groups * s.features * int64_t(sizeof(In));
-    for (int64_t group = share.first_vector / vectors; group * vectors < share.last_vector; ++group) {
+    for (int64_t group = share.first_vector / vectors; group * vectors < share.last_vector;
+         ++group) {
         const int64_t begin = larger(share.first_vector - group * vectors, 0);
         const int64_t end = smaller(share.last_vector - group * vectors, vectors);
         const T* const weight = static_cast<const T*>(job.weight) +

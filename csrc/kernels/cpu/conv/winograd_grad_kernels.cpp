@@ -134,8 +134,9 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
                                (region.first_channel + k) * job.strides[1];
                 for (int64_t lane = 0; lane < lanes; ++lane)
                     for (int64_t tap = 0; tap < 9; ++tap)
-                        put(to, lane * job.strides[0] + tap / 3 * job.strides[2] +
-                                    tap % 3 * job.strides[3],
+                        put(to,
+                            lane * job.strides[0] + tap / 3 * job.strides[2] +
+                                tap % 3 * job.strides[3],
                             narrow<In>(taps[tap][lane]));
             }
         }

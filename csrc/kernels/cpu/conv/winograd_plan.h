@@ -16,9 +16,9 @@ struct WinogradCosts {
     double input = 110, output = 90, grad = 80;  // transforms of a tile's vector
     double step = 0.5;                           // one vector of products
     double byte = 0.15;
-    double fetched_byte = 0.03;  // of those fetched in time
-    double near_byte = 0.003;    // from the second-level cache
-    double wake = 5000;          // for other workers to begin
+    double fetched_byte = 0.03;    // of those fetched in time
+    double near_byte = 0.003;      // from the second-level cache
+    double wake = 5000;            // for other workers to begin
     double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
 };
 constexpr WinogradCosts kWinogradCosts{};
@@ -110,7 +110,8 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double passes = double(ceil_div(vectors, block.vectors));
             // What does not fit is written to the far cache and read back.
             const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
-            const double spilled = blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
+            const double spilled =
+                blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
             const double read = v + p + weight <= near ? weight : weight * blocks;
             const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
             const double work = products * c.step * (1 + c.tile / rows);
@@ -175,7 +176,8 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     const double products = double(kWinogradPoints * region.channels() * out);
     // A register tile's sums are read and written for each block.
     const double depth = double(block) / double(block + 4);
-    return double(tiles) * (double(in) * c.input + double(out) * c.grad + products * c.step / depth) +
+    return double(tiles) *
+               (double(in) * c.input + double(out) * c.grad + products * c.step / depth) +
            bytes * c.byte + double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
 }
 
@@ -189,13 +191,15 @@ inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const Winogra
     for (int64_t c = 1; c <= in; ++c)
         for (int64_t v = 1; v <= out; ++v) {
             // Parts that are not equal are never better than fewer or more.
-            if (ceil_div(in, ceil_div(in, c)) != c || ceil_div(out, ceil_div(out, v)) != v) continue;
+            if (ceil_div(in, ceil_div(in, c)) != c || ceil_div(out, ceil_div(out, v)) != v)
+                continue;
             const int64_t tasks = best.splits * s.groups * c * v;
             const double turns = double(ceil_div(tasks, workers));
             for (const int64_t some : kWinogradTiles) {
                 const int64_t block = even_block(tiles, some);
-                const double cost = turns * winograd_grad_cost(s, m, tiles, ceil_div(in, c),
-                                                               ceil_div(out, v), block, best.splits);
+                const double cost =
+                    turns * winograd_grad_cost(s, m, tiles, ceil_div(in, c), ceil_div(out, v),
+                                               block, best.splits);
                 if (least < 0 || cost < least) {
                     least = cost;
                     best.over_channels = c, best.over_vectors = v, best.block = block;

@@ -96,9 +96,8 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
                     y + a >= 0 && y + a < s.height && x0 + b >= 0 && x0 + b < s.width;
                 at[a][b] = inside ? corner + a * line + b * pixel : zeros;
             }
-        transform_input<In>(channels, point, v, [&](int a, int b) POOLING_EXT_INLINE_LAMBDA {
-            return at[a][b];
-        });
+        transform_input<In>(channels, point, v,
+                            [&](int a, int b) POOLING_EXT_INLINE_LAMBDA { return at[a][b]; });
     }
 }
 

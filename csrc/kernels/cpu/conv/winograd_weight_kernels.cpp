@@ -19,8 +19,8 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
         const int64_t first = vector * L::kCount, lanes = smaller(L::kCount, job.features - first);
         // The given weight's first dimension runs over the groups.
         const int64_t outs = job.transposed ? job.channels : job.features;
-        const In* const from = static_cast<const In*>(job.weight) +
-                               group * outs * job.strides[0] + first * feature;
+        const In* const from =
+            static_cast<const In*>(job.weight) + group * outs * job.strides[0] + first * feature;
         const WinogradPanel panel(vector, vectors, job.channels, L::kCount);
         T* const to = static_cast<T*>(job.result) +
                       group * winograd_weight_size(job.channels, job.features) + panel.offset;
@@ -29,8 +29,9 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
             for (int64_t lane = 0; lane < lanes; ++lane)
                 for (int64_t tap = 0; tap < 9; ++tap) {
                     const int64_t at = job.transposed ? 8 - tap : tap;
-                    taps[tap][lane] = widen(from[lane * feature + k * channel +
-                                                 at / 3 * job.strides[2] + at % 3 * job.strides[3]]);
+                    taps[tap][lane] =
+                        widen(from[lane * feature + k * channel + at / 3 * job.strides[2] +
+                                   at % 3 * job.strides[3]]);
                 }
             X half[6][3];
 #pragma GCC unroll 3
