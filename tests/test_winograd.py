@@ -91,7 +91,7 @@ def test_accuracy(shape):
     """At every layer of torchvision's models, for output and gradients: what the README promises."""
     tensors = layer(shape)
     for what, actual, expected in zip(
-        "output input weight".split(), ours(shape, *tensors), exact(shape, *tensors), strict=True
+        ["output", "input", "weight"], ours(shape, *tensors), exact(shape, *tensors), strict=True
     ):
         assert off(actual, expected) <= 5e-5, what
 

@@ -19,8 +19,8 @@ from pooling_ext import _native
 from pooling_ext.ops import winograd
 
 THREADS = (1, 2, 3, 64)
-#: Batch, channels and features of a group, groups, height, width, padding: tails of every vector, few tiles and
-#: many channels, and the reverse.
+#: Batch, channels and features of a group, groups, height, width, padding: tails of every vector, few tiles
+#: of many channels, and the reverse.
 CASES = (
     (2, 20, 37, 1, 13, 10, (1, 1, 1, 1)),
     (1, 70, 48, 1, 7, 7, (0, 2, 3, 1)),

@@ -81,9 +81,9 @@ def _stats_fake(
     return output, input.new_empty((2, out_channels), dtype=torch.float64)
 
 
-#: The weight ``(out, in / groups, 3, 3)`` for the operators below, in float32 or float64, in an order of the
-#: instruction set's: it is not to be kept beyond the process. With ``transposed`` that of the convolution which
-#: makes the gradient of an input.
+#: The weight ``(out, in / groups, 3, 3)`` for the operators below, in float32 or float64. Its order is the
+#: instruction set's, so it is not to be kept beyond the process. With ``transposed`` it is that of the
+#: convolution which makes the gradient of an input.
 winograd_weight = _library.define(
     "winograd_weight(Tensor weight, SymInt groups, bool transposed)",
     "Tensor",
