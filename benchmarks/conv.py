@@ -32,12 +32,12 @@ BUDGET, QUICK_BUDGET = 1.0, 0.1
 ALLOWED = {"float32": 5e-5, "bfloat16": 2e-2}
 
 _METHOD = (
-    "Both run in one process, in turn, on the same tensors in channels_last, after our results were compared "
-    "with float64's; times are medians of a call. Forward is with bias and ReLU; oneDNN's weight is reordered "
-    "and ours transformed beforehand (`torch.ops.mkldnn._convolution_pointwise`, `winograd_conv`), and ours is "
-    "for the input's gradient too. Gradients are those of `convolution_backward`. Rates count the direct "
-    "convolution's operations. Memory is reused (`pooling_ext.reuse_cpu_memory()`), so neither pays for fresh "
-    "pages."
+    "Both run in one process, in turn, on the same tensors in channels_last, after our results were "
+    "compared with float64's; times are medians of a call. Forward is with bias and ReLU; oneDNN's "
+    "weight is reordered and ours transformed beforehand (`torch.ops.mkldnn._convolution_pointwise`, "
+    "`winograd_conv`), and ours is for the input's gradient too. Gradients are those of "
+    "`convolution_backward`. Rates count the direct convolution's operations. Memory is reused "
+    "(`pooling_ext.reuse_cpu_memory()`), so neither pays for fresh pages."
 )
 
 Rivals = dict[str, Callable[[], Tensor]]
