@@ -12,17 +12,24 @@ constexpr int kTileRows = 14;
 constexpr int kTileRows = 6;
 #endif
 
-// Divides `rows` into tiles of nearly equal height: calls use(first, count).
-template <class Use>
-POOLING_EXT_INLINE void each_row_tile(int64_t rows, const Use& use) {
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    int64_t first = 0;
-    for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t last = rows * (i + 1) / tiles;
-        use(first, last - first);
-        first = last;
+// Rows in tiles of nearly equal height.
+struct RowTiles {
+    int64_t count, height, higher;  // `higher` of them have one row more
+
+    explicit POOLING_EXT_INLINE RowTiles(int64_t rows)
+        : count(ceil_div(rows, int64_t(kTileRows))), height(rows / count), higher(rows % count) {}
+
+    // Calls use(first, rows) for each.
+    template <class Use>
+    POOLING_EXT_INLINE void each(const Use& use) const {
+        int64_t first = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t rows = height + (i < higher);
+            use(first, rows);
+            first += rows;
+        }
     }
-}
+};
 
 // The rows of a matrix, of which addresses are made out of two registers and odd multiples of the
 // stride: compilers run out of registers with a pointer for each.

@@ -29,12 +29,17 @@ void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t til
               const T* weight, int64_t first, int64_t last, T* products, const Stretch& written,
               const Stretch& read) {
     constexpr int64_t kLanes = Lanes<T>::kCount, kHalf = kWinogradPoints / 2;
-    const int64_t vectors = ceil_div(s.features, kLanes);
-    const int64_t row_tiles = ceil_div(tiles, int64_t(kTileRows));
-    const int64_t steps = row_tiles * s.channels, panels = ceil_div(last - first, 2);
+    const int64_t vectors = ceil_div(s.features, kLanes),
+                  panels = ceil_div(last - first, int64_t(2));
+    const RowTiles row_tiles(tiles);
+    const int64_t steps = row_tiles.count * s.channels;
+    // The same for a panel of one vector, and for one of two.
+    const int64_t fetched[] = {ceil_div(s.channels * kLanes * int64_t(sizeof(T)), steps),
+                               ceil_div(2 * s.channels * kLanes * int64_t(sizeof(T)), steps)};
+    const WinogradPanel begin(first, vectors, s.channels, kLanes);
     for (int64_t point = 0; point < kWinogradPoints; ++point) {
         const Stretch& stretch = point < kHalf ? written : read;
-        const int64_t share = stretch.bytes / kHalf / panels;
+        const int64_t share = stretch.bytes / (kHalf * panels), step = share / steps;
         const char* other = stretch.from + point % kHalf * panels * share;
         for (int64_t vector = first; vector < last;) {
             const WinogradPanel panel(vector, vectors, s.channels, kLanes);
@@ -43,16 +48,15 @@ void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t til
             const T* const b = weight + panel.offset + point * size;
             T* const c = products + point * blocks.m_point + (vector - first) * kLanes;
             // The same vectors' next point if they are the last ones of this.
-            const WinogradPanel begin(first, vectors, s.channels, kLanes);
             const T* const next = vector + many < last ? b + size * kWinogradPoints
                                                        : weight + begin.offset +
                                                              (point + 1) * s.channels * begin.width;
-            Ahead ahead{reinterpret_cast<const char*>(next), other,
-                        ceil_div(size * int64_t(sizeof(T)), steps), share / steps};
-            each_row_tile(tiles, [&](int64_t row, int64_t rows) {
-                kTiles<T>.product[many - 1][rows](
-                    s.channels, v + point * blocks.v_point + row * blocks.v_row, blocks.v_row, b,
-                    panel.width, c + row * blocks.m_row, blocks.m_row, ahead);
+            Ahead ahead{reinterpret_cast<const char*>(next), other, fetched[many - 1], step};
+            const auto* const kernels = kTiles<T>.product[many - 1];
+            row_tiles.each([&](int64_t row, int64_t rows) POOLING_EXT_INLINE_LAMBDA {
+                kernels[rows](s.channels, v + point * blocks.v_point + row * blocks.v_row,
+                              blocks.v_row, b, panel.width, c + row * blocks.m_row, blocks.m_row,
+                              ahead);
                 ahead.first += s.channels * ahead.first_step;
                 ahead.second += s.channels * ahead.second_step;
             });

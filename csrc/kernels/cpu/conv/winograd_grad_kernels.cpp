@@ -73,6 +73,7 @@ void sum_products(const WinogradGradJob& job, const WinogradRegion& region, int6
     const int64_t feature = region.first_vector * m.lanes;
     const int64_t features = smaller(wide, s.features - feature);
     T* const to = static_cast<T*>(sums);
+    const RowTiles row_tiles(channels);
     for (int64_t tile = first; tile < last; tile += job.block) {
         const int64_t end = smaller(tile + job.block, last);
         transform_inputs<In>(s, static_cast<const In*>(job.x), tile, end,
@@ -86,7 +87,7 @@ void sum_products(const WinogradGradJob& job, const WinogradRegion& region, int6
                 const int64_t many = smaller(2, region.vectors() - vector);
                 const T* const b = d + point * parts.d_point + vector * m.lanes;
                 T* const c = to + point * channels * wide + vector * m.lanes;
-                each_row_tile(channels, [&](int64_t row, int64_t rows) {
+                row_tiles.each([&](int64_t row, int64_t rows) {
                     kTiles<T>.outer[many - 1][rows](end - tile, v + point * parts.v_point + row,
                                                     parts.v_row, b, parts.d_row, c + row * wide,
                                                     wide, tile > first);
