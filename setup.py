@@ -1,6 +1,7 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp, compiled once for each instruction set). Without a C++
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for
+each instruction set). Without a C++
 compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
 operators.
 
@@ -35,7 +36,9 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = (2, 11)  # the oldest PyTorch that the built library loads in
 X86 = platform.machine() in ("x86_64", "AMD64")
 # Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
-# or errno. No contraction, so that every instruction set computes the same bits.
+# or errno. No contraction, so that every instruction set computes the same bits; convolutions alone,
+# which live on fused multiply-add, are compiled with it and promise the same bits for any number of
+# threads, but not on every instruction set.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 # Left out of the warnings: pragmas of other compilers, and that vectors are passed in another way where there
 # are wider registers, which no function does that more than one file calls.
@@ -77,12 +80,14 @@ def cpu_objects():
 
     They take the longest by far, so they begin.
     """
-    paths = glob("*.cpp", "ops/*.cpp", "cpu/*.cpp")
+    paths = glob("*.cpp", "ops/*.cpp", "cpu/*.cpp", "launchers/*.cpp", "kernels/cpu/*/*.cpp")
     for path in (path for path in paths if path.stem.endswith("_kernels")):
+        contract = ("-ffp-contract=fast",) if path.parent.name == "conv" else ()
         for isa, flags in ISAS.items():
             if X86 and isa == "baseline":
                 flags = quicker()
-            yield Object(path, f"{path.stem}_{isa}", "kernels", (f"-DPOOLING_EXT_ISA={isa}", *flags))
+            own = (f"-DPOOLING_EXT_ISA={isa}", *flags, *contract)
+            yield Object(path, f"{path.stem}_{isa}", "kernels", own)
     for path in (path for path in paths if not path.stem.endswith("_kernels")):
         yield Object(path, path.stem)
 

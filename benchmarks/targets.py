@@ -11,6 +11,8 @@ from .model_results import COMPILED, EAGER, FROZEN, PATCHED, Models
 from .results import BACKWARD, FORWARD, STEP, TRAINING, Results
 
 STEM, STEM_AVG = "resnet-stem", "resnet-stem-avg"
+#: Phases of a convolution, beside FORWARD.
+INPUT_GRAD, WEIGHT_GRAD = "input gradient", "weight gradient"
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,28 @@ BLOCK: tuple[Target, ...] = (
         for dtype, layout in _PAIRS
     ),
     Target("stem's peak memory over PyTorch's", 0.5, _peak(_STEM), at_least=False),
+)
+
+_SMALL_PLANES = "resnet-512-512-7-b16"
+
+
+def _conv(phase: str) -> Callable[[Results], float | None]:
+    """The smallest speed-up among the layers of batch 16 whose planes are larger than 7x7."""
+    return lambda results: min(
+        (
+            row.speedup
+            for row in results.select(phase=phase, dtype="float32")
+            if row.case.endswith("-b16") and row.case != _SMALL_PLANES
+        ),
+        default=None,
+    )
+
+
+CONV: tuple[Target, ...] = (
+    Target("3x3 forward, batch 16, float32, slowest layer", 2.3, _conv(FORWARD)),
+    Target("3x3 input gradient, slowest layer", 2.3, _conv(INPUT_GRAD)),
+    Target("3x3 weight gradient, slowest layer", 2.0, _conv(WEIGHT_GRAD)),
+    Target("3x3 forward, 7x7 planes", 1.7, _speedup(_SMALL_PLANES, phase=FORWARD, dtype="float32")),
 )
 
 

@@ -186,6 +186,17 @@ def run(suite: str, folder, *options: str) -> dict:
     return json.loads((folder / f"{suite}.json").read_text())
 
 
+@pytest.mark.native
+@pytest.mark.no_poison
+def test_conv_suite(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("benchmarks.conv.QUICK_BUDGET", 1e-3)
+    assert main(["conv", "--quick", "--out", str(tmp_path), "--cases", "resnet-64-64-56-b1"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"conv.json", "conv.md"}
+    found = json.loads((tmp_path / "conv.json").read_text())
+    assert not found["wrong"] and len(found["rows"]) == 3
+
+
 # Timings need deterministic algorithms off, and the suites' own speed memory that is not filled.
 @pytest.mark.no_poison
 @pytest.mark.parametrize("suite", ["pool", "block", "model"])

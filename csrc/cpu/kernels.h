@@ -41,6 +41,9 @@ enum class StemStep;
 struct StemJob;
 using StemKernel = void (*)(const StemJob& job, int64_t begin, int64_t end, void* scratch);
 
+// See kernels/cpu/conv/winograd.h.
+struct WinogradKernels;
+
 // The kernels of one instruction set.
 struct Kernels {
     Kernel (*max_pool)(DType, Places);
@@ -51,6 +54,7 @@ struct Kernels {
     BatchNormKernel (*batch_norm)(DType, Step);
     BatchNormKernel (*add_relu_mean)(DType, bool backward);
     StemKernel (*stem)(DType, StemStep);
+    WinogradKernels (*winograd)(DType);
 };
 
 namespace baseline {

@@ -1,0 +1,165 @@
+// Matrix products on a tile of registers: rows of broadcast numbers by one or two vectors.
+#pragma once
+
+#include "kernels/cpu/conv/lanes.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// How many rows fill the registers beside two vectors and a broadcast number.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+
+// Rows in tiles of nearly equal height.
+struct RowTiles {
+    int64_t count, height, higher;  // `higher` of them have one row more
+
+    explicit POOLING_EXT_INLINE RowTiles(int64_t rows)
+        : count(ceil_div(rows, int64_t(kTileRows))), height(rows / count), higher(rows % count) {}
+
+    // Calls use(first, rows) for each.
+    template <class Use>
+    POOLING_EXT_INLINE void each(const Use& use) const {
+        int64_t first = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t rows = height + (i < higher);
+            use(first, rows);
+            first += rows;
+        }
+    }
+};
+
+// The rows of a matrix, of which addresses are made out of two registers and odd multiples of the
+// stride: compilers run out of registers with a pointer for each.
+template <class T>
+struct RowPointers {
+    const T *first, *second;
+    int64_t one, three, five;
+
+    POOLING_EXT_INLINE RowPointers(const T* a, int64_t stride)
+        : first(a), second(a + 7 * stride), one(stride), three(3 * stride), five(5 * stride) {}
+
+    POOLING_EXT_INLINE T at(int row, int64_t k) const {
+        const T* const base = (row < 7 ? first : second) + k;
+        switch (row % 7) {
+            case 0:
+                return base[0];
+            case 1:
+                return base[one];
+            case 2:
+                return base[2 * one];
+            case 3:
+                return base[three];
+            case 4:
+                return base[4 * one];
+            case 5:
+                return base[five];
+            default:
+                return base[2 * three];
+        }
+    }
+};
+
+// Two runs of memory that are needed soon, of which each step of a product fetches so many bytes:
+// evenly, since a burst of fetches would wait for itself.
+struct Ahead {
+    const char *first, *second;
+    int64_t first_step, second_step;
+};
+
+// c[i][:] = sum over k of a[i][k] * b[k][:]
+template <class T, int kRows, int kVectors>
+void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                  int64_t c_stride, Ahead ahead) {
+    using L = Lanes<T>;
+    using X = typename L::X;
+    const RowPointers<T> rows(a, a_stride);
+    X sums[kRows][kVectors] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        __builtin_prefetch(ahead.first, 0, 2);
+        __builtin_prefetch(ahead.second, 0, 2);
+        ahead.first += ahead.first_step;
+        ahead.second += ahead.second_step;
+        X factor[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + k * b_stride + v * L::kCount);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const T number = rows.at(i, k);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) sums[i][v] += number * factor[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+}
+
+// c[i][:] = sum over k of a[k][i] * b[k][:], to which what was there is added if asked for.
+template <class T, int kRows, int kVectors>
+void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                int64_t c_stride, bool add) {
+    using L = Lanes<T>;
+    using X = typename L::X;
+    X sums[kRows][kVectors] = {};
+    if (add) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v)
+                sums[i][v] = L::own(c + i * c_stride + v * L::kCount);
+    }
+    // The rows after these, which the next call adds to.
+    const T* next = c + kRows * c_stride;
+    for (int64_t k = 0; k < depth; ++k) {
+        if (add)
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * L::kCount);
+        next += c_stride;
+        X factor[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + v * L::kCount);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const T number = a[i];
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) sums[i][v] += number * factor[v];
+        }
+        a += a_stride;
+        b += b_stride;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+}
+
+// The tiles of every height up to kTileRows, by their height, for one vector and two.
+template <class T>
+struct TileKernels {
+    using Product = void (*)(int64_t depth, const T* a, int64_t a_stride, const T* b,
+                             int64_t b_stride, T* c, int64_t c_stride, Ahead ahead);
+    using Outer = void (*)(int64_t depth, const T* a, int64_t a_stride, const T* b,
+                           int64_t b_stride, T* c, int64_t c_stride, bool add);
+
+    Product product[2][kTileRows + 1] = {};
+    Outer outer[2][kTileRows + 1] = {};
+
+    constexpr TileKernels() { fill(std::make_integer_sequence<int, kTileRows>{}); }
+
+  private:
+    template <int... I>
+    constexpr void fill(std::integer_sequence<int, I...>) {
+        ((product[0][I + 1] = product_tile<T, I + 1, 1>), ...);
+        ((product[1][I + 1] = product_tile<T, I + 1, 2>), ...);
+        ((outer[0][I + 1] = outer_tile<T, I + 1, 1>), ...);
+        ((outer[1][I + 1] = outer_tile<T, I + 1, 2>), ...);
+    }
+};
+
+template <class T>
+constexpr TileKernels<T> kTiles{};
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

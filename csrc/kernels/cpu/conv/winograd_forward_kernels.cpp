@@ -1,0 +1,276 @@
+// Winograd's convolution F(4x4, 3x3), compiled once for each instruction set: input transform,
+// products and output transform of a block of tiles after the other, with what follows a
+// convolution in the output transform.
+#include "kernels/cpu/conv/activations.h"
+#include "kernels/cpu/conv/winograd_tables.h"
+#include "kernels/cpu/conv/winograd_tiles.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+namespace {
+
+// The memory of an activation that tiles [first, last) of all lie in, roughly: in channels-last
+// tiles follow each other as pixels do, but for those in a row of tiles.
+struct Stretch {
+    const char* from = nullptr;
+    int64_t bytes = 0;
+
+    POOLING_EXT_INLINE Stretch(const void* data, int64_t size, int64_t first, int64_t last,
+                               int64_t tiles) {
+        if (data == nullptr) return;
+        from = static_cast<const char*>(data) + size / tiles * first;
+        bytes = size / tiles * (last - first);
+    }
+};
+
+// The products of a block with vectors [first, last) of a group, for every point. Meanwhile the
+// weight's next panel is fetched, and one stretch after the other.
+template <class T>
+void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t tiles, const T* v,
+              const T* weight, int64_t first, int64_t last, T* products, const Stretch& written,
+              const Stretch& read) {
+    constexpr int64_t kLanes = Lanes<T>::kCount, kHalf = kWinogradPoints / 2;
+    const int64_t vectors = ceil_div(s.features, kLanes),
+                  panels = ceil_div(last - first, int64_t(2));
+    const RowTiles row_tiles(tiles);
+    const int64_t steps = row_tiles.count * s.channels;
+    // The same for a panel of one vector, and for one of two.
+    const int64_t fetched[] = {ceil_div(s.channels * kLanes * int64_t(sizeof(T)), steps),
+                               ceil_div(2 * s.channels * kLanes * int64_t(sizeof(T)), steps)};
+    const WinogradPanel begin(first, vectors, s.channels, kLanes);
+    for (int64_t point = 0; point < kWinogradPoints; ++point) {
+        const Stretch& stretch = point < kHalf ? written : read;
+        const int64_t share = stretch.bytes / (kHalf * panels), step = share / steps;
+        const char* other = stretch.from + point % kHalf * panels * share;
+        for (int64_t vector = first; vector < last;) {
+            const WinogradPanel panel(vector, vectors, s.channels, kLanes);
+            const int64_t many = vector % 2 == 0 && vector + 1 < last ? 2 : 1;
+            const int64_t size = s.channels * panel.width;
+            const T* const b = weight + panel.offset + point * size;
+            T* const c = products + point * blocks.m_point + (vector - first) * kLanes;
+            // The same vectors' next point if they are the last ones of this.
+            const T* const next = vector + many < last ? b + size * kWinogradPoints
+                                                       : weight + begin.offset +
+                                                             (point + 1) * s.channels * begin.width;
+            Ahead ahead{reinterpret_cast<const char*>(next), other, fetched[many - 1], step};
+            const auto* const kernels = kTiles<T>.product[many - 1];
+            row_tiles.each([&](int64_t row, int64_t rows) POOLING_EXT_INLINE_LAMBDA {
+                kernels[rows](s.channels, v + point * blocks.v_point + row * blocks.v_row,
+                              blocks.v_row, b, panel.width, c + row * blocks.m_row, blocks.m_row,
+                              ahead);
+                ahead.first += s.channels * ahead.first_step;
+                ahead.second += s.channels * ahead.second_step;
+            });
+            vector += many;
+            other += share;
+        }
+    }
+}
+
+// What a vector of channels needs in the output transform.
+template <class In>
+struct Epilogue {
+    using L = Lanes<In>;
+    using T = Accumulator<In>;
+    using X = typename L::X;
+
+    const WinogradJob& job;
+    int64_t channel, lanes;  // of all groups; how many
+    X bias;
+
+    Epilogue(const WinogradJob& job, int64_t channel, int64_t lanes)
+        : job(job), channel(channel), lanes(lanes), bias{} {
+        if (job.bias != nullptr) bias = L::own(static_cast<const T*>(job.bias) + channel, lanes);
+    }
+
+    // Finishes a tile of 4x4 and writes what of it lies in the output.
+    template <class Seen>
+    POOLING_EXT_INLINE void finish(const TilePlace& place, X* tile, const Seen& seen) const {
+        const WinogradShape& s = job.shape;
+        const int64_t pixel = s.groups * s.features, line = s.out_width * pixel;
+        const int64_t start =
+            ((place.image * s.out_height + place.y) * s.out_width + place.x) * pixel + channel;
+        const int64_t rows = smaller(kWinogradOut, s.out_height - place.y);
+        const int64_t columns = smaller(kWinogradOut, s.out_width - place.x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) tile[i] += bias;
+        if (job.residual != nullptr) {
+            const In* const from = static_cast<const In*>(job.residual) + start;
+            each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
+                tile[i] += lanes == L::kCount ? L::get(from + at) : L::get(from + at, lanes);
+            });
+        }
+        activate<T>(tile, 16, job.activation, job.slope);
+        In* const to = static_cast<In*>(job.y) + start;
+        if (lanes == L::kCount)
+            each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
+                L::put(to + at, tile[i]);
+                seen(i);
+            });
+        else
+            each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
+                L::put(to + at, tile[i], lanes);
+                seen(i);
+            });
+    }
+
+  private:
+    template <class Use>
+    static POOLING_EXT_INLINE void each_pixel(int64_t rows, int64_t columns, int64_t line,
+                                              int64_t pixel, const Use& use) {
+        if (rows == kWinogradOut && columns == kWinogradOut) {
+#pragma GCC unroll 4
+            for (int64_t a = 0; a < kWinogradOut; ++a)
+#pragma GCC unroll 4
+                for (int64_t b = 0; b < kWinogradOut; ++b)
+                    use(a * kWinogradOut + b, a * line + b * pixel);
+            return;
+        }
+        for (int64_t a = 0; a < rows; ++a)
+            for (int64_t b = 0; b < columns; ++b) use(a * kWinogradOut + b, a * line + b * pixel);
+    }
+};
+
+// The 36 products of a vector, transformed back to a tile of 4x4.
+template <class T>
+POOLING_EXT_INLINE void transform_back(const T* from, int64_t points, typename Lanes<T>::X* tile) {
+    using L = Lanes<T>;
+    using X = typename L::X;
+    X half[4][6];
+#pragma GCC unroll 6
+    for (int b = 0; b < 6; ++b) {
+        X m[6];
+#pragma GCC unroll 6
+        for (int a = 0; a < 6; ++a) m[a] = L::own(from + (a * 6 + b) * points);
+        output_points(m[0], m[1], m[2], m[3], m[4], m[5], &half[0][b], 6, T(0));
+    }
+#pragma GCC unroll 4
+    for (int a = 0; a < 4; ++a)
+        output_points(half[a][0], half[a][1], half[a][2], half[a][3], half[a][4], half[a][5],
+                      tile + a * 4, 1, T(0));
+}
+
+// The sums of a unit's outputs and of their squares, about the first.
+template <class In>
+struct UnitSums {
+    using L = Lanes<In>;
+    using X = typename L::X;
+    X center{}, sum{}, square{};
+    int64_t count = 0;
+
+    POOLING_EXT_INLINE void add(X x) {
+        const X value = L::rounded(x);
+        if (count++ == 0) center = value;
+        const X d = value - center;
+        sum += d;
+        square += d * d;
+    }
+
+    void store(double* mean, double* deviation, int64_t lanes) const {
+        for (int64_t i = 0; i < lanes; ++i) {
+            const double s = double(sum[i]), n = double(count);
+            mean[i] = double(center[i]) + s / n;
+            deviation[i] = double(square[i]) - s * s / n;
+        }
+    }
+};
+
+// Transforms a block's products back, for vectors of one group.
+template <class In>
+void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t group,
+                  int64_t first_tile, int64_t last_tile, int64_t first, int64_t last,
+                  const Accumulator<In>* products) {
+    using L = Lanes<In>;
+    using X = typename L::X;
+    const WinogradShape& s = job.shape;
+    const int64_t channels = s.groups * s.features;
+    for (int64_t start = first_tile; start < last_tile;) {
+        const int64_t unit = start / kWinogradUnit;
+        const int64_t end = smaller(last_tile, (unit + 1) * kWinogradUnit);
+        for (int64_t vector = first; vector < last; ++vector) {
+            const int64_t within = vector * L::kCount;
+            const int64_t channel = group * s.features + within;
+            const Epilogue<In> epilogue(job, channel, smaller(L::kCount, s.features - within));
+            const auto* from =
+                products + (start - first_tile) * blocks.m_row + (vector - first) * L::kCount;
+            TileWalk walk(s, start);
+            if (job.stats == nullptr) {
+                for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
+                    X tile[16];
+                    transform_back(from, blocks.m_point, tile);
+                    epilogue.finish(walk.place(), tile, [](int64_t) POOLING_EXT_INLINE_LAMBDA {});
+                }
+                continue;
+            }
+            UnitSums<In> sums;
+            for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
+                X tile[16];
+                transform_back(from, blocks.m_point, tile);
+                epilogue.finish(walk.place(), tile,
+                                [&](int64_t i) POOLING_EXT_INLINE_LAMBDA { sums.add(tile[i]); });
+            }
+            double* const mean = job.stats + unit * 2 * channels + channel;
+            sums.store(mean, mean + channels, epilogue.lanes);
+        }
+        start = end;
+    }
+}
+
+template <class In>
+void forward(const WinogradJob& job, void* scratch) {
+    using T = Accumulator<In>;
+    constexpr WinogradMachine m = machine_of<In>();
+    const WinogradShape& s = job.shape;
+    const WinogradShare& share = job.share;
+    const WinogradScratch blocks(s, m, job.block);
+    T* const v = static_cast<T*>(scratch);
+    T* const products = v + blocks.v_size();
+    In* const zeros = reinterpret_cast<In*>(products + blocks.m_size());
+    std::memset(zeros, 0, size_t(s.channels) * sizeof(In));
+    const int64_t vectors = winograd_vectors(s.features, m), tiles = s.tiles();
+    const int64_t x_size =
+        s.batch * s.height * s.width * s.groups * s.channels * int64_t(sizeof(In));
+    const int64_t y_size = s.pixels() * s.groups * s.features * int64_t(sizeof(In));
+    for (int64_t group = share.first_vector / vectors; group * vectors < share.last_vector;
+         ++group) {
+        const int64_t begin = larger(share.first_vector - group * vectors, 0);
+        const int64_t end = smaller(share.last_vector - group * vectors, vectors);
+        const T* const weight = static_cast<const T*>(job.weight) +
+                                group * winograd_weight_size(s.channels, s.features);
+        for (int64_t tile = share.first_tile; tile < share.last_tile; tile += job.block.tiles) {
+            const int64_t last_tile = smaller(tile + job.block.tiles, share.last_tile);
+            transform_inputs<In>(s, static_cast<const In*>(job.x), tile, last_tile,
+                                 group * s.channels, s.channels, v, blocks.v_row, blocks.v_point,
+                                 zeros);
+            for (int64_t vector = begin; vector < end; vector += job.block.vectors) {
+                const int64_t last = smaller(vector + job.block.vectors, end);
+                // Once for a block: where it is written, and what the next one reads.
+                const bool first_pass = vector == begin && s.groups == 1;
+                const int64_t next = smaller(last_tile + job.block.tiles, share.last_tile);
+                const Stretch written(first_pass ? job.y : nullptr, y_size, tile, last_tile, tiles);
+                const Stretch read(first_pass ? job.x : nullptr, x_size, last_tile, next, tiles);
+                multiply(s, blocks, last_tile - tile, v, weight, vector, last, products, written,
+                         read);
+                finish_block<In>(job, blocks, group, tile, last_tile, vector, last, products);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void (*winograd_forward(DType dtype))(const WinogradJob&, void*) {
+    switch (dtype) {
+        case DType::Float32:
+            return forward<float>;
+        case DType::Float64:
+            return forward<double>;
+        case DType::BFloat16:
+            return forward<BFloat16>;
+        case DType::Float16:
+            return forward<Float16>;
+        default:
+            return nullptr;
+    }
+}
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,0 +1,217 @@
+// How a Winograd convolution is divided among threads and into blocks: pure functions of sizes, of
+// the number of workers and of the caches. No result depends on what they choose, but for the
+// number of splits of a weight's gradient, which follows from the sizes alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#include "kernels/cpu/conv/winograd.h"
+
+namespace pooling_ext {
+
+// Relative costs in cycles, measured on processors with two FMA units; bytes are those that come
+// from beyond the second-level cache.
+struct WinogradCosts {
+    double input = 110, output = 90, grad = 80;  // transforms of a tile's vector
+    double step = 0.5;                           // one vector of products
+    double byte = 0.15;
+    double fetched_byte = 0.03;    // of those fetched in time
+    double near_byte = 0.003;      // from the second-level cache
+    double wake = 5000;            // for other workers to begin
+    double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
+};
+constexpr WinogradCosts kWinogradCosts{};
+// Tiles that may be taken at a time.
+constexpr int64_t kWinogradTiles[] = {8, 16, 24, 32, 40, 56, 80, 112, 168, 224, 336, 448};
+
+// Part `part` of `count` things in `parts`, each as large as the next or larger by one.
+inline int64_t part_begin(int64_t part, int64_t parts, int64_t count) {
+    return count / parts * part + std::min(part, count % parts);
+}
+
+// `tiles` in blocks of at most about `some` that are of equal size, in whole units.
+inline int64_t even_block(int64_t tiles, int64_t some) {
+    const int64_t count = ceil_div(tiles, some);
+    return ceil_div(ceil_div(tiles, count), kWinogradUnit) * kWinogradUnit;
+}
+
+// --- forward -----------------------------------------------------------------------------------
+
+// The forward pass as a grid of tile ranges by vector ranges.
+struct WinogradGrid {
+    int64_t over_tiles = 1, over_vectors = 1, unit = 1;
+
+    int64_t tasks() const { return over_tiles * over_vectors; }
+
+    WinogradShare share(int64_t task, const WinogradShape& s, const WinogradMachine& m) const {
+        const int64_t units = ceil_div(s.tiles(), unit);
+        const int64_t vectors = s.groups * winograd_vectors(s.features, m);
+        const int64_t t = task / over_vectors, v = task % over_vectors;
+        return {std::min(part_begin(t, over_tiles, units) * unit, s.tiles()),
+                std::min(part_begin(t + 1, over_tiles, units) * unit, s.tiles()),
+                part_begin(v, over_vectors, vectors), part_begin(v + 1, over_vectors, vectors)};
+    }
+};
+
+// What a share costs: transforms, products, and reading its part of the weight.
+inline double winograd_cost(const WinogradShape& s, const WinogradMachine& m, int64_t tiles,
+                            int64_t vectors) {
+    const WinogradCosts& c = kWinogradCosts;
+    const double groups = double(ceil_div(vectors, winograd_vectors(s.features, m)));
+    const double products = double(kWinogradPoints * s.channels);
+    const double input = groups * double(winograd_vectors(s.channels, m)) * c.input;
+    return double(tiles) * (input + double(vectors) * (products * c.step + c.output)) +
+           double(vectors) * products * double(m.lanes * m.element) * c.byte;
+}
+
+inline WinogradGrid winograd_grid(const WinogradShape& s, const WinogradMachine& m, bool stats,
+                                  int64_t workers) {
+    WinogradGrid best;
+    best.unit = stats ? kWinogradUnit : 1;
+    const int64_t units = ceil_div(s.tiles(), best.unit);
+    const int64_t vectors = s.groups * winograd_vectors(s.features, m);
+    double least = winograd_cost(s, m, s.tiles(), vectors);
+    for (int64_t v = 1; v <= std::min(vectors, workers); ++v) {
+        const int64_t t = std::min(units, workers / v);
+        if (t * v == 1) continue;
+        const double cost =
+            kWinogradCosts.wake +
+            winograd_cost(s, m, ceil_div(units, t) * best.unit, ceil_div(vectors, v));
+        if (cost < least) {
+            least = cost;
+            best.over_tiles = t, best.over_vectors = v;
+        }
+    }
+    return best;
+}
+
+// Blocks of a share. Either the transformed input and what is multiplied from it stay in the near
+// cache, or blocks are large, so that the weight is read seldom.
+inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachine& m,
+                                    const WinogradShare& share) {
+    const int64_t tiles = share.last_tile - share.first_tile;
+    const int64_t all = share.last_vector - share.first_vector;
+    const int64_t vectors = std::min(all, winograd_vectors(s.features, m));
+    const double panel = double(m.lanes * s.channels * m.element);
+    const double weight = double(all * kWinogradPoints) * panel, near = double(m.near);
+    const double products = double(tiles * all * s.channels * kWinogradPoints);
+    const WinogradCosts& c = kWinogradCosts;
+
+    WinogradBlock best{std::min<int64_t>(kWinogradUnit, tiles), std::min<int64_t>(2, vectors)};
+    double least = -1;
+    for (const int64_t some : kWinogradTiles) {
+        for (int64_t wide = 2;; wide *= 2) {
+            const WinogradBlock block{even_block(tiles, some), std::min(wide, vectors)};
+            const WinogradScratch parts(s, m, block);
+            const double v = double(parts.v_size() * m.element);
+            const double p = double(parts.m_size() * m.element);
+            const double blocks = double(ceil_div(tiles, block.tiles));
+            const double passes = double(ceil_div(vectors, block.vectors));
+            // What does not fit is written to the far cache and read back.
+            const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
+            const double spilled =
+                blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
+            const double read = v + p + weight <= near ? weight : weight * blocks;
+            const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
+            const double work = products * c.step * (1 + c.tile / rows);
+            const double cost = std::max(work, read * c.byte) + read * c.fetched_byte +
+                                weight * blocks * c.near_byte + over * spilled * c.byte;
+            if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
+                least = cost;
+                best = block;
+            }
+            if (wide >= vectors) break;
+        }
+        if (some >= tiles) break;
+    }
+    return best;
+}
+
+// --- the weight's gradient ---------------------------------------------------------------------
+
+// Regions of the gradient by splits of the tiles. Splits are summed in their order.
+struct WinogradGradGrid {
+    int64_t splits = 1, over_channels = 1, over_vectors = 1, block = kWinogradUnit;
+
+    int64_t regions(const WinogradShape& s) const {
+        return s.groups * over_channels * over_vectors;
+    }
+
+    WinogradRegion region(int64_t index, const WinogradShape& s, const WinogradMachine& m) const {
+        const int64_t v = index % over_vectors, c = index / over_vectors % over_channels;
+        const int64_t vectors = winograd_vectors(s.features, m);
+        const int64_t in = winograd_vectors(s.channels, m);
+        return {index / over_vectors / over_channels,
+                std::min(part_begin(c, over_channels, in) * m.lanes, s.channels),
+                std::min(part_begin(c + 1, over_channels, in) * m.lanes, s.channels),
+                part_begin(v, over_vectors, vectors), part_begin(v + 1, over_vectors, vectors)};
+    }
+    int64_t first_tile(int64_t split, const WinogradShape& s) const {
+        return part_begin(split, splits, s.tiles());
+    }
+};
+
+// So many that cores find work where channels are few, and their sums stay small.
+inline int64_t winograd_splits(const WinogradShape& s, const WinogradMachine& m) {
+    constexpr int64_t kBytes = 6 << 20, kLeastTiles = 96, kMost = 8;
+    const int64_t sums = s.groups * s.channels * s.features * kWinogradPoints * m.element;
+    int64_t splits = 1;
+    while (splits < kMost && 2 * splits * sums <= kBytes && s.tiles() >= 2 * splits * kLeastTiles)
+        splits *= 2;
+    return splits;
+}
+
+// What summing `tiles` costs in blocks of `block`, for a region of so many vectors each way.
+inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& m, int64_t tiles,
+                                 int64_t in, int64_t out, int64_t block, int64_t splits) {
+    const WinogradCosts& c = kWinogradCosts;
+    const WinogradRegion region{0, 0, std::min(in * m.lanes, s.channels), 0, out};
+    const WinogradGradScratch parts(region, m, block);
+    const double v = double((parts.v_size() + parts.d_size()) * m.element);
+    const double sums = double(region.size(m.lanes) * m.element);
+    const double blocks = double(ceil_div(tiles, block));
+    double bytes = splits > 1 ? 2 * sums : 0;
+    // Sums are read and written all the time, so that they need some room.
+    if (v + sums > 0.8 * double(m.near)) bytes += 2 * (blocks * v + (blocks - 0.5) * sums);
+    const double products = double(kWinogradPoints * region.channels() * out);
+    // A register tile's sums are read and written for each block.
+    const double depth = double(block) / double(block + 6);
+    return double(tiles) *
+               (double(in) * c.input + double(out) * c.grad + products * c.step / depth) +
+           bytes * c.byte + double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
+}
+
+inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const WinogradMachine& m,
+                                           int64_t workers) {
+    WinogradGradGrid best;
+    best.splits = winograd_splits(s, m);
+    const int64_t in = winograd_vectors(s.channels, m), out = winograd_vectors(s.features, m);
+    const int64_t tiles = ceil_div(s.tiles(), best.splits);
+    if (const char* e = getenv("WB")) { long a, b, d; if (sscanf(e, "%ld,%ld,%ld", &a, &b, &d) == 3) { best.over_channels = a, best.over_vectors = b, best.block = even_block(tiles, d); return best; } }
+    double least = -1;
+    for (int64_t c = 1; c <= in; ++c)
+        for (int64_t v = 1; v <= out; ++v) {
+            // Parts that are not equal are never better than fewer or more.
+            if (ceil_div(in, ceil_div(in, c)) != c || ceil_div(out, ceil_div(out, v)) != v)
+                continue;
+            const int64_t tasks = best.splits * s.groups * c * v;
+            const double turns = double(ceil_div(tasks, workers));
+            for (const int64_t some : kWinogradTiles) {
+                const int64_t block = even_block(tiles, some);
+                const double cost =
+                    turns * winograd_grad_cost(s, m, tiles, ceil_div(in, c), ceil_div(out, v),
+                                               block, best.splits);
+                if (least < 0 || cost < least) {
+                    least = cost;
+                    best.over_channels = c, best.over_vectors = v, best.block = block;
+                }
+                if (some >= tiles) break;
+            }
+        }
+    return best;
+}
+
+}  // namespace pooling_ext

@@ -1,0 +1,18 @@
+// How the Winograd kernels of one instruction set find each other.
+#pragma once
+
+#include "cpu/numeric.h"
+#include "kernels/cpu/conv/winograd.h"
+
+namespace pooling_ext::POOLING_EXT_ISA {
+
+// Each returns nullptr for what it has no kernel for.
+void (*winograd_weight(DType dtype))(const WinogradWeightJob&, int64_t begin, int64_t end);
+void (*winograd_forward(DType dtype))(const WinogradJob&, void* scratch);
+void (*winograd_grad(DType dtype))(const WinogradGradJob&, const WinogradRegion&, int64_t first,
+                                   int64_t last, void* sums, void* scratch);
+void (*winograd_grad_end(DType dtype))(const WinogradGradJob&, const WinogradRegion&,
+                                       const void* sums, int64_t splits);
+WinogradKernels winograd(DType dtype);
+
+}  // namespace pooling_ext::POOLING_EXT_ISA

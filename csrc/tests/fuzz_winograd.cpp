@@ -1,0 +1,259 @@
+// Runs the kernels of Winograd's convolution on random jobs, to be compiled with AddressSanitizer
+// and UndefinedBehaviorSanitizer, and compares them with plain loops in float64.
+//
+//     fuzz_winograd [jobs [first]]
+//
+// Arrays, scratch memory and repeating a job are as in fuzz_kernels.cpp.
+#include <sstream>
+#include <vector>
+
+#include "kernels/cpu/conv/winograd_plan.h"
+#include "kernels/cpu/conv/winograd_tables.h"
+#include "tests/fuzz.h"
+
+namespace pooling_ext {
+namespace {
+
+constexpr int64_t kDefaultJobs = 1500;
+enum Counter { kForward, kSeveralBlocks, kSeveralSplits, kGroups };
+enum class Kind { Forward, InputGrad, WeightGrad };
+
+using Numbers = std::vector<double>;
+
+struct Case {
+    Format format;
+    Kind kind;
+    WinogradShape shape;
+    bool bias, residual, stats, relu;
+
+    bool is_double() const { return format.dtype == DType::Float64; }
+    int64_t element() const { return is_double() ? 8 : 4; }
+    // Of a sum of products, beside their sizes.
+    double roundoff() const { return 64 * (is_double() ? 0x1p-53 : 0x1p-24); }
+
+    std::string description() const {
+        const WinogradShape& s = shape;
+        std::ostringstream text;
+        text << (kind == Kind::Forward     ? "forward "
+                 : kind == Kind::InputGrad ? "input grad "
+                                           : "weight grad ")
+             << format.name << " batch=" << s.batch << " groups=" << s.groups
+             << " channels=" << s.channels << " features=" << s.features << " in=" << s.height
+             << "x" << s.width << " out=" << s.out_height << "x" << s.out_width
+             << " pad=" << s.pad_top << "," << s.pad_left << " bias=" << bias
+             << " residual=" << residual << " stats=" << stats << " relu=" << relu;
+        return text.str();
+    }
+};
+
+Case make_case(Random& r) {
+    Case c{};
+    c.format = kFormats[r.pick(0, 3)];
+    c.kind = Kind(r.pick(0, 2));
+    WinogradShape& s = c.shape;
+    do {
+        s.batch = r.pick(1, 3), s.groups = r.chance(4) ? r.pick(2, 3) : 1;
+        s.channels = r.pick(1, r.chance(3) ? 70 : 20),
+        s.features = r.pick(1, r.chance(3) ? 70 : 20);
+        s.height = r.pick(1, r.chance(4) ? 24 : 11), s.width = r.pick(1, r.chance(4) ? 24 : 11);
+        s.pad_top = r.pick(-1, 3), s.pad_left = r.pick(-1, 3);
+        s.out_height = s.height + s.pad_top + r.pick(-1, 3) - 2;
+        s.out_width = s.width + s.pad_left + r.pick(-1, 3) - 2;
+    } while (s.out_height < 1 || s.out_width < 1 ||
+             s.pixels() * s.groups * s.channels * s.features > 400000);
+    c.bias = r.chance(2), c.residual = r.chance(3), c.stats = r.chance(3), c.relu = r.chance(3);
+    return c;
+}
+
+// Elements of a format, with their values.
+struct Elements {
+    const Format& format;
+    Array array;
+
+    Elements(const Format& format, int64_t count) : format(format), array(count, format.bytes) {}
+    Elements(const Format& format, int64_t count, Random& r) : Elements(format, count) {
+        for (int64_t i = 0; i < count; ++i) array.set(i, format.random(r, false, false));
+    }
+    double operator[](int64_t i) const { return format.value(array.get(i)); }
+    void* data() const { return array.data.get(); }
+};
+
+// Calls use(output, input, weight) with the indices of each product of the convolution.
+template <class Use>
+void each_product(const WinogradShape& s, const Use& use) {
+    const int64_t into = s.groups * s.channels, out = s.groups * s.features;
+    for (int64_t n = 0; n < s.batch; ++n)
+        for (int64_t y = 0; y < s.out_height; ++y)
+            for (int64_t x = 0; x < s.out_width; ++x)
+                for (int64_t tap = 0; tap < 9; ++tap) {
+                    const int64_t row = y - s.pad_top + tap / 3, column = x - s.pad_left + tap % 3;
+                    if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+                    const int64_t from = ((n * s.height + row) * s.width + column) * into;
+                    const int64_t to = ((n * s.out_height + y) * s.out_width + x) * out;
+                    for (int64_t f = 0; f < out; ++f)
+                        for (int64_t k = 0; k < s.channels; ++k)
+                            use(to + f, from + f / s.features * s.channels + k,
+                                (f * s.channels + k) * 9 + tap);
+                }
+}
+
+void check(const char* what, int64_t at, double found, double expected, double slack) {
+    if (!(std::abs(found - expected) <= slack)) fail(what, at, found, {expected, slack});
+}
+
+WinogradMachine machine_of(const Case& c, const WinogradKernels& table) {
+    WinogradMachine m;
+    m.lanes = table.lanes, m.element = c.element();
+    return m;
+}
+
+// The transformed weight of a shape's convolution, from one in the contiguous format.
+void transform(const Case& c, const WinogradShape& s, const Elements& weight, bool transposed,
+               const WinogradKernels& table, const Array& result) {
+    WinogradWeightJob job;
+    job.groups = s.groups, job.channels = s.channels, job.features = s.features;
+    job.transposed = transposed, job.weight = weight.data();
+    const int64_t inner = transposed ? s.features : s.channels;
+    const int64_t strides[] = {inner * 9, 9, 3, 1};
+    std::copy(strides, strides + 4, job.strides);
+    job.result = result.data.get();
+    const int64_t vectors = s.groups * winograd_vectors(s.features, machine_of(c, table));
+    table.weight(job, 0, vectors / 2);
+    table.weight(job, vectors / 2, vectors);
+}
+
+// As forward convolutions, of the shape as it is or of the one that makes the input's gradient.
+void check_forward(const Case& c, const WinogradShape& s, const Elements& x, const Elements& weight,
+                   bool transposed, const Numbers& sums, double size, const WinogradKernels& table,
+                   Random& r) {
+    const Array turned(s.groups * winograd_weight_size(s.channels, s.features), c.element());
+    transform(c, s, weight, transposed, table, turned);
+    const WinogradMachine m = machine_of(c, table);
+    const int64_t channels = s.groups * s.features, n = s.pixels() * channels;
+    const Format& wide = kFormats[c.is_double() ? 1 : 0];
+    const Elements bias(wide, channels, r), residual(c.format, n, r), y(c.format, n);
+    std::vector<double> stats(size_t(c.stats ? s.units() * 2 * channels : 0), NAN);
+    WinogradJob job;
+    job.shape = s, job.x = x.data(), job.weight = turned.data.get(), job.y = y.data();
+    if (c.bias) job.bias = bias.data();
+    if (c.residual) job.residual = residual.data();
+    if (c.stats) job.stats = stats.data();
+    job.activation = c.relu ? Activation::Relu : Activation::None;
+    const int64_t unit = c.stats ? kWinogradUnit : 1,
+                  vectors = s.groups * winograd_vectors(s.features, m);
+    const int64_t tile = std::min(r.pick(0, s.tiles() / unit) * unit, s.tiles());
+    const int64_t vector = r.pick(0, vectors);
+    const WinogradShare shares[] = {{0, tile, 0, vector},
+                                    {0, tile, vector, vectors},
+                                    {tile, s.tiles(), 0, vector},
+                                    {tile, s.tiles(), vector, vectors}};
+    for (const WinogradShare& share : shares) {
+        job.share = share;
+        job.block = {r.pick(1, 4) * (c.stats ? kWinogradUnit : r.pick(1, 8)), r.pick(1, 4)};
+        progress->counted[kSeveralBlocks] += share.last_tile - share.first_tile > job.block.tiles;
+        Array scratch(WinogradScratch(s, m, job.block).bytes(m), 1, r.chance(2) ? 0xff : 0x4b);
+        table.forward(job, scratch.data.get());
+    }
+    std::vector<double> counts(size_t(s.units()), 0.0);
+    Numbers mean(stats.size()), square(stats.size());
+    for (int64_t i = 0; i < n; ++i) {
+        double value = sums[i] + (c.bias ? bias[i % channels] : 0) + (c.residual ? residual[i] : 0);
+        if (c.relu && value < 0) value = 0;
+        check("output", i, y[i], value, size * c.roundoff() + c.format.rounding(value));
+        if (!c.stats) continue;
+        const int64_t pixel = i / channels, column = pixel % s.out_width / kWinogradOut;
+        const int64_t row = pixel / s.out_width % s.out_height / kWinogradOut;
+        const int64_t image = pixel / s.out_width / s.out_height;
+        const int64_t u = ((image * s.rows() + row) * s.columns() + column) / kWinogradUnit;
+        counts[u] += i % channels == 0;
+        mean[u * 2 * channels + i % channels] += y[i];
+        square[u * 2 * channels + i % channels] += y[i] * y[i];
+    }
+    for (int64_t u = 0; c.stats && u < s.units(); ++u)
+        for (int64_t k = 0; k < channels; ++k) {
+            const int64_t at = u * 2 * channels + k;
+            const double total = mean[at], slack = 8 * c.roundoff();
+            check("mean", at, stats[at], total / counts[u], slack * (1 + std::sqrt(square[at])));
+            check("deviation", at, stats[at + channels], square[at] - total * total / counts[u],
+                  slack * (1 + square[at]));
+        }
+}
+
+void check_grad(const Case& c, const Elements& x, const Elements& grad, const Numbers& sums,
+                double size, const WinogradKernels& table, Random& r) {
+    const WinogradShape& s = c.shape;
+    const WinogradMachine m = machine_of(c, table);
+    const int64_t n = s.groups * s.features * s.channels * 9;
+    const Elements result(c.format, n);
+    WinogradGradJob job;
+    job.shape = s, job.x = x.data(), job.grad = grad.data(), job.result = result.data();
+    const int64_t strides[] = {s.channels * 9, 9, 3, 1};
+    std::copy(strides, strides + 4, job.strides);
+    WinogradGradGrid grid;
+    grid.splits = std::min(r.pick(1, 3), s.tiles());
+    grid.over_channels = r.pick(1, winograd_vectors(s.channels, m));
+    grid.over_vectors = r.pick(1, winograd_vectors(s.features, m));
+    progress->counted[kSeveralSplits] += grid.splits > 1;
+    for (int64_t i = 0; i < grid.regions(s); ++i) {
+        const WinogradRegion region = grid.region(i, s, m);
+        Array parts(grid.splits * region.size(m.lanes), m.element, 0xff);
+        for (int64_t split = 0; split < grid.splits; ++split) {
+            job.block = r.pick(1, 20);
+            Array scratch(WinogradGradScratch(region, m, job.block).bytes(m), 1,
+                          r.chance(2) ? 0xff : 0x4b);
+            table.grad(job, region, grid.first_tile(split, s), grid.first_tile(split + 1, s),
+                       &parts.data[split * region.size(m.lanes) * m.element], scratch.data.get());
+        }
+        table.grad_end(job, region, parts.data.get(), grid.splits);
+    }
+    for (int64_t i = 0; i < n; ++i)
+        check("gradient", i, result[i], sums[i], size * c.roundoff() + c.format.rounding(sums[i]));
+}
+
+void check_job(const Case& c, Random& r) {
+    const WinogradKernels table = POOLING_EXT_ISA::winograd(c.format.dtype);
+    const WinogradShape& s = c.shape;
+    const int64_t x_size = s.batch * s.height * s.width * s.groups * s.channels;
+    const int64_t y_size = s.pixels() * s.groups * s.features;
+    const int64_t weights = s.groups * s.features * s.channels * 9;
+    progress->counted[kForward] += c.kind == Kind::Forward;
+    progress->counted[kGroups] += s.groups > 1;
+    const Elements x(c.format, x_size, r), weight(c.format, weights, r), grad(c.format, y_size, r);
+    // Elements are at most 4; a tile's largest product of transforms is some 100 times theirs.
+    const double product = 16;
+    if (c.kind == Kind::WeightGrad) {
+        Numbers sums(size_t(weights), 0.0);
+        each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[w] += grad[o] * x[i]; });
+        return check_grad(c, x, grad, sums, product * double(s.pixels()), table, r);
+    }
+    if (c.kind == Kind::Forward) {
+        Numbers sums(size_t(y_size), 0.0);
+        each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[o] += weight[w] * x[i]; });
+        return check_forward(c, s, x, weight, false, sums, product * 9 * double(s.channels + 1),
+                             table, r);
+    }
+    Numbers sums(size_t(x_size), 0.0);
+    each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[i] += weight[w] * grad[o]; });
+    WinogradShape turned = s;
+    std::swap(turned.channels, turned.features);
+    turned.height = s.out_height, turned.width = s.out_width;
+    turned.out_height = s.height, turned.out_width = s.width;
+    turned.pad_top = 2 - s.pad_top, turned.pad_left = 2 - s.pad_left;
+    check_forward(c, turned, grad, weight, true, sums, product * 9 * double(turned.channels + 1),
+                  table, r);
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+int main(int argc, char** argv) {
+    using namespace pooling_ext;
+    const char* const counters[] = {"forward", "shares in several blocks",
+                                    "gradients in several splits", "in groups"};
+    return fuzz(argc, argv, "fuzz_winograd", kDefaultJobs, counters,
+                [](Random& random, const auto& describe) {
+                    const Case c = make_case(random);
+                    describe(c.description());
+                    check_job(c, random);
+                });
+}

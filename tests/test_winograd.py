@@ -1,0 +1,310 @@
+"""Winograd's convolution with 3x3 kernels of stride 1, and its gradients."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from helpers import FLOATS, LAYOUTS, dtype_id, run_python, with_layout
+from test_isa import NEEDS, cpu_flags
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from pooling_ext import ArgumentError, _native
+from pooling_ext.ops import winograd
+from pooling_ext.ops.batch_norm_statistics import batch_stats
+from pooling_ext.testing.conv_shapes import RESNET, TORCHVISION, VGG, ConvShape
+
+pytestmark = pytest.mark.native
+
+TESTS = Path(__file__).parent
+ONES = (1, 1, 1, 1)
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": TF.relu,
+    "relu6": TF.relu6,
+    "silu": TF.silu,
+    "hardswish": TF.hardswish,
+    "leaky_relu": lambda x: TF.leaky_relu(x, 0.1),
+    "gelu": TF.gelu,
+    "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
+    "hardsigmoid": TF.hardsigmoid,
+}
+
+
+def off(actual: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest element."""
+    assert actual.shape == expected.shape
+    expected = expected.detach()
+    return float((actual.detach().double() - expected).abs().max() / expected.abs().max())
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding=ONES, groups=1) -> Tensor:
+    transformed = winograd.winograd_weight(weight, groups, False)
+    return winograd.winograd_conv(x, transformed, bias, None, padding, weight.shape[0], groups, 0, 0.0)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding=ONES, groups=1) -> Tensor:
+    top, left, bottom, right = padding
+    return TF.conv2d(TF.pad(x, (left, right, top, bottom)), weight, bias, groups=groups)
+
+
+def layer(shape: ConvShape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's input, weight and gradient, as training has them."""
+    x = torch.randn(1, *shape.input_shape).relu_().to(dtype)
+    weight = (torch.randn(shape.weight_shape) * (2 / (9 * shape.weight_shape[1])) ** 0.5).to(dtype)
+    grad = torch.randn(1, *shape.output_shape).to(dtype)
+    return tuple(t.to(memory_format=torch.channels_last) for t in (x, weight, grad))  # type: ignore[return-value]
+
+
+def exact(shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and both gradients in float64."""
+    return pytorchs(shape, x.double(), weight.double(), grad.double())
+
+
+def pytorchs(shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    padding = [shape.padding] * 2
+    output = TF.conv2d(x, weight, None, 1, padding, 1, shape.groups)
+    backward = torch.ops.aten.convolution_backward
+    of_x, of_weight, _ = backward(
+        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], shape.groups, [True, True, False]
+    )
+    return output, of_x, of_weight
+
+
+def ours(shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    padding = [shape.padding] * 4
+    return (
+        convolved(x, weight, None, padding, shape.groups),
+        winograd.input_grad(grad, weight, padding, shape.groups),
+        winograd.winograd_weight_grad(x, grad, padding, shape.groups),
+    )
+
+
+@pytest.mark.no_poison  # PyTorch's gradients of a double need no kernel that is deterministic by name
+@pytest.mark.parametrize("shape", TORCHVISION, ids=lambda shape: shape.name)
+def test_accuracy(shape):
+    """At every layer of torchvision's models, for output and gradients: what the README promises."""
+    tensors = layer(shape)
+    for what, actual, expected in zip(
+        ["output", "input", "weight"], ours(shape, *tensors), exact(shape, *tensors), strict=True
+    ):
+        assert off(actual, expected) <= 5e-5, what
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("shape", RESNET + VGG[-2:], ids=lambda shape: shape.name)
+def test_bfloat16_is_as_accurate_as_pytorchs(shape):
+    tensors = layer(shape, torch.bfloat16)
+    found = zip(ours(shape, *tensors), pytorchs(shape, *tensors), exact(shape, *tensors), strict=True)
+    for actual, theirs, expected in found:
+        assert off(actual, expected) <= 1.05 * off(theirs, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_layouts(dtype, layout):
+    """Any strides; results are in the input's format."""
+    x = with_layout(torch.randn(2, 20, 9, 11).to(dtype), layout)
+    weight = with_layout((torch.randn(24, 20, 3, 3) / 13).to(dtype), layout)
+    bias = torch.randn(24).to(dtype)
+    expected = reference(x.double(), weight.double(), bias.double())
+    actual = convolved(x, weight, bias)
+    assert actual.dtype == dtype
+    assert off(actual, expected) <= {torch.float32: 5e-6, torch.float64: 1e-14}.get(dtype, 2**-8)
+    channels_last = layout in ("channels_last", "permuted") and x.stride(1) == 1
+    assert actual.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), ONES, (2, 2, 2, 2), (0, 1, 2, 3), (3, 0, 0, 1)])
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (4, 9), (13, 6), (1, 17), (22, 5)])
+def test_padding_and_tails(height, width, padding, groups):
+    """Per side, planes smaller than a tile, and channels that fill no vector."""
+    if min(height + padding[0] + padding[2], width + padding[1] + padding[3]) < 3:
+        pytest.skip("no window fits")
+    x, weight = torch.randn(2, 19 * groups, height, width), torch.randn(23 * groups, 19, 3, 3) / 13
+    wide = [value.double().requires_grad_() for value in (x, weight)]
+    expected = reference(*wide, None, padding, groups)
+    grad = torch.randn(expected.shape)
+    of_x, of_weight = torch.autograd.grad(expected, wide, grad.double())
+    assert off(convolved(x, weight, None, padding, groups), expected) <= 1e-5
+    assert off(winograd.input_grad(grad, weight, padding, groups), of_x) <= 1e-5
+    assert off(winograd.winograd_weight_grad(x, grad, padding, groups), of_weight) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("activation", winograd.ACTIVATIONS)
+def test_epilogue(activation, dtype):
+    """Bias, an addition and an activation, rounded once."""
+    x, weight = torch.randn(2, 20, 9, 7).to(dtype), (torch.randn(24, 20, 3, 3) / 5).to(dtype)
+    bias, residual = torch.randn(24).to(dtype), torch.randn(2, 24, 9, 7).to(dtype)
+    index = winograd.ACTIVATIONS.index(activation)
+    transformed = winograd.winograd_weight(weight, 1, False)
+    actual = winograd.winograd_conv(x, transformed, bias, residual, ONES, 24, 1, index, 0.1)
+    before = reference(x.double(), weight.double(), bias.double()) + residual.double()
+    rounding = {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype, 2**-8)
+    assert off(actual, ACTIVATIONS[activation](before)) <= rounding
+
+
+def test_activations_of_special_values():
+    """Large values, infinities and NaN in a residual, which meet no other element."""
+    special = torch.tensor([0.0, -0.0, 100.0, -100.0, 1e30, -1e30, math.inf, -math.inf, math.nan])
+    residual = special.view(1, 1, 1, -1).expand(1, 16, 1, -1).contiguous()
+    x, weight = torch.zeros(1, 16, 1, len(special)), torch.zeros(16, 16, 3, 3)
+    transformed = winograd.winograd_weight(weight, 1, False)
+    for index, name in enumerate(winograd.ACTIVATIONS):
+        actual = winograd.winograd_conv(x, transformed, None, residual, ONES, 16, 1, index, 0.1)
+        expected = ACTIVATIONS[name](residual.double()).float()
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_statistics(mean, dtype):
+    """They are those of what is stored, also where the mean is large beside the deviation."""
+    x, weight = torch.randn(3, 20, 21, 18).to(dtype), (torch.randn(40, 20, 3, 3) / 13).to(dtype)
+    bias = torch.randn(40).to(dtype) + mean
+    transformed = winograd.winograd_weight(weight, 1, False)
+    output, stats = winograd.winograd_conv_stats(x, transformed, bias, ONES, 40, 1)
+    assert torch.equal(output, convolved(x, weight, bias))
+    expected = batch_stats(output.double())
+    assert stats.shape == expected.shape and stats.dtype == torch.float64
+    torch.testing.assert_close(stats[1], expected[1], rtol=2e-5, atol=0)
+    assert ((stats[0] - expected[0]).abs() <= 1e-6 * expected[1].sqrt()).all()
+
+
+@pytest.mark.parametrize("isa", sorted(NEEDS))
+def test_instruction_set_and_threads(isa):
+    """Right on every instruction set, and the same bits for 1, 2, 3 and 64 threads."""
+    if not NEEDS[isa] <= cpu_flags():
+        pytest.skip(f"this CPU has no {isa}: {sorted(NEEDS[isa] - cpu_flags())}")
+    script = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import winograd_worker; winograd_worker.main()"
+    result = run_python(script, POOLING_EXT_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.split() == [isa]
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("shape", RESNET + VGG, ids=lambda shape: shape.name)
+def test_shares_of_64_workers(shape, batch):
+    """Every tile and vector once, and nobody has 15% more than a 64th."""
+    tasks = _native.module.winograd_tasks(batch, shape.channels, shape.features, shape.side, False, 64)
+    tiles = batch * math.ceil(shape.side / 4) ** 2
+    done = torch.zeros(tiles, shape.features // 16, dtype=torch.int32)
+    for first, last, begin, end in tasks:
+        done[first:last, begin:end] += 1
+    assert (done == 1).all()
+    shares = [(last - first) * (end - begin) for first, last, begin, end in tasks]
+    assert max(shares) <= 1.15 * done.numel() / 64
+
+
+@pytest.mark.parametrize("shape", RESNET + VGG, ids=lambda shape: shape.name)
+def test_shares_of_64_workers_in_training(shape):
+    """With statistics, whose units of eight tiles stay whole, and for the weight's gradient."""
+    sizes = 16, shape.channels, shape.features, shape.side
+    for workers in (1, 2, 3, 64):
+        forward = _native.module.winograd_tasks(*sizes, True, workers)
+        assert all(first % 8 == 0 for first, *_ in forward)
+        shares = [(last - first) * (end - begin) for first, last, begin, end in forward]
+        assert max(shares) <= 1.15 * sum(shares) / workers
+        grad = _native.module.winograd_grad_tasks(*sizes, workers)
+        shares = [(t1 - t0) * (c1 - c0) * (v1 - v0) for _, t0, t1, c0, c1, v0, v1 in grad]
+        turns = math.ceil(len(grad) / workers)
+        assert max(shares) * turns <= 1.15 * sum(shares) / workers
+        # Splits decide the order of additions, so the number of workers must not decide them.
+        assert len({task[0] for task in grad}) == len(
+            {t[0] for t in _native.module.winograd_grad_tasks(*sizes, 1)}
+        )
+
+
+@pytest.mark.parametrize(("padding", "groups"), [((1, 1), 1), ((0, 1, 2, 0), 1), ((1, 0), 2)])
+def test_gradients(padding, groups):
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return winograd.conv2d_3x3(x, weight, bias, padding, groups)
+
+    assert gradcheck(function, (x, weight, bias))
+    assert gradgradcheck(function, (x, weight, bias))
+
+
+def test_gradients_are_made_where_they_are_wanted():
+    x, weight = torch.randn(1, 16, 5, 5), torch.randn(16, 16, 3, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(winograd.conv2d_3x3(x, weight).sum(), weight)
+    wanted = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(x.double(), wanted).sum(), wanted)
+    assert off(grad, expected) <= 1e-5
+
+
+def test_empty_batch():
+    x, weight = torch.randn(0, 16, 5, 5), torch.randn(24, 16, 3, 3)
+    output, stats = winograd.winograd_conv_stats(
+        x, winograd.winograd_weight(weight, 1, False), None, ONES, 24, 1
+    )
+    assert output.shape == (0, 24, 5, 5) and (stats == 0).all()
+    assert (winograd.winograd_weight_grad(x, output, ONES, 1) == 0).all()
+
+
+def test_nan_stays_in_the_tiles_that_read_it():
+    x, weight = torch.randn(1, 16, 16, 16), torch.randn(16, 16, 3, 3)
+    clean = convolved(x, weight)
+    x[0, 3, 5, 5] = math.nan
+    found = convolved(x, weight)
+    tile = torch.zeros(16, 16, dtype=torch.bool)
+    tile[4:8, 4:8] = True  # the other tiles read rows and columns up to 4, and from 7
+    assert found[:, :, tile].isnan().all()
+    assert torch.equal(found[:, :, ~tile], clean[:, :, ~tile])
+
+
+def test_operators_are_registered_well():
+    x, weight = torch.randn(2, 20, 6, 7), torch.randn(24, 20, 3, 3)
+    transformed, bias = winograd.winograd_weight(weight, 1, False), torch.randn(24)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=layout)
+        opcheck(winograd.winograd_conv, (x, transformed, bias, None, ONES, 24, 1, 1, 0.0))
+        opcheck(winograd.winograd_conv_stats, (x, transformed, bias, ONES, 24, 1))
+        opcheck(winograd.winograd_weight_grad, (x, torch.randn(2, 24, 6, 7), ONES, 1))
+    opcheck(winograd.winograd_weight, (weight, 1, True))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"x": torch.randn(2, 32, 8, 8).int()}, "floating-point"),
+        ({"x": torch.randn(2, 32, 8, 8, device="meta")}, "on meta"),
+        ({"weight": torch.randn(32, 32, 3, 3).double()}, "torch.float64"),
+        ({"weight": torch.randn(32, 32, 5, 5)}, "5x5"),
+        ({"stride": (2, 2)}, "stride"),
+        ({"dilation": (1, 2)}, "dilation"),
+        ({"padding": "same"}, "padding"),
+        ({"groups": 4, "weight": torch.randn(32, 8, 3, 3)}, "8 channels"),
+    ],
+)
+def test_why_not(change, reason):
+    call = {"x": torch.randn(2, 32, 8, 8), "weight": torch.randn(32, 32, 3, 3), "stride": (1, 1)}
+    call |= {"padding": (1, 1), "dilation": (1, 1), "groups": 1} | change
+    found = winograd.why_not(**call)
+    assert found is None if reason is None else found is not None and reason in found
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "match"),
+    [
+        ((2, 16, 5, 5), (16, 16, 5, 5), "5x5"),
+        ((2, 16, 5, 5), (16, 12, 3, 3), "weight must be"),
+        ((16, 5, 5), (16, 16, 3, 3), "dimensions"),
+    ],
+)
+def test_errors(x, weight, match):
+    with pytest.raises(ArgumentError, match=match):
+        winograd.conv2d_3x3(torch.randn(x), torch.randn(weight))
