@@ -24,7 +24,7 @@ KEEP   := -c $(STAMPS)/constraints.txt
 # so it has a stamp of its own.
 NO_NATIVE := $(filter-out 0,$(POOLING_EXT_NO_NATIVE))$(if $(shell command -v $(firstword $(CXX))),,none)
 PACKAGE   := $(STAMPS)/package$(if $(NO_NATIVE),-no-native)
-CSRC      := $(wildcard csrc/*.* csrc/*/*.*)
+CSRC      := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*/*.*)
 STAND_IN  := $(wildcard tests/cuda_on_cpu/*)
 CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 
@@ -124,21 +124,21 @@ abi: $(PACKAGE) $(ABI)/torch-$(ABI_TORCH) ## run the built library under an olde
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool
-KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp)
+FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_depthwise
+KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp csrc/kernels/cpu/*/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 # Runs what follows on each word that it is given, on as many at a time as there are cores.
 AT_ONCE  := tr ' ' '\n' | xargs -P $$(nproc) -I{}
 
 # The kernels once for all programs.
-build/sanitized/objects: $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/tests/*.h) $(KERNELS) $(FUZZERS:build/%=csrc/tests/%.cpp)
+build/sanitized/objects: $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) $(FUZZERS:build/%=csrc/tests/%.cpp)
 	@mkdir -p build/sanitized
 	echo $(KERNELS:.cpp=) $(FUZZERS:build/%=csrc/tests/%) | \
 	    $(AT_ONCE) sh -c '$(SANITIZE) -c {}.cpp -o build/sanitized/$$(basename {}).o'
 	@touch $@
 
 $(FUZZERS): build/%: build/sanitized/objects
-	$(SANITIZE) build/sanitized/$*.o $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o) -o $@
+	$(SANITIZE) build/sanitized/$*.o $(patsubst %.cpp,build/sanitized/%.o,$(notdir $(KERNELS))) -o $@
 
 sanitize: sanitize-cpu sanitize-cuda ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 

@@ -1,6 +1,7 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp, compiled once for each instruction set). Without a C++
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and those of csrc/kernels/cpu, compiled once for each
+instruction set). Without a C++
 compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
 operators.
 
@@ -33,6 +34,8 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # or errno. No contraction, so that every instruction set computes the same bits.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# Convolution's kernels are bound by multiplications: a fused one takes the time of either part.
+CONTRACTED = ("-ffp-contract=fast",)
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
 #: Compiled for by default, as far as nvcc knows them; the newest as PTX too, for what comes after it.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -56,12 +59,13 @@ def glob(*patterns):
 
 
 def cpu_objects():
-    for path in glob("*.cpp", "ops/*.cpp", "cpu/*.cpp"):
+    for path in glob("*.cpp", "ops/*.cpp", "launchers/*.cpp", "cpu/*.cpp", "kernels/cpu/*/*.cpp"):
         if not path.stem.endswith("_kernels"):
             yield Object(path, path.stem)
             continue
+        own = CONTRACTED if path.parent.name == "conv" else ()
         for isa, flags in ISAS.items():
-            yield Object(path, f"{path.stem}_{isa}", flags=(f"-DPOOLING_EXT_ISA={isa}", *flags))
+            yield Object(path, f"{path.stem}_{isa}", flags=(f"-DPOOLING_EXT_ISA={isa}", *flags, *own))
 
 
 def cuda_objects(rule="nvcc", define=("-DPOOLING_EXT_CUDA", "-DUSE_CUDA")):

@@ -41,6 +41,12 @@ enum class StemStep;
 struct StemJob;
 using StemKernel = void (*)(const StemJob& job, int64_t begin, int64_t end, void* scratch);
 
+// See kernels/cpu/conv/depthwise.h.
+enum class DepthwiseStep;
+struct DepthwiseJob;
+using DepthwiseKernel = void (*)(const DepthwiseJob& job, int64_t begin, int64_t end,
+                                 void* scratch);
+
 // The kernels of one instruction set.
 struct Kernels {
     Kernel (*max_pool)(DType, Places);
@@ -51,6 +57,7 @@ struct Kernels {
     BatchNormKernel (*batch_norm)(DType, Step);
     BatchNormKernel (*add_relu_mean)(DType, bool backward);
     StemKernel (*stem)(DType, StemStep);
+    DepthwiseKernel (*depthwise)(DType, DepthwiseStep);
 };
 
 namespace baseline {

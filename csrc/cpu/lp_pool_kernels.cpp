@@ -123,7 +123,7 @@ Kernel lp_pool(DType dtype) {
     return for_float(dtype, [](auto zero) -> Kernel { return power_average<decltype(zero)>; });
 }
 
-const Kernels kernels{max_pool, max_pool_backward, avg_pool,      avg_pool_backward,
-                      lp_pool,  batch_norm,        add_relu_mean, stem};
+const Kernels kernels{max_pool,   max_pool_backward, avg_pool, avg_pool_backward, lp_pool,
+                      batch_norm, add_relu_mean,     stem,     depthwise};
 
 }  // namespace pooling_ext::POOLING_EXT_ISA
