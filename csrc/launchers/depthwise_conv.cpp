@@ -30,6 +30,7 @@ class DepthwiseCall {
         job.channels = sizes[1];
         job.kernel = kernel;
         job.channels_last = channels_last;
+        job.in_place = channels_last && job.channels >= kDepthwiseBlock && dtype != DType::Float16;
         job.step = step;
         job.wide = dtype == DType::Float64 ? 8 : 4;
         DepthwiseAxis* const axes[] = {&job.h, &job.w};

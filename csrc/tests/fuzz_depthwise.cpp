@@ -60,7 +60,7 @@ struct Case {
         std::ostringstream text;
         text << names[int(job.step)] << " " << format.name << " batch=" << job.batch
              << " channels=" << job.channels << " kernel=" << job.kernel
-             << " channels_last=" << job.channels_last << " biased=" << biased
+             << " channels_last=" << job.channels_last << " in_place=" << job.in_place << " biased=" << biased
              << " statistics=" << statistics << " activation=" << int(job.activation);
         for (const DepthwiseAxis& axis : {job.h, job.w})
             text << " [in=" << axis.in << " out=" << axis.out << " stride=" << axis.stride
@@ -97,6 +97,8 @@ Case make_case(Random& r) {
         }
     } while (job.h.out < 1 || job.w.out < 1 ||
              (c.inputs() + c.outputs()) * job.taps() > 1500000);
+    job.in_place = job.channels_last && job.channels >= kDepthwiseBlock &&
+                   c.format.dtype != DType::Float16 && !r.chance(4);
     const bool forward = job.step == DepthwiseStep::Forward;
     c.biased = job.step != DepthwiseStep::InputGrad && r.chance(2);
     c.statistics = forward && r.chance(3);

@@ -31,6 +31,9 @@ struct DepthwiseJob {
     int64_t batch = 1, channels = 1, kernel = 3;
     DepthwiseAxis h, w;
     bool channels_last = false;
+    // The planes that are read need not be copied into scratch memory: in channels-last, of types
+    // that are widened by an instruction or two. There is a block of channels at least.
+    bool in_place = false;
     // What is computed: Forward, InputGrad or WeightGrad. The others prepare or finish it.
     DepthwiseStep step = DepthwiseStep::Forward;
     const void* x = nullptr;       // the input
@@ -142,9 +145,11 @@ struct DepthwisePlan {
     }
 
     size_t scratch_bytes(const DepthwiseJob& job) const {
-        constexpr size_t kSlack = 1024;
-        const int64_t columns = (slots * group + 1) * width + (chunk * group + 1) * across;
-        return size_t(columns) * kDepthwiseBlock * job.wide + kSlack +
+        // Vectors of channels have a few numbers and pointers each; some results are computed at once.
+        constexpr size_t kSlack = 16384, kNumbers = 64;
+        size_t columns = (slots * group + 1) * width + (chunk * group + 1) * across;
+        if (job.in_place && job.step != DepthwiseStep::WeightGrad) columns = 0;
+        return columns * kDepthwiseBlock * job.wide + kSlack + group * kDepthwiseBlock * kNumbers +
                chunk * job.kernel * sizeof(void*);
     }
 
@@ -167,6 +172,7 @@ struct DepthwisePlan {
                                   kDepthwiseBlock * job.wide;
             group = clamp(kScratch / block, 1, blocks);
             if (sums) group = clamp(group, 1, kBlocks);
+            if (job.in_place && !sums) group = blocks;
         }
         groups = ceil_div(blocks, group);
         group = ceil_div(blocks, groups);

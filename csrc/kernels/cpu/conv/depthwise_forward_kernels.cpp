@@ -1,174 +1,48 @@
 // Depthwise convolution's output and its input's gradient, compiled once for each instruction set.
 #include "kernels/cpu/conv/activation.h"
+#include "kernels/cpu/conv/depthwise_columns.h"
 #include "kernels/cpu/conv/depthwise_kernels.h"
+#include "kernels/cpu/conv/depthwise_statistics.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 namespace conv {
 namespace {
 
+// The first channel of a vector. In place the last vector ends with the last channel, and may share
+// some with the one before.
+template <class In>
+int64_t start_of(const DepthwiseJob& job, int64_t v) {
+    const int64_t start = v * Lanes<In>::kSize, last = job.channels - Lanes<In>::kSize;
+    return job.in_place && start > last ? last : start;
+}
+
 // --- weights ------------------------------------------------------------------------------------
 
-// For each block of channels and each phase of rows and columns its taps, sixteen channels of each;
-// then the biases.
+// For each vector of channels and each phase of rows and columns its taps, and then the biases.
 template <class In>
 void prepare(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
     using T = Accumulator<In>;
+    constexpr int64_t kSize = Lanes<In>::kSize, kVectors = kDepthwiseBlock / kSize;
     const DepthwiseWalk rows(job.h, job.kernel, job.backward());
     const DepthwiseWalk columns(job.w, job.kernel, job.backward());
     const In* const weight = static_cast<const In*>(job.weight);
     const In* const bias = static_cast<const In*>(job.bias);
-    for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kDepthwiseBlock, left = job.channels - first;
-        const int64_t count = left < kDepthwiseBlock ? left : kDepthwiseBlock;
-        T* to = static_cast<T*>(job.prepared) + first * (job.taps() + 1);
+    for (int64_t v = begin * kVectors; v < end * kVectors && v * kSize < job.channels; ++v) {
+        const int64_t first = start_of<In>(job, v), left = job.channels - first;
+        const int64_t count = left < kSize ? left : kSize;
+        T* to = static_cast<T*>(job.prepared) + v * kSize * (job.taps() + 1);
         for (int64_t ph = 0; ph < rows.phases; ++ph)
             for (int64_t pw = 0; pw < columns.phases; ++pw)
                 for (int64_t i = 0; i < rows.taps(ph); ++i)
-                    for (int64_t j = 0; j < columns.taps(pw); ++j, to += kDepthwiseBlock) {
+                    for (int64_t j = 0; j < columns.taps(pw); ++j, to += kSize) {
                         const int64_t tap = rows.tap(ph, i) * job.kernel + columns.tap(pw, j);
-                        for (int64_t c = 0; c < kDepthwiseBlock; ++c)
+                        for (int64_t c = 0; c < kSize; ++c)
                             to[c] = c < count ? widen(weight[(first + c) * job.taps() + tap]) : T(0);
                     }
-        for (int64_t c = 0; c < kDepthwiseBlock; ++c)
+        for (int64_t c = 0; c < kSize; ++c)
             to[c] = bias != nullptr && c < count ? widen(bias[first + c]) : T(0);
     }
 }
-
-// --- rows ---------------------------------------------------------------------------------------
-
-// Columns of one phase of a row of the result.
-template <class T>
-struct RowCall {
-    const T* const* rows;  // of the source, where the first column's first tap is
-    int64_t count;         // of them
-    const T* weights;      // kDepthwiseBlock numbers for each tap
-    const T* bias;
-    T* to;
-    int64_t apart;    // of the results, in columns
-    int64_t columns;  // there is room for a multiple of DepthwisePlan::kColumns
-};
-
-// kMany columns of results: sums over kTaps columns of the source, kStep apart, of each row.
-template <class L, int kMany, int kTaps, int kStep>
-POOLING_EXT_INLINE void some_columns(const RowCall<typename L::T>& call, int64_t from) {
-    using X = typename L::X;
-    X sums[kMany];
-    const X bias = L::own(call.bias);
-#pragma GCC unroll 14
-    for (int i = 0; i < kMany; ++i) sums[i] = bias;
-    const auto* weight = call.weights;
-    for (int64_t r = 0; r < call.count; ++r) {
-        const auto* x = call.rows[r] + from * kStep * L::kSize;
-        fixed(x);
-#pragma GCC unroll 7
-        for (int t = 0; t < kTaps; ++t, weight += kDepthwiseBlock) {
-            const X w = L::own(weight);
-#pragma GCC unroll 14
-            for (int i = 0; i < kMany; ++i)
-                sums[i] += L::own(x + (i * kStep + t) * L::kSize) * w;
-        }
-    }
-    const int64_t apart = call.apart * L::kSize;
-    auto* to = call.to + from * apart;
-#pragma GCC unroll 14
-    for (int i = 0; i < kMany; ++i, to += apart) L::keep(to, sums[i]);
-}
-
-template <class L, int kTaps, int kStep>
-void row_of(const RowCall<typename L::T>& call) {
-    constexpr int kOnce = DepthwisePlan::kColumns;
-    // With fused operands twice as many sums fit the registers, and weights are loaded half as often.
-    constexpr int kMany = kVectorBytes > 16 ? 2 * kOnce : kOnce;
-    int64_t i = 0;
-    for (; call.columns - i > kMany - kOnce; i += kMany) some_columns<L, kMany, kTaps, kStep>(call, i);
-    if (i < call.columns) some_columns<L, kOnce, kTaps, kStep>(call, i);
-}
-
-template <class L>
-using RowKernel = void (*)(const RowCall<typename L::T>&);
-
-template <class L>
-RowKernel<L> row_kernel(int64_t taps, int64_t step) {
-    const auto of = [&](auto count) -> RowKernel<L> {
-        constexpr int kTaps = decltype(count)::value;
-        if constexpr (kTaps == 3 || kTaps == 5 || kTaps == 7)
-            if (step == 2) return row_of<L, kTaps, 2>;
-        return row_of<L, kTaps, 1>;
-    };
-    switch (taps) {
-        case 1:
-            return of(std::integral_constant<int, 1>{});
-        case 2:
-            return of(std::integral_constant<int, 2>{});
-        case 3:
-            return of(std::integral_constant<int, 3>{});
-        case 4:
-            return of(std::integral_constant<int, 4>{});
-        case 5:
-            return of(std::integral_constant<int, 5>{});
-        default:
-            return of(std::integral_constant<int, 7>{});
-    }
-}
-
-// --- statistics ---------------------------------------------------------------------------------
-
-// Mean and deviations of the results of one unit, for the channels of a group; a chunk's are merged
-// with those before as in Chan, Golub and LeVeque.
-template <class In>
-class Statistics {
-  public:
-    using L = Lanes<In>;
-    using T = typename L::T;
-
-    // `mean` and `deviation` have a number for each channel of the group.
-    Statistics(double* mean, double* deviation) : means_(mean), deviations_(deviation) {}
-
-    void begin() { count_ = 0; }
-
-    void add(int64_t v, const T* from, int64_t rows, int64_t columns, int64_t across) {
-        double* const mean = means_ + v * L::kSize;
-        double* const deviation = deviations_ + v * L::kSize;
-        alignas(64) T center[L::kSize], sums[L::kSize], squares[L::kSize];
-        if (count_ == 0) {
-            L::keep(center, mean_of(from, columns));
-            for (int64_t c = 0; c < L::kSize; ++c) mean[c] = deviation[c] = 0;
-        } else {
-            for (int64_t c = 0; c < L::kSize; ++c) center[c] = T(mean[c]);
-        }
-        const auto about = L::own(center);
-        typename L::X first[2]{}, second[2]{};
-        for (int64_t r = 0; r < rows; ++r, from += across * L::kSize)
-            for (int64_t i = 0; i < columns; ++i) {
-                const auto d = L::stored(L::own(from + i * L::kSize)) - about;
-                first[i & 1] += d;
-                second[i & 1] += d * d;
-            }
-        L::keep(sums, first[0] + first[1]);
-        L::keep(squares, second[0] + second[1]);
-        const double n = double(rows * columns), before = double(count_), all = before + n;
-        for (int64_t c = 0; c < L::kSize; ++c) {
-            const double s1 = sums[c], s2 = squares[c];
-            const double away = double(center[c]) + s1 / n - mean[c];
-            deviation[c] += s2 - s1 * (s1 / n) + away * away * (before * n / all);
-            mean[c] += away * (n / all);
-        }
-    }
-
-    // After the vectors of a chunk.
-    void end_chunk(int64_t count) { count_ += count; }
-
-  private:
-    static typename L::X mean_of(const T* from, int64_t columns) {
-        typename L::X sum{};
-        for (int64_t i = 0; i < columns; ++i) sum += L::own(from + i * L::kSize);
-        return sum / T(columns);
-    }
-
-    double* means_;
-    double* deviations_;
-    int64_t count_ = 0;
-};
 
 void merge(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
     const DepthwisePlan plan(job);
@@ -195,12 +69,14 @@ void merge(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
 
 // --- both directions ----------------------------------------------------------------------------
 
-// The rows of a unit, chunk by chunk.
-template <class In>
+// The rows of a unit. In place the innermost loops read the source where it lies, else from scratch
+// memory.
+template <class In, bool kInPlace>
 class Convolution {
   public:
     using L = Lanes<In>;
     using T = typename L::T;
+    using E = std::conditional_t<kInPlace, In, T>;
 
     Convolution(const DepthwiseJob& job, void* scratch)
         : job_(job),
@@ -213,87 +89,205 @@ class Convolution {
                   rows_.result,            columns_.result, job.channels_last},
           vectors_(plan_.group * kDepthwiseBlock / L::kSize),
           memory_(scratch),
-          ring_(memory_.take<T>(Ring<In>::size(plan_.slots, vectors_, plan_.width)), plan_.slots,
-                vectors_, plan_.width, plan_.lead),
-          chunk_(memory_.take<T>(plan_.chunk * plan_.across * L::kSize)) {
-        ring_.clear();
+          starts_(memory_.take<int64_t>(vectors_)),
+          weights_(memory_.take<const T*>(vectors_)),
+          columns_at_once_(memory_.take<T>(kTogether * kManyColumns * L::kSize)),
+          statistics_(job.moments == nullptr ? 0 : vectors_, memory_),
+          ring_(memory_.take<T>(kInPlace ? 0 : Ring<In>::size(plan_.slots, vectors_, plan_.width)),
+                plan_.slots, vectors_, plan_.width, plan_.lead),
+          chunk_(memory_.take<T>(kInPlace ? 0 : plan_.chunk * plan_.across * L::kSize)) {
+        if (!kInPlace) ring_.clear();
         for (int64_t phase = 0; phase < columns_.phases; ++phase)
-            kernels_[phase] = row_kernel<L>(columns_.taps(phase), columns_.step);
+            kernels_[phase] = ColumnsKernels<E>(columns_.taps(phase), columns_.step);
     }
 
     void run(int64_t unit) {
         const DepthwiseUnit at(job_, plan_, false, unit);
         const int64_t first = at.band * plan_.band, left = rows_.result - first;
         const int64_t end = first + (left < plan_.band ? left : plan_.band);
-        const int64_t piece = at.n * plan_.bands + at.band, padded = job_.padded_channels();
-        double* const moments =
-            job_.moments == nullptr ? nullptr : job_.moments + piece * 2 * padded + at.channel;
-        Statistics<In> statistics(moments, moments == nullptr ? nullptr : moments + padded);
-        int64_t loaded = 0;
+        const int64_t used = (at.channels + L::kSize - 1) / L::kSize;
+        if (job_.moments != nullptr) statistics_.begin();
+        loaded_ = 0;
         for (int64_t from = first; from < end; from += plan_.chunk) {
             const int64_t to = from + plan_.chunk < end ? from + plan_.chunk : end;
-            int64_t low = rows_.source, high = 0;
-            for (int64_t r = from; r < to; ++r) {
-                const int64_t start = rows_.first(r);
-                low = start < low ? start : low;
-                const int64_t stop = start + rows_.taps(rows_.phase(r));
-                high = stop > high ? stop : high;
-            }
-            low = low > loaded ? low : loaded;
-            high = high < rows_.source ? high : rows_.source;
-            ring_.load(source_, at.n, at.channel, at.channels, low, high);
-            loaded = high > loaded ? high : loaded;
-            for (int64_t v = 0; v * L::kSize < at.channels; ++v) {
-                compute(at.channel + v * L::kSize, v, from, to);
-                if (moments != nullptr)
-                    statistics.add(v, chunk_, to - from, columns_.result, plan_.across);
-                store_rows<In>(result_, at.n, at.channel + v * L::kSize, from, to - from, chunk_,
-                               plan_.across);
-            }
-            statistics.end_chunk((to - from) * columns_.result);
+            if constexpr (kInPlace)
+                for (int64_t r = from; r < to; ++r) row_in_place(at, r, used, r == first);
+            else
+                chunk_from_ring(at, from, to, used, from == first);
+            if (job_.moments != nullptr) statistics_.merge((to - from) * columns_.result);
+        }
+        if (job_.moments == nullptr) return;
+        double* const moments = job_.moments + (at.n * plan_.bands + at.band) * 2 * job_.padded_channels();
+        for (int64_t v = 0; v < used; ++v) {
+            const int64_t channel = start_of<In>(job_, at.channel / L::kSize + v);
+            const int64_t rest = job_.channels - channel;
+            statistics_.take(v, rest < L::kSize ? rest : L::kSize, moments + channel,
+                             moments + job_.padded_channels() + channel);
         }
     }
 
   private:
-    // Rows [from, to) of a vector of channels.
-    void compute(int64_t channel, int64_t v, int64_t from, int64_t to) {
-        const int64_t block = channel / kDepthwiseBlock, lane = channel % kDepthwiseBlock;
-        const T* const prepared = static_cast<const T*>(job_.prepared) +
-                                  block * kDepthwiseBlock * (job_.taps() + 1) + lane;
-        for (int64_t r = from; r < to; ++r) {
-            const int64_t phase = rows_.phase(r), count = rows_.taps(phase), start = rows_.first(r);
-            const T* sources[kMostTaps];
-            for (int64_t i = 0; i < count; ++i)
-                sources[i] = ring_.row(start + i, v, rows_.source);
-            const T* weights = prepared;
-            if (phase == 1) weights += rows_.taps(0) * job_.kernel * kDepthwiseBlock;
-            for (int64_t across = 0; across < columns_.phases; ++across) {
-                const int64_t begin = columns_.begin(across), taps = columns_.taps(across);
-                const int64_t shift = (plan_.lead + columns_.first(begin)) * L::kSize;
-                const T* shifted[kMostTaps];
-                for (int64_t i = 0; i < count; ++i) shifted[i] = sources[i] + shift;
-                RowCall<T> call;
-                call.rows = shifted;
-                call.count = count;
-                call.weights = weights;
-                call.bias = prepared + job_.taps() * kDepthwiseBlock;
-                call.to = chunk_ + ((r - from) * plan_.across + begin) * L::kSize;
-                call.apart = columns_.phases;
-                call.columns = columns_.count(across);
-                kernels_[across](call);
-                weights += count * taps * kDepthwiseBlock;
-            }
+    static constexpr int64_t kMostTaps = 7;
+    static constexpr int64_t kTogether = 4;  // vectors
+
+    // What the columns of one row have in common. Its rows of the source are found by `row`.
+    template <class Row>
+    ColumnsCall<E> call_of(int64_t r, const E** rows, const Row& row) const {
+        const int64_t start = rows_.first(r), end = start + rows_.taps(rows_.phase(r));
+        const int64_t low = start > 0 ? start : 0, high = end < rows_.source ? end : rows_.source;
+        ColumnsCall<E> call;
+        call.rows = rows;
+        call.count = high > low ? high - low : 0;
+        for (int64_t i = 0; i < call.count; ++i) rows[i] = row(low + i);
+        call.width = columns_.source;
+        call.to = columns_at_once_;
+        call.pitch = kInPlace ? job_.channels : L::kSize;
+        call.vectors = 1;
+        return call;
+    }
+
+    // Where the weights of a vector begin, for a row and a phase of columns, and how far its bias is.
+    const T* weights_of(int64_t v, int64_t r, int64_t across, int64_t* bias) const {
+        const int64_t phase = rows_.phase(r), taps = rows_.taps(phase), start = rows_.first(r);
+        int64_t at = phase == 1 ? rows_.taps(0) * job_.kernel : 0;
+        if (across == 1) at += taps * columns_.taps(0);
+        // Rows before the plane's first are left out.
+        const int64_t out = start < 0 ? -start : 0;
+        at += (out < taps ? out : taps) * columns_.taps(across);
+        *bias = (job_.taps() - at) * L::kSize;
+        return static_cast<const T*>(job_.prepared) + (v * (job_.taps() + 1) + at) * L::kSize;
+    }
+
+    // Calls use(kernel, from, count) for the columns of a phase, some at a time.
+    template <class Use>
+    POOLING_EXT_INLINE void each_columns(ColumnsCall<E>& call, int64_t across, const Use& use) const {
+        const ColumnsKernels<E>& kernels = kernels_[across];
+        const int64_t count = columns_.count(across), first = columns_.first(columns_.begin(across));
+        const int64_t reach = (kManyColumns - 1) * columns_.step + columns_.taps(across);
+        for (int64_t from = 0; from < count; from += kManyColumns) {
+            const int64_t left = count - from, some = left < kManyColumns ? left : kManyColumns;
+            call.first = first + from * columns_.step;
+            const bool inside = call.first >= 0 && call.first + reach <= columns_.source;
+            use(inside               ? kernels.many_inside
+                : left > kFewColumns ? kernels.many
+                                     : kernels.few,
+                from, some);
         }
+    }
+
+    void row_in_place(const DepthwiseUnit& at, int64_t r, int64_t used, bool first_row) {
+        const int64_t channels = job_.channels, width = columns_.source * channels;
+        const In* const plane = source_.at(at.n, 0, 0);
+        const E* rows[kMostTaps];
+        ColumnsCall<E> call =
+            call_of(r, rows, [&](int64_t row) { return plane + row * width; });
+        // The rows that the next one needs are asked for while this one is computed.
+        const int64_t end = rows_.first(r) + rows_.taps(rows_.phase(r));
+        const int64_t ahead = end < rows_.source && end > 0 ? end : -1;
+        const int64_t together = rows_.step;
+        In* const y = result_.at(at.n, 0, r * columns_.result);
+        const int64_t first_vector = at.channel / L::kSize;
+        for (int64_t across = 0; across < columns_.phases; ++across) {
+            const int64_t begin = columns_.begin(across);
+            for (int64_t v = 0; v < used; ++v) {
+                starts_[v] = start_of<In>(job_, first_vector + v);
+                weights_[v] = weights_of(first_vector + v, r, across, &call.bias);
+            }
+            each_columns(call, across, [&](auto kernel, int64_t from, int64_t count) {
+                const bool first = first_row && across == 0 && from == 0;
+                for (int64_t v = 0; v < used; v += kTogether) {
+                    call.starts = starts_ + v;
+                    call.weights = weights_ + v;
+                    call.vectors = used - v < kTogether ? used - v : kTogether;
+                    if (ahead >= 0 && across == 0)
+                        for (int64_t row = 0; row < together && ahead + row < rows_.source; ++row)
+                            prefetch(plane + (ahead + row) * width, call, count * columns_.step);
+                    kernel(call);
+                    finish(call, v, count, first);
+                    write(call, y + (begin + from * columns_.phases) * channels, count,
+                          columns_.phases * channels);
+                }
+            });
+        }
+    }
+
+    // Of some columns, the vectors of a call.
+    POOLING_EXT_INLINE void prefetch(const In* row, const ColumnsCall<E>& call, int64_t count) const {
+        constexpr int64_t kLine = 64;
+        const int64_t bytes = (call.starts[call.vectors - 1] - call.starts[0] + L::kSize) * sizeof(In);
+        int64_t first = call.first > 0 ? call.first : 0;
+        const int64_t end = call.first + count < columns_.source ? call.first + count : columns_.source;
+        for (; first < end; ++first) {
+            const char* const from = reinterpret_cast<const char*>(row + first * call.pitch + call.starts[0]);
+            for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i);
+        }
+    }
+
+    // Statistics and activation of what a kernel has just computed.
+    POOLING_EXT_INLINE void finish(const ColumnsCall<E>& call, int64_t v, int64_t count, bool first) {
+        constexpr int64_t kApart = kManyColumns * L::kSize;
+        if (job_.moments != nullptr)
+            for (int64_t i = 0; i < call.vectors; ++i)
+                statistics_.add(v + i, call.to + i * kApart, count, first);
         if (job_.activation == Activation::None) return;
         Activations<In>::with(job_.activation, T(job_.slope), [&](const auto& apply) {
-            T* x = chunk_;
-            for (int64_t r = from; r < to; ++r, x += plan_.across * L::kSize)
-                for (int64_t i = 0; i < columns_.result; ++i)
-                    L::keep(x + i * L::kSize, apply(L::own(x + i * L::kSize)));
+            for (int64_t i = 0; i < call.vectors; ++i)
+                for (int64_t k = 0; k < count; ++k) {
+                    T* const x = call.to + i * kApart + k * L::kSize;
+                    L::keep(x, apply(L::own(x)));
+                }
         });
     }
 
-    static constexpr int64_t kMostTaps = 7;
+    // Writes columns `apart` elements from each other.
+    POOLING_EXT_INLINE void write(const ColumnsCall<E>& call, In* y, int64_t count,
+                                  int64_t apart) const {
+        for (int64_t k = 0; k < count; ++k, y += apart)
+            for (int64_t i = 0; i < call.vectors; ++i)
+                L::put(y + call.starts[i], L::own(call.to + (i * kManyColumns + k) * L::kSize));
+    }
+
+    void chunk_from_ring(const DepthwiseUnit& at, int64_t from, int64_t to, int64_t used, bool first) {
+        int64_t low = rows_.source, high = 0;
+        for (int64_t r = from; r < to; ++r) {
+            const int64_t start = rows_.first(r), stop = start + rows_.taps(rows_.phase(r));
+            low = start < low ? start : low;
+            high = stop > high ? stop : high;
+        }
+        low = low > loaded_ ? low : loaded_;
+        high = high < rows_.source ? high : rows_.source;
+        ring_.load(source_, at.n, at.channel, at.channels, low, high);
+        loaded_ = high > loaded_ ? high : loaded_;
+        for (int64_t v = 0; v < used; ++v) {
+            for (int64_t r = from; r < to; ++r)
+                row_from_ring(v, at.channel / L::kSize + v, r, chunk_ + (r - from) * plan_.across * L::kSize,
+                              first && r == from);
+            store_rows<In>(result_, at.n, at.channel + v * L::kSize, from, to - from, chunk_,
+                           plan_.across);
+        }
+    }
+
+    void row_from_ring(int64_t v, int64_t vector, int64_t r, T* to, bool first_row) {
+        const E* rows[kMostTaps];
+        ColumnsCall<E> call = call_of(r, rows, [&](int64_t row) {
+            return ring_.row(row, v, rows_.source) + plan_.lead * L::kSize;
+        });
+        const int64_t start = 0;
+        call.starts = &start;
+        const T* weights;
+        call.weights = &weights;
+        for (int64_t across = 0; across < columns_.phases; ++across) {
+            const int64_t begin = columns_.begin(across);
+            weights = weights_of(vector, r, across, &call.bias);
+            each_columns(call, across, [&](auto kernel, int64_t from, int64_t count) {
+                kernel(call);
+                finish(call, v, count, first_row && across == 0 && from == 0);
+                T* into = to + (begin + from * columns_.phases) * L::kSize;
+                for (int64_t k = 0; k < count; ++k, into += columns_.phases * L::kSize)
+                    L::keep(into, L::own(call.to + k * L::kSize));
+            });
+        }
+    }
 
     const DepthwiseJob& job_;
     const DepthwisePlan plan_;
@@ -302,15 +296,24 @@ class Convolution {
     const Planes<In> result_;
     const int64_t vectors_;
     Memory memory_;
+    int64_t* const starts_;
+    const T** const weights_;
+    T* const columns_at_once_;
+    Statistics<In> statistics_;
     const Ring<In> ring_;
     T* const chunk_;
-    RowKernel<L> kernels_[2];
+    int64_t loaded_ = 0;
+    ColumnsKernels<E> kernels_[2];
 };
 
 template <class In>
 void convolve(const DepthwiseJob& job, int64_t begin, int64_t end, void* scratch) {
-    Convolution<In> convolution(job, scratch);
-    for (int64_t unit = begin; unit < end; ++unit) convolution.run(unit);
+    const auto run = [&](auto convolution) {
+        for (int64_t unit = begin; unit < end; ++unit) convolution.run(unit);
+    };
+    if constexpr (!std::is_same_v<In, Float16>)
+        if (job.in_place) return run(Convolution<In, true>(job, scratch));
+    run(Convolution<In, false>(job, scratch));
 }
 
 }  // namespace
