@@ -48,8 +48,8 @@ struct DepthwiseJob {
     // deviations. Merge makes two rows of `channels` of them, means and variances, at `stats`.
     double* moments = nullptr;
     double* stats = nullptr;
-    // Sums of products, kernel * kernel rows of padded_channels() for each piece, and one of the
-    // gradient's sums. Total writes `weight_grad` and, if not none, `bias_grad`.
+    // Sums of products for each piece, and of the gradient: taps() + 1 for each of
+    // padded_channels(). Total writes `weight_grad` and, if not none, `bias_grad`.
     void* sums = nullptr;
     void* weight_grad = nullptr;
     void* bias_grad = nullptr;
@@ -115,6 +115,8 @@ struct DepthwisePlan {
 
     // Columns computed at once, of which each row has a multiple.
     static constexpr int64_t kColumns = 7;
+    // Columns of the input, of some hundred channels, that stay in the second-level cache.
+    static constexpr int64_t kInPlaceColumns = 448;
     static constexpr int64_t kUnits = 64;  // about as many units as there may be threads
 
     explicit DepthwisePlan(const DepthwiseJob& job) {
@@ -124,6 +126,7 @@ struct DepthwisePlan {
         // Chunks of short rows make the loops long; rows along channels are long by themselves.
         const int64_t least = job.channels_last && !sums ? 64 : 256;
         chunk = clamp(least / columns.result, 1, rows.result);
+        if (sums && job.in_place) chunk = clamp(kInPlaceColumns / columns.source, 1, rows.result);
         lead = width = across = 0;
         for (int64_t phase = 0; phase < columns.phases; ++phase) {
             const int64_t before = -columns.first(columns.begin(phase));
@@ -148,7 +151,7 @@ struct DepthwisePlan {
         // Vectors of channels have a few numbers and pointers each; some results are computed at once.
         constexpr size_t kSlack = 16384, kNumbers = 64;
         size_t columns = (slots * group + 1) * width + (chunk * group + 1) * across;
-        if (job.in_place && job.step != DepthwiseStep::WeightGrad) columns = 0;
+        if (job.in_place) columns = 0;
         return columns * kDepthwiseBlock * job.wide + kSlack + group * kDepthwiseBlock * kNumbers +
                chunk * job.kernel * sizeof(void*);
     }
@@ -164,15 +167,15 @@ struct DepthwisePlan {
     }
 
     void divide(const DepthwiseJob& job, int64_t results, bool sums) {
-        constexpr int64_t kScratch = 384 << 10, kBlocks = 8, kLeastRows = 8, kLeastWork = 1 << 16;
+        constexpr int64_t kScratch = 384 << 10, kBlocks = 16, kLeastRows = 8, kLeastWork = 1 << 16;
         const int64_t blocks = job.blocks(), batch = job.batch > 0 ? job.batch : 1;
         group = 1;
         if (job.channels_last) {
             const int64_t block = ((slots + 1) * width + (sums ? chunk * across : 0)) *
                                   kDepthwiseBlock * job.wide;
             group = clamp(kScratch / block, 1, blocks);
-            if (sums) group = clamp(group, 1, kBlocks);
-            if (job.in_place && !sums) group = blocks;
+            if (sums) group = clamp(group, 1, kBlocks / 2);
+            if (job.in_place) group = sums ? clamp(kBlocks, 1, blocks) : blocks;
         }
         groups = ceil_div(blocks, group);
         group = ceil_div(blocks, groups);

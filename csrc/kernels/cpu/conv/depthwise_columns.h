@@ -17,7 +17,11 @@ struct ColumnsCall {
     const T* const* weights;  // of each vector: the taps of the rows, then at `bias` the bias
     int64_t bias;
     int64_t vectors;
-    T* to;  // most_columns() results of each vector
+    // Results go where they belong, columns `apart` elements from each other, of which there are
+    // `valid`; or, where there is more to do with them, into scratch memory, kManyColumns each.
+    E* y;
+    int64_t apart, valid;
+    T* to;
 };
 
 // Columns computed at once: as many as there are registers for their sums, a row's weights and one
@@ -58,8 +62,16 @@ void some_columns(const ColumnsCall<E>& call) {
                 }
             }
         }
+        if (call.y == nullptr) {
 #pragma GCC unroll 14
-        for (int i = 0; i < kMany; ++i) L::keep(to + i * L::kSize, sums[i]);
+            for (int i = 0; i < kMany; ++i) L::keep(to + i * L::kSize, sums[i]);
+            continue;
+        }
+        E* y = call.y + call.starts[v];
+        const int64_t apart = call.apart;
+#pragma GCC unroll 14
+        for (int i = 0; i < kMany; ++i, y += apart)
+            if (i < call.valid) L::put(y, sums[i]);
     }
 }
 

@@ -76,7 +76,10 @@ class Convolution {
   public:
     using L = Lanes<In>;
     using T = typename L::T;
+    // What the innermost loops read and write: the tensors, or scratch memory.
     using E = std::conditional_t<kInPlace, In, T>;
+    using Call = ColumnsCall<E>;
+    using Kernels = ColumnsKernels<E>;
 
     Convolution(const DepthwiseJob& job, void* scratch)
         : job_(job),
@@ -98,7 +101,7 @@ class Convolution {
           chunk_(memory_.take<T>(kInPlace ? 0 : plan_.chunk * plan_.across * L::kSize)) {
         if (!kInPlace) ring_.clear();
         for (int64_t phase = 0; phase < columns_.phases; ++phase)
-            kernels_[phase] = ColumnsKernels<E>(columns_.taps(phase), columns_.step);
+            kernels_[phase] = Kernels(columns_.taps(phase), columns_.step);
     }
 
     void run(int64_t unit) {
@@ -132,10 +135,10 @@ class Convolution {
 
     // What the columns of one row have in common. Its rows of the source are found by `row`.
     template <class Row>
-    ColumnsCall<E> call_of(int64_t r, const E** rows, const Row& row) const {
+    Call call_of(int64_t r, const E** rows, const Row& row) const {
         const int64_t start = rows_.first(r), end = start + rows_.taps(rows_.phase(r));
         const int64_t low = start > 0 ? start : 0, high = end < rows_.source ? end : rows_.source;
-        ColumnsCall<E> call;
+        Call call;
         call.rows = rows;
         call.count = high > low ? high - low : 0;
         for (int64_t i = 0; i < call.count; ++i) rows[i] = row(low + i);
@@ -160,8 +163,8 @@ class Convolution {
 
     // Calls use(kernel, from, count) for the columns of a phase, some at a time.
     template <class Use>
-    POOLING_EXT_INLINE void each_columns(ColumnsCall<E>& call, int64_t across, const Use& use) const {
-        const ColumnsKernels<E>& kernels = kernels_[across];
+    POOLING_EXT_INLINE void each_columns(Call& call, int64_t across, const Use& use) const {
+        const Kernels& kernels = kernels_[across];
         const int64_t count = columns_.count(across), first = columns_.first(columns_.begin(across));
         const int64_t reach = (kManyColumns - 1) * columns_.step + columns_.taps(across);
         for (int64_t from = 0; from < count; from += kManyColumns) {
@@ -179,7 +182,7 @@ class Convolution {
         const int64_t channels = job_.channels, width = columns_.source * channels;
         const In* const plane = source_.at(at.n, 0, 0);
         const E* rows[kMostTaps];
-        ColumnsCall<E> call =
+        Call call =
             call_of(r, rows, [&](int64_t row) { return plane + row * width; });
         // The rows that the next one needs are asked for while this one is computed.
         const int64_t end = rows_.first(r) + rows_.taps(rows_.phase(r));
@@ -187,6 +190,7 @@ class Convolution {
         const int64_t together = rows_.step;
         In* const y = result_.at(at.n, 0, r * columns_.result);
         const int64_t first_vector = at.channel / L::kSize;
+        const bool plain = job_.activation == Activation::None && job_.moments == nullptr;
         for (int64_t across = 0; across < columns_.phases; ++across) {
             const int64_t begin = columns_.begin(across);
             for (int64_t v = 0; v < used; ++v) {
@@ -202,17 +206,21 @@ class Convolution {
                     if (ahead >= 0 && across == 0)
                         for (int64_t row = 0; row < together && ahead + row < rows_.source; ++row)
                             prefetch(plane + (ahead + row) * width, call, count * columns_.step);
+                    In* const to = y + (begin + from * columns_.phases) * channels;
+                    call.y = plain ? to : nullptr;
+                    call.apart = columns_.phases * channels;
+                    call.valid = count;
                     kernel(call);
+                    if (plain) continue;
                     finish(call, v, count, first);
-                    write(call, y + (begin + from * columns_.phases) * channels, count,
-                          columns_.phases * channels);
+                    write(call, to, count);
                 }
             });
         }
     }
 
     // Of some columns, the vectors of a call.
-    POOLING_EXT_INLINE void prefetch(const In* row, const ColumnsCall<E>& call, int64_t count) const {
+    POOLING_EXT_INLINE void prefetch(const In* row, const Call& call, int64_t count) const {
         constexpr int64_t kLine = 64;
         const int64_t bytes = (call.starts[call.vectors - 1] - call.starts[0] + L::kSize) * sizeof(In);
         int64_t first = call.first > 0 ? call.first : 0;
@@ -224,7 +232,7 @@ class Convolution {
     }
 
     // Statistics and activation of what a kernel has just computed.
-    POOLING_EXT_INLINE void finish(const ColumnsCall<E>& call, int64_t v, int64_t count, bool first) {
+    POOLING_EXT_INLINE void finish(const Call& call, int64_t v, int64_t count, bool first) {
         constexpr int64_t kApart = kManyColumns * L::kSize;
         if (job_.moments != nullptr)
             for (int64_t i = 0; i < call.vectors; ++i)
@@ -239,10 +247,8 @@ class Convolution {
         });
     }
 
-    // Writes columns `apart` elements from each other.
-    POOLING_EXT_INLINE void write(const ColumnsCall<E>& call, In* y, int64_t count,
-                                  int64_t apart) const {
-        for (int64_t k = 0; k < count; ++k, y += apart)
+    POOLING_EXT_INLINE void write(const Call& call, In* y, int64_t count) const {
+        for (int64_t k = 0; k < count; ++k, y += call.apart)
             for (int64_t i = 0; i < call.vectors; ++i)
                 L::put(y + call.starts[i], L::own(call.to + (i * kManyColumns + k) * L::kSize));
     }
@@ -269,21 +275,26 @@ class Convolution {
 
     void row_from_ring(int64_t v, int64_t vector, int64_t r, T* to, bool first_row) {
         const E* rows[kMostTaps];
-        ColumnsCall<E> call = call_of(r, rows, [&](int64_t row) {
+        Call call = call_of(r, rows, [&](int64_t row) {
             return ring_.row(row, v, rows_.source) + plan_.lead * L::kSize;
         });
         const int64_t start = 0;
         call.starts = &start;
         const T* weights;
         call.weights = &weights;
+        const bool plain = job_.activation == Activation::None && job_.moments == nullptr;
         for (int64_t across = 0; across < columns_.phases; ++across) {
             const int64_t begin = columns_.begin(across);
             weights = weights_of(vector, r, across, &call.bias);
             each_columns(call, across, [&](auto kernel, int64_t from, int64_t count) {
-                kernel(call);
-                finish(call, v, count, first_row && across == 0 && from == 0);
                 T* into = to + (begin + from * columns_.phases) * L::kSize;
-                for (int64_t k = 0; k < count; ++k, into += columns_.phases * L::kSize)
+                call.y = plain ? into : nullptr;
+                call.apart = columns_.phases * L::kSize;
+                call.valid = count;
+                kernel(call);
+                if (plain) return;
+                finish(call, v, count, first_row && across == 0 && from == 0);
+                for (int64_t k = 0; k < count; ++k, into += call.apart)
                     L::keep(into, L::own(call.to + k * L::kSize));
             });
         }
@@ -303,7 +314,7 @@ class Convolution {
     const Ring<In> ring_;
     T* const chunk_;
     int64_t loaded_ = 0;
-    ColumnsKernels<E> kernels_[2];
+    Kernels kernels_[2];
 };
 
 template <class In>
