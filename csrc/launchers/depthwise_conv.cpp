@@ -19,9 +19,9 @@ class DepthwiseCall {
     DepthwiseCall(const Ints& sizes, DType dtype, const Ints& weight_size, const Ints& stride,
                   const Ints& padding, bool channels_last, DepthwiseStep step)
         : dtype(dtype) {
-        STD_TORCH_CHECK(
-            sizes.size() == 4 && weight_size.size() == 4 && stride.size() == 2 && padding.size() == 2,
-            "pooling_ext: depthwise convolution takes batches of planes");
+        STD_TORCH_CHECK(sizes.size() == 4 && weight_size.size() == 4 && stride.size() == 2 &&
+                            padding.size() == 2,
+                        "pooling_ext: depthwise convolution takes batches of planes");
         const int64_t kernel = weight_size[2];
         STD_TORCH_CHECK(weight_size[0] == sizes[1] && weight_size[1] == 1 &&
                             weight_size[3] == kernel && (kernel == 3 || kernel == 5 || kernel == 7),
@@ -84,7 +84,8 @@ class DepthwiseCall {
 
 DepthwiseCall forward_call(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                            const Ints& stride, const Ints& padding) {
-    const bool channels_last = suggests_channels_last(input, 2) || suggests_channels_last(weight, 2);
+    const bool channels_last =
+        suggests_channels_last(input, 2) || suggests_channels_last(weight, 2);
     DepthwiseCall call(sizes_of(input), dtype_of(input), sizes_of(weight), stride, padding,
                        channels_last, DepthwiseStep::Forward);
     call.job.x = call.read(input, sizes_of(input));
@@ -99,8 +100,8 @@ Tensor output_of(DepthwiseCall& call, const Tensor& input) {
     return output;
 }
 
-Tensor depthwise_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias, Ints stride,
-                      Ints padding, int64_t activation, double slope) {
+Tensor depthwise_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                      Ints stride, Ints padding, int64_t activation, double slope) {
     DepthwiseCall call = forward_call(input, weight, bias, stride, padding);
     Tensor output = output_of(call, input);
     call.job.activation = static_cast<Activation>(activation);
@@ -129,8 +130,8 @@ std::tuple<Tensor, Tensor> depthwise_conv_stats(const Tensor& input, const Tenso
     return {output, stats};
 }
 
-Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight, Ints input_size, Ints stride,
-                                 Ints padding, bool channels_last) {
+Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight, Ints input_size,
+                                 Ints stride, Ints padding, bool channels_last) {
     DepthwiseCall call(input_size, dtype_of(grad), sizes_of(weight), stride, padding, channels_last,
                        DepthwiseStep::InputGrad);
     call.job.grad = call.read(grad, call.output_shape());
@@ -144,8 +145,8 @@ Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight, Ints 
 std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const Tensor& input,
                                                       Ints weight_size, Ints stride, Ints padding,
                                                       bool channels_last, bool bias) {
-    DepthwiseCall call(sizes_of(input), dtype_of(input), weight_size, stride, padding, channels_last,
-                       DepthwiseStep::WeightGrad);
+    DepthwiseCall call(sizes_of(input), dtype_of(input), weight_size, stride, padding,
+                       channels_last, DepthwiseStep::WeightGrad);
     DepthwiseJob& job = call.job;
     Tensor weight_grad = empty(weight_size, input.scalar_type(), false);
     Tensor bias_grad = empty({bias ? job.channels : 0}, input.scalar_type(), false);

@@ -60,8 +60,9 @@ struct Case {
         std::ostringstream text;
         text << names[int(job.step)] << " " << format.name << " batch=" << job.batch
              << " channels=" << job.channels << " kernel=" << job.kernel
-             << " channels_last=" << job.channels_last << " in_place=" << job.in_place << " biased=" << biased
-             << " statistics=" << statistics << " activation=" << int(job.activation);
+             << " channels_last=" << job.channels_last << " in_place=" << job.in_place
+             << " biased=" << biased << " statistics=" << statistics
+             << " activation=" << int(job.activation);
         for (const DepthwiseAxis& axis : {job.h, job.w})
             text << " [in=" << axis.in << " out=" << axis.out << " stride=" << axis.stride
                  << " padding=" << axis.padding << "]";
@@ -95,8 +96,7 @@ Case make_case(Random& r) {
             axis->out = output_size(axis->in, job.kernel, axis->stride, axis->padding,
                                     axis->padding, 1, false);
         }
-    } while (job.h.out < 1 || job.w.out < 1 ||
-             (c.inputs() + c.outputs()) * job.taps() > 1500000);
+    } while (job.h.out < 1 || job.w.out < 1 || (c.inputs() + c.outputs()) * job.taps() > 1500000);
     job.in_place = job.channels_last && job.channels >= kDepthwiseBlock &&
                    c.format.dtype != DType::Float16 && !r.chance(4);
     const bool forward = job.step == DepthwiseStep::Forward;
@@ -214,11 +214,13 @@ void check_planes(Case& c, Random& r) {
     });
     const int64_t pixels = count / (job.batch * job.channels);
     for (int64_t i = 0; i < count; ++i) {
-        if (c.biased) sums[i].add(bias[job.channels_last ? i % job.channels : i / pixels % job.channels]);
+        if (c.biased)
+            sums[i].add(bias[job.channels_last ? i % job.channels : i / pixels % job.channels]);
         const double expected = activated(job.activation, sums[i].value, job.slope);
         // No activation is steeper than 1.5; SiLU and GELU have errors of their own.
         const double slack = 100 * unit_roundoff(c) * (sums[i].size + 1);
-        check("result", i, result[i], expected, slack + c.format.rounding(std::abs(expected) + slack));
+        check("result", i, result[i], expected,
+              slack + c.format.rounding(std::abs(expected) + slack));
     }
     if (c.statistics) check_statistics(c, result, job.stats);
 }
@@ -226,7 +228,8 @@ void check_planes(Case& c, Random& r) {
 void check_weights(Case& c, Random& r) {
     DepthwiseJob& job = c.job;
     const Elements input(c.format, c.inputs(), r), grad(c.format, c.outputs(), r);
-    const Elements weight_grad(c.format, job.channels * job.taps()), bias_grad(c.format, job.channels);
+    const Elements weight_grad(c.format, job.channels * job.taps()),
+        bias_grad(c.format, job.channels);
     job.x = input.data();
     job.grad = grad.data();
     job.weight_grad = weight_grad.data();
@@ -245,7 +248,8 @@ void check_weights(Case& c, Random& r) {
         for (int64_t k = 0; k < job.channels; ++k)
             for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
                 biases[k].add(grad[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
-    const auto compare = [&](const char* what, const Elements& found, const std::vector<Sum>& exact) {
+    const auto compare = [&](const char* what, const Elements& found,
+                             const std::vector<Sum>& exact) {
         for (size_t i = 0; i < exact.size(); ++i) {
             const double slack = 300 * unit_roundoff(c) * exact[i].size;
             check(what, i, found[i], exact[i].value,
@@ -261,7 +265,8 @@ void check_weights(Case& c, Random& r) {
 
 int main(int argc, char** argv) {
     using namespace pooling_ext;
-    constexpr const char* counters[kCounters] = {"in channels-last", "of stride 2", "with statistics"};
+    constexpr const char* counters[kCounters] = {"in channels-last", "of stride 2",
+                                                 "with statistics"};
     return fuzz(argc, argv, "fuzz_depthwise", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     Case c = make_case(random);

@@ -105,7 +105,7 @@ def why_not(
         weight: ``(C, 1, K, K)``.
         groups: None for a group per channel of the input.
     """
-    if not backends.offers(backends.CPU, "depthwise_conv", input):
+    if backends.choose("depthwise_conv", input) is not backends.CPU:
         call = backends.Call("depthwise_conv", input.device, input.dtype, input.layout, type(input))
         return backends.CPU.why_not(call) or f"backend {backends.forced()!r} was asked for"
     if input.dim() != 4 or weight.dim() != 4:
@@ -152,16 +152,17 @@ class _DepthwiseConv(Function):
         bias: Tensor | None,
         stride: tuple[int, ...],
         padding: tuple[int, ...],
+        channels_last: bool,
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.geometry = stride, padding
+        ctx.geometry = stride, padding, channels_last
         ctx.biased = bias is not None
         return depthwise_conv(input, weight, bias, stride, padding, 0, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight = ctx.saved_tensors
-        stride, padding = ctx.geometry
+        stride, padding, channels_last = ctx.geometry
         (grad,) = grads
         wanted = tuple(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not is_compiling():
@@ -171,8 +172,8 @@ class _DepthwiseConv(Function):
                 False, [0, 0], input.shape[1], wanted,
             )  # fmt: skip
         else:
-            found = _gradients(grad, input, weight, stride, padding, wanted)
-        return *(x if want else None for x, want in zip(found, wanted, strict=True)), None, None
+            found = _gradients(grad, input, weight, stride, padding, channels_last, wanted)
+        return *(x if want else None for x, want in zip(found, wanted, strict=True)), None, None, None
 
 
 def _gradients(
@@ -181,10 +182,10 @@ def _gradients(
     weight: Tensor,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
+    channels_last: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Those of input, weight and bias, of which None is made where it is not wanted."""
-    channels_last = in_channels_last(input, weight)
     for_input, for_weight, for_bias = wanted
     input_grad = weight_grad = bias_grad = None
     if for_input:
@@ -232,5 +233,5 @@ def depthwise_conv2d(
         return F.conv2d(input, weight, bias, stride, padding, 1, input.shape[-3])
     strides, paddings = _pair(stride), _pair(padding)
     if needs_grad(*given):
-        return _DepthwiseConv.apply(*given, strides, paddings)
+        return _DepthwiseConv.apply(*given, strides, paddings, in_channels_last(*given[:2]))
     return depthwise_conv(*given, strides, paddings, 0, 0.0)

@@ -1,4 +1,5 @@
-// Activations in a convolution's epilogue. The functions are PyTorch's, NaN and infinities included.
+// Activations in a convolution's epilogue. The functions are PyTorch's, NaN and infinities
+// included.
 #pragma once
 
 #include <cmath>
@@ -41,9 +42,8 @@ struct Activations {
     static void with(Activation activation, T slope, const Run& run) {
         const X slopes = L::splat(slope);
         const auto use = [&]<Activation kActivation>() {
-            run([slopes](X x) __attribute__((always_inline)) {
-                return apply<kActivation>(x, slopes);
-            });
+            run([slopes](X x)
+                    __attribute__((always_inline)) { return apply<kActivation>(x, slopes); });
         };
         switch (activation) {
             case Activation::None:

@@ -100,8 +100,8 @@ struct DepthwiseWalk {
     bool backward_;
 };
 
-// How a step is divided, and the scratch memory that a chunk takes. It does not depend on the number
-// of threads, nor on the instruction set.
+// How a step is divided, and the scratch memory that a chunk takes. It does not depend on the
+// number of threads, nor on the instruction set.
 struct DepthwisePlan {
     // A unit is a group of `group` blocks of channels, and in Forward and InputGrad a band of rows
     // of one image; in WeightGrad a piece of all bands.
@@ -148,7 +148,8 @@ struct DepthwisePlan {
     }
 
     size_t scratch_bytes(const DepthwiseJob& job) const {
-        // Vectors of channels have a few numbers and pointers each; some results are computed at once.
+        // Vectors of channels have a few numbers and pointers each; some results are computed at
+        // once.
         constexpr size_t kSlack = 16384, kNumbers = 64;
         size_t columns = (slots * group + 1) * width + (chunk * group + 1) * across;
         if (job.in_place) columns = 0;
@@ -162,8 +163,9 @@ struct DepthwisePlan {
 
   private:
     void set_rows(const DepthwiseWalk& rows) {
-        slots = rows.phases == 1 ? (chunk - 1) * rows.step + rows.kernel
-                                 : (chunk - 1) / rows.phases + 2 + ceil_div(rows.kernel, rows.phases);
+        slots = rows.phases == 1
+                    ? (chunk - 1) * rows.step + rows.kernel
+                    : (chunk - 1) / rows.phases + 2 + ceil_div(rows.kernel, rows.phases);
     }
 
     void divide(const DepthwiseJob& job, int64_t results, bool sums) {
@@ -171,8 +173,8 @@ struct DepthwisePlan {
         const int64_t blocks = job.blocks(), batch = job.batch > 0 ? job.batch : 1;
         group = 1;
         if (job.channels_last) {
-            const int64_t block = ((slots + 1) * width + (sums ? chunk * across : 0)) *
-                                  kDepthwiseBlock * job.wide;
+            const int64_t block =
+                ((slots + 1) * width + (sums ? chunk * across : 0)) * kDepthwiseBlock * job.wide;
             group = clamp(kScratch / block, 1, blocks);
             if (sums) group = clamp(group, 1, kBlocks / 2);
             if (job.in_place) group = sums ? clamp(kBlocks, 1, blocks) : blocks;

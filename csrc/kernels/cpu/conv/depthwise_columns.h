@@ -9,11 +9,11 @@ namespace pooling_ext::POOLING_EXT_ISA::conv {
 template <class E>
 struct ColumnsCall {
     using T = Accumulator<E>;
-    const E* const* rows;  // of the source: its column 0, only those inside the plane
-    int64_t count;         // of them
-    int64_t pitch;         // from one column to the next, in elements
-    int64_t first, width;  // the column of the first tap, and how many columns there are
-    const int64_t* starts;   // of each vector, in elements from a column's first
+    const E* const* rows;     // of the source: its column 0, only those inside the plane
+    int64_t count;            // of them
+    int64_t pitch;            // from one column to the next, in elements
+    int64_t first, width;     // the column of the first tap, and how many columns there are
+    const int64_t* starts;    // of each vector, in elements from a column's first
     const T* const* weights;  // of each vector: the taps of the rows, then at `bias` the bias
     int64_t bias;
     int64_t vectors;
@@ -87,17 +87,23 @@ struct ColumnsKernels {
     ColumnsKernels(int64_t taps, int64_t step) {
         switch (taps) {
             case 1:
-                set<1, 1>(); break;
+                set<1, 1>();
+                break;
             case 2:
-                set<2, 1>(); break;
+                set<2, 1>();
+                break;
             case 3:
-                step == 1 ? set<3, 1>() : set<3, 2>(); break;
+                step == 1 ? set<3, 1>() : set<3, 2>();
+                break;
             case 4:
-                set<4, 1>(); break;
+                set<4, 1>();
+                break;
             case 5:
-                step == 1 ? set<5, 1>() : set<5, 2>(); break;
+                step == 1 ? set<5, 1>() : set<5, 2>();
+                break;
             default:
-                step == 1 ? set<7, 1>() : set<7, 2>(); break;
+                step == 1 ? set<7, 1>() : set<7, 2>();
+                break;
         }
     }
 

@@ -37,7 +37,8 @@ void prepare(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
                     for (int64_t j = 0; j < columns.taps(pw); ++j, to += kSize) {
                         const int64_t tap = rows.tap(ph, i) * job.kernel + columns.tap(pw, j);
                         for (int64_t c = 0; c < kSize; ++c)
-                            to[c] = c < count ? widen(weight[(first + c) * job.taps() + tap]) : T(0);
+                            to[c] =
+                                c < count ? widen(weight[(first + c) * job.taps() + tap]) : T(0);
                     }
         for (int64_t c = 0; c < kSize; ++c)
             to[c] = bias != nullptr && c < count ? widen(bias[first + c]) : T(0);
@@ -86,10 +87,14 @@ class Convolution {
           plan_(job),
           rows_(job.h, job.kernel, job.backward()),
           columns_(job.w, job.kernel, job.backward()),
-          source_{static_cast<const In*>(job.backward() ? job.grad : job.x), job.batch, job.channels,
-                  rows_.source, columns_.source, job.channels_last},
-          result_{static_cast<In*>(job.y), job.batch,           job.channels,
-                  rows_.result,            columns_.result, job.channels_last},
+          source_{static_cast<const In*>(job.backward() ? job.grad : job.x),
+                  job.batch,
+                  job.channels,
+                  rows_.source,
+                  columns_.source,
+                  job.channels_last},
+          result_{static_cast<In*>(job.y), job.batch,        job.channels, rows_.result,
+                  columns_.result,         job.channels_last},
           vectors_(plan_.group * kDepthwiseBlock / L::kSize),
           memory_(scratch),
           starts_(memory_.take<int64_t>(vectors_)),
@@ -120,7 +125,8 @@ class Convolution {
             if (job_.moments != nullptr) statistics_.merge((to - from) * columns_.result);
         }
         if (job_.moments == nullptr) return;
-        double* const moments = job_.moments + (at.n * plan_.bands + at.band) * 2 * job_.padded_channels();
+        double* const moments =
+            job_.moments + (at.n * plan_.bands + at.band) * 2 * job_.padded_channels();
         for (int64_t v = 0; v < used; ++v) {
             const int64_t channel = start_of<In>(job_, at.channel / L::kSize + v);
             const int64_t rest = job_.channels - channel;
@@ -149,7 +155,8 @@ class Convolution {
         return call;
     }
 
-    // Where the weights of a vector begin, for a row and a phase of columns, and how far its bias is.
+    // Where the weights of a vector begin, for a row and a phase of columns, and how far its bias
+    // is.
     const T* weights_of(int64_t v, int64_t r, int64_t across, int64_t* bias) const {
         const int64_t phase = rows_.phase(r), taps = rows_.taps(phase), start = rows_.first(r);
         int64_t at = phase == 1 ? rows_.taps(0) * job_.kernel : 0;
@@ -165,7 +172,8 @@ class Convolution {
     template <class Use>
     POOLING_EXT_INLINE void each_columns(Call& call, int64_t across, const Use& use) const {
         const Kernels& kernels = kernels_[across];
-        const int64_t count = columns_.count(across), first = columns_.first(columns_.begin(across));
+        const int64_t count = columns_.count(across),
+                      first = columns_.first(columns_.begin(across));
         const int64_t reach = (kManyColumns - 1) * columns_.step + columns_.taps(across);
         for (int64_t from = 0; from < count; from += kManyColumns) {
             const int64_t left = count - from, some = left < kManyColumns ? left : kManyColumns;
@@ -182,8 +190,7 @@ class Convolution {
         const int64_t channels = job_.channels, width = columns_.source * channels;
         const In* const plane = source_.at(at.n, 0, 0);
         const E* rows[kMostTaps];
-        Call call =
-            call_of(r, rows, [&](int64_t row) { return plane + row * width; });
+        Call call = call_of(r, rows, [&](int64_t row) { return plane + row * width; });
         // The rows that the next one needs are asked for while this one is computed.
         const int64_t end = rows_.first(r) + rows_.taps(rows_.phase(r));
         const int64_t ahead = end < rows_.source && end > 0 ? end : -1;
@@ -222,11 +229,14 @@ class Convolution {
     // Of some columns, the vectors of a call.
     POOLING_EXT_INLINE void prefetch(const In* row, const Call& call, int64_t count) const {
         constexpr int64_t kLine = 64;
-        const int64_t bytes = (call.starts[call.vectors - 1] - call.starts[0] + L::kSize) * sizeof(In);
+        const int64_t bytes =
+            (call.starts[call.vectors - 1] - call.starts[0] + L::kSize) * sizeof(In);
         int64_t first = call.first > 0 ? call.first : 0;
-        const int64_t end = call.first + count < columns_.source ? call.first + count : columns_.source;
+        const int64_t end =
+            call.first + count < columns_.source ? call.first + count : columns_.source;
         for (; first < end; ++first) {
-            const char* const from = reinterpret_cast<const char*>(row + first * call.pitch + call.starts[0]);
+            const char* const from =
+                reinterpret_cast<const char*>(row + first * call.pitch + call.starts[0]);
             for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i);
         }
     }
@@ -253,7 +263,8 @@ class Convolution {
                 L::put(y + call.starts[i], L::own(call.to + (i * kManyColumns + k) * L::kSize));
     }
 
-    void chunk_from_ring(const DepthwiseUnit& at, int64_t from, int64_t to, int64_t used, bool first) {
+    void chunk_from_ring(const DepthwiseUnit& at, int64_t from, int64_t to, int64_t used,
+                         bool first) {
         int64_t low = rows_.source, high = 0;
         for (int64_t r = from; r < to; ++r) {
             const int64_t start = rows_.first(r), stop = start + rows_.taps(rows_.phase(r));
@@ -266,8 +277,8 @@ class Convolution {
         loaded_ = high > loaded_ ? high : loaded_;
         for (int64_t v = 0; v < used; ++v) {
             for (int64_t r = from; r < to; ++r)
-                row_from_ring(v, at.channel / L::kSize + v, r, chunk_ + (r - from) * plan_.across * L::kSize,
-                              first && r == from);
+                row_from_ring(v, at.channel / L::kSize + v, r,
+                              chunk_ + (r - from) * plan_.across * L::kSize, first && r == from);
             store_rows<In>(result_, at.n, at.channel + v * L::kSize, from, to - from, chunk_,
                            plan_.across);
         }

@@ -6,7 +6,8 @@
 
 namespace pooling_ext::POOLING_EXT_ISA::conv {
 
-// Keeps compilers from taking an address apart, which would cost a register for each offset from it.
+// Keeps compilers from taking an address apart, which would cost a register for each offset from
+// it.
 template <class T>
 POOLING_EXT_INLINE void fixed(T*& address) {
     asm("" : "+r"(address));
@@ -112,7 +113,8 @@ class Ring {
             planes[i] = from.at(n, channel + (i < count ? i : count - 1), 0);
         for (int64_t next = first; next < last; next += kSize) {
             // The last square overlaps the one before it.
-            const int64_t pixel = next + kSize > last && last - first >= kSize ? last - kSize : next;
+            const int64_t pixel =
+                next + kSize > last && last - first >= kSize ? last - kSize : next;
             const int64_t some = last - pixel < kSize ? last - pixel : kSize;
             X x[kSize];
             if (some == kSize) {

@@ -49,9 +49,12 @@ POOLING_EXT_INLINE void some_rows(const ChunkCall<typename L::T>& call, int64_t 
 template <class L, int kKernel, int kStep>
 void products(const ChunkCall<typename L::T>& call) {
     constexpr int kMost = kVectorBytes > 32 ? 28 : kVectorBytes > 16 ? 14 : 9;
-    constexpr int kRows = kMost / kKernel < 1 ? 1 : kMost / kKernel < kKernel ? kMost / kKernel : kKernel;
+    constexpr int kRows = kMost / kKernel < 1         ? 1
+                          : kMost / kKernel < kKernel ? kMost / kKernel
+                                                      : kKernel;
     int64_t first = 0;
-    for (; first + kRows <= kKernel; first += kRows) some_rows<L, kKernel, kStep, kRows>(call, first);
+    for (; first + kRows <= kKernel; first += kRows)
+        some_rows<L, kKernel, kStep, kRows>(call, first);
     constexpr int kRest = kKernel % kRows;
     if constexpr (kRest > 0) some_rows<L, kKernel, kStep, kRest>(call, first);
 }
@@ -91,10 +94,18 @@ class WeightGrad {
           plan_(job),
           rows_(job.h, job.kernel, false),
           columns_(job.w, job.kernel, false),
-          input_{static_cast<const In*>(job.x), job.batch, job.channels,
-                 job.h.in, job.w.in, job.channels_last},
-          grad_{static_cast<const In*>(job.grad), job.batch, job.channels,
-                job.h.out, job.w.out, job.channels_last},
+          input_{static_cast<const In*>(job.x),
+                 job.batch,
+                 job.channels,
+                 job.h.in,
+                 job.w.in,
+                 job.channels_last},
+          grad_{static_cast<const In*>(job.grad),
+                job.batch,
+                job.channels,
+                job.h.out,
+                job.w.out,
+                job.channels_last},
           vectors_(plan_.group * kDepthwiseBlock / L::kSize),
           memory_(scratch),
           ring_(memory_.take<T>(Ring<In>::size(plan_.slots, vectors_, plan_.width)), plan_.slots,
@@ -175,7 +186,8 @@ class WeightGrad {
     const ChunkKernel<L> kernel_;
 };
 
-// --- channels-last, where the tensors lie ---------------------------------------------------------
+// --- channels-last, where the tensors lie
+// ---------------------------------------------------------
 
 // A row of the output, for one vector of channels.
 template <class E>
@@ -229,7 +241,8 @@ POOLING_EXT_INLINE void some_products(const RowProducts<E>& call, int64_t from) 
 #pragma GCC unroll 7
             for (int t = 0; t < kKernel; ++t) {
                 const int at = j - t;
-                if (at >= 0 && at % kStep == 0 && at / kStep < kMany) sums[t] += value * g[at / kStep];
+                if (at >= 0 && at % kStep == 0 && at / kStep < kMany)
+                    sums[t] += value * g[at / kStep];
             }
         }
 #pragma GCC unroll 7
