@@ -10,6 +10,7 @@ from typing import Protocol, cast
 SUITES: dict[str, str] = {
     "pool": "benchmarks.pool",
     "block": "benchmarks.block",
+    "depthwise": "benchmarks.depthwise",
     "model": "benchmarks.model",
     "bytes": "benchmarks.bytes",
     "gpu": "benchmarks.gpu",
