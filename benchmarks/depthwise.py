@@ -57,9 +57,9 @@ LAYERS = (
 
 _METHOD = (
     "PyTorch's operator, ours and a copy of as many bytes as the call has to read and write run in one "
-    "process, in turn; times are medians of a call. Our results were compared with PyTorch's before. The convolutions' "
-    f"{INPUT_GRAD} and {WEIGHT_GRAD} are timed alone (`aten::convolution_backward` with one output). Memory is "
-    "reused (`pooling_ext.reuse_cpu_memory()`), so that nobody pays for fresh pages."
+    "process, in turn; times are medians of a call. Our results were compared with PyTorch's before. The "
+    f"{INPUT_GRAD} and the {WEIGHT_GRAD} are timed alone (`aten::convolution_backward` with one output). "
+    "Memory is reused (`pooling_ext.reuse_cpu_memory()`), so that nobody pays for fresh pages."
 )
 
 

@@ -13,15 +13,16 @@ POOLING_EXT_INLINE void fixed(T*& address) {
     asm("" : "+r"(address));
 }
 
-// Calls run(row, column, i) for `count` pixels from `first` on of a plane of so many columns.
-template <class Run>
-POOLING_EXT_INLINE void each_pixel(int64_t first, int64_t count, int64_t columns, const Run& run) {
-    int64_t row = first / columns, column = first % columns;
-    for (int64_t i = 0; i < count; ++i) {
-        run(row, column, i);
-        if (++column == columns) column = 0, ++row;
+// A walk over the pixels of a plane. Divisions are slow: there is one where it begins.
+struct Pixel {
+    int64_t row, column;
+
+    Pixel(int64_t pixel, int64_t columns) : row(pixel / columns), column(pixel % columns) {}
+
+    POOLING_EXT_INLINE void skip(int64_t count, int64_t columns) {
+        for (column += count; column >= columns; column -= columns) ++row;
     }
-}
+};
 
 // The planes of a tensor.
 template <class E>
@@ -111,10 +112,11 @@ class Ring {
         const In* planes[kSize];
         for (int64_t i = 0; i < kSize; ++i)
             planes[i] = from.at(n, channel + (i < count ? i : count - 1), 0);
-        for (int64_t next = first; next < last; next += kSize) {
+        Pixel at_next(first, from.columns);
+        for (int64_t next = first; next < last; next += kSize, at_next.skip(kSize, from.columns)) {
             // The last square overlaps the one before it.
-            const int64_t pixel =
-                next + kSize > last && last - first >= kSize ? last - kSize : next;
+            const bool back = next + kSize > last && last - first >= kSize;
+            const int64_t pixel = back ? last - kSize : next;
             const int64_t some = last - pixel < kSize ? last - pixel : kSize;
             X x[kSize];
             if (some == kSize) {
@@ -124,25 +126,30 @@ class Ring {
                 for (int64_t i = 0; i < kSize; ++i) x[i] = L::get_some(planes[i] + pixel, some);
             }
             L::transpose(x);
-            store(x, pixel, some, from.columns, v);
+            store(x, back ? Pixel(pixel, from.columns) : at_next, some, from.columns, v);
         }
     }
 
-    POOLING_EXT_INLINE void store(const X* x, int64_t pixel, int64_t count, int64_t columns,
+    POOLING_EXT_INLINE void store(const X* x, Pixel pixel, int64_t count, int64_t columns,
                                   int64_t v) const {
-        const int64_t r = pixel / columns, column = pixel % columns;
-        if (count == L::kSize && column + L::kSize <= columns) {
-            T* const to = at(r, v) + (lead_ + column) * L::kSize;
+        T* row = at(pixel.row, v) + lead_ * L::kSize;
+        T* to = row + pixel.column * L::kSize;
+        if (count == L::kSize && pixel.column + L::kSize <= columns) {
 #pragma GCC unroll 16
             for (int64_t i = 0; i < L::kSize; ++i) L::keep(to + i * L::kSize, x[i]);
             return;
         }
-        T* to = at(r, v) + lead_ * L::kSize;
-        int64_t now = r;
-        each_pixel(pixel, count, columns, [&](int64_t row, int64_t at_column, int64_t i) {
-            if (row != now) to = at(row, v) + lead_ * L::kSize, now = row;
-            L::keep(to + at_column * L::kSize, x[i]);
-        });
+        const int64_t pitch = vectors_ * width_ * L::kSize;
+        const T* const end = data_ + slots_ * pitch;
+        for (int64_t i = 0, left = columns - pixel.column; i < count; ++i, to += L::kSize) {
+            if (left-- == 0) {
+                row += pitch;
+                if (row >= end) row -= slots_ * pitch;
+                to = row;
+                left = columns - 1;
+            }
+            L::keep(to, x[i]);
+        }
     }
 
     T* zeros_;
@@ -173,19 +180,23 @@ void store_rows(const Planes<In>& to, int64_t n, int64_t channel, int64_t first,
     const int64_t pixels = rows * to.columns;
     In* planes[kSize];
     for (int64_t i = 0; i < count; ++i) planes[i] = to.at(n, channel + i, first * to.columns);
-    for (int64_t next = 0; next < pixels; next += kSize) {
-        const int64_t pixel = next + kSize > pixels && pixels >= kSize ? pixels - kSize : next;
+    Pixel at_next(0, to.columns);
+    for (int64_t next = 0; next < pixels; next += kSize, at_next.skip(kSize, to.columns)) {
+        const bool back = next + kSize > pixels && pixels >= kSize;
+        const int64_t pixel = back ? pixels - kSize : next;
         const int64_t some = pixels - pixel < kSize ? pixels - pixel : kSize;
-        typename L::X x[kSize] = {};
-        const int64_t column = pixel % to.columns;
-        if (some == kSize && column + kSize <= to.columns) {
-            const auto* const at = from + (pixel / to.columns * across + column) * kSize;
+        const Pixel at = back ? Pixel(pixel, to.columns) : at_next;
+        const auto* x_at = from + (at.row * across + at.column) * kSize;
+        typename L::X x[kSize];
+        if (some == kSize && at.column + kSize <= to.columns) {
 #pragma GCC unroll 16
-            for (int64_t i = 0; i < kSize; ++i) x[i] = L::own(at + i * kSize);
+            for (int64_t i = 0; i < kSize; ++i) x[i] = L::own(x_at + i * kSize);
         } else {
-            each_pixel(pixel, some, to.columns, [&](int64_t row, int64_t at_column, int64_t i) {
-                x[i] = L::own(from + (row * across + at_column) * kSize);
-            });
+            const int64_t jump = (across - to.columns) * kSize;
+            for (int64_t i = 0, left = to.columns - at.column; i < kSize; ++i, x_at += kSize) {
+                if (left-- == 0) x_at += jump, left = to.columns - 1;
+                x[i] = i < some ? L::own(x_at) : typename L::X{};
+            }
         }
         L::transpose(x);
         if (some == kSize && count == kSize) {
