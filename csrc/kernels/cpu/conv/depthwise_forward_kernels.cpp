@@ -98,7 +98,7 @@ class Convolution {
           vectors_(plan_.group * kDepthwiseBlock / L::kSize),
           memory_(scratch),
           starts_(memory_.take<int64_t>(vectors_)),
-          weights_(memory_.take<const T*>(vectors_)),
+          weights_(memory_.take<const T*>(2 * vectors_)),
           columns_at_once_(memory_.take<T>(kTogether * kManyColumns * L::kSize)),
           statistics_(job.moments == nullptr ? 0 : vectors_, memory_),
           ring_(memory_.take<T>(kInPlace ? 0 : Ring<In>::size(plan_.slots, vectors_, plan_.width)),
@@ -168,22 +168,15 @@ class Convolution {
         return static_cast<const T*>(job_.prepared) + (v * (job_.taps() + 1) + at) * L::kSize;
     }
 
-    // Calls use(kernel, from, count) for the columns of a phase, some at a time.
-    template <class Use>
-    POOLING_EXT_INLINE void each_columns(Call& call, int64_t across, const Use& use) const {
+    // The kernel for the columns of a phase from `from` on, for which the call is then made.
+    POOLING_EXT_INLINE ColumnsKernel<E> some_of(Call& call, int64_t across, int64_t from) const {
         const Kernels& kernels = kernels_[across];
-        const int64_t count = columns_.count(across),
-                      first = columns_.first(columns_.begin(across));
+        const int64_t left = columns_.count(across) - from;
         const int64_t reach = (kManyColumns - 1) * columns_.step + columns_.taps(across);
-        for (int64_t from = 0; from < count; from += kManyColumns) {
-            const int64_t left = count - from, some = left < kManyColumns ? left : kManyColumns;
-            call.first = first + from * columns_.step;
-            const bool inside = call.first >= 0 && call.first + reach <= columns_.source;
-            use(inside               ? kernels.many_inside
-                : left > kFewColumns ? kernels.many
-                                     : kernels.few,
-                from, some);
-        }
+        call.first = columns_.first(columns_.begin(across)) + from * columns_.step;
+        call.valid = left < kManyColumns ? left : kManyColumns;
+        if (call.first >= 0 && call.first + reach <= columns_.source) return kernels.many_inside;
+        return left > kFewColumns ? kernels.many : kernels.few;
     }
 
     void row_in_place(const DepthwiseUnit& at, int64_t r, int64_t used, bool first_row) {
@@ -198,32 +191,37 @@ class Convolution {
         In* const y = result_.at(at.n, 0, r * columns_.result);
         const int64_t first_vector = at.channel / L::kSize;
         const bool plain = job_.activation == Activation::None && job_.moments == nullptr;
+        int64_t biases[2], most = 0;
         for (int64_t across = 0; across < columns_.phases; ++across) {
-            const int64_t begin = columns_.begin(across);
-            for (int64_t v = 0; v < used; ++v) {
-                starts_[v] = start_of<In>(job_, first_vector + v);
-                weights_[v] = weights_of(first_vector + v, r, across, &call.bias);
-            }
-            each_columns(call, across, [&](auto kernel, int64_t from, int64_t count) {
-                const bool first = first_row && across == 0 && from == 0;
-                for (int64_t v = 0; v < used; v += kTogether) {
-                    call.starts = starts_ + v;
-                    call.weights = weights_ + v;
-                    call.vectors = used - v < kTogether ? used - v : kTogether;
+            for (int64_t v = 0; v < used; ++v)
+                weights_[across * vectors_ + v] =
+                    weights_of(first_vector + v, r, across, &biases[across]);
+            most = columns_.count(across) > most ? columns_.count(across) : most;
+        }
+        for (int64_t v = 0; v < used; ++v) starts_[v] = start_of<In>(job_, first_vector + v);
+        call.apart = columns_.phases * channels;
+        for (int64_t from = 0; from < most; from += kManyColumns)
+            for (int64_t v = 0; v < used; v += kTogether) {
+                call.starts = starts_ + v;
+                call.vectors = used - v < kTogether ? used - v : kTogether;
+                // Columns of all phases lie together: lines of the cache are written as a whole.
+                for (int64_t across = 0; across < columns_.phases; ++across) {
+                    if (from >= columns_.count(across)) continue;
+                    const auto kernel = some_of(call, across, from);
                     if (ahead >= 0 && across == 0)
                         for (int64_t row = 0; row < together && ahead + row < rows_.source; ++row)
-                            prefetch(plane + (ahead + row) * width, call, count * columns_.step);
-                    In* const to = y + (begin + from * columns_.phases) * channels;
+                            prefetch(plane + (ahead + row) * width, call,
+                                     call.valid * columns_.step);
+                    In* const to = y + (columns_.begin(across) + from * columns_.phases) * channels;
+                    call.weights = weights_ + across * vectors_ + v;
+                    call.bias = biases[across];
                     call.y = plain ? to : nullptr;
-                    call.apart = columns_.phases * channels;
-                    call.valid = count;
                     kernel(call);
                     if (plain) continue;
-                    finish(call, v, count, first);
-                    write(call, to, count);
+                    finish(call, v, first_row && across == 0 && from == 0);
+                    write(call, to);
                 }
-            });
-        }
+            }
     }
 
     // Of some columns, the vectors of a call.
@@ -242,23 +240,23 @@ class Convolution {
     }
 
     // Statistics and activation of what a kernel has just computed.
-    POOLING_EXT_INLINE void finish(const Call& call, int64_t v, int64_t count, bool first) {
+    POOLING_EXT_INLINE void finish(const Call& call, int64_t v, bool first) {
         constexpr int64_t kApart = kManyColumns * L::kSize;
         if (job_.moments != nullptr)
             for (int64_t i = 0; i < call.vectors; ++i)
-                statistics_.add(v + i, call.to + i * kApart, count, first);
+                statistics_.add(v + i, call.to + i * kApart, call.valid, first);
         if (job_.activation == Activation::None) return;
         Activations<In>::with(job_.activation, T(job_.slope), [&](const auto& apply) {
             for (int64_t i = 0; i < call.vectors; ++i)
-                for (int64_t k = 0; k < count; ++k) {
+                for (int64_t k = 0; k < call.valid; ++k) {
                     T* const x = call.to + i * kApart + k * L::kSize;
                     L::keep(x, apply(L::own(x)));
                 }
         });
     }
 
-    POOLING_EXT_INLINE void write(const Call& call, In* y, int64_t count) const {
-        for (int64_t k = 0; k < count; ++k, y += call.apart)
+    POOLING_EXT_INLINE void write(const Call& call, In* y) const {
+        for (int64_t k = 0; k < call.valid; ++k, y += call.apart)
             for (int64_t i = 0; i < call.vectors; ++i)
                 L::put(y + call.starts[i], L::own(call.to + (i * kManyColumns + k) * L::kSize));
     }
@@ -295,19 +293,18 @@ class Convolution {
         call.weights = &weights;
         const bool plain = job_.activation == Activation::None && job_.moments == nullptr;
         for (int64_t across = 0; across < columns_.phases; ++across) {
-            const int64_t begin = columns_.begin(across);
             weights = weights_of(vector, r, across, &call.bias);
-            each_columns(call, across, [&](auto kernel, int64_t from, int64_t count) {
-                T* into = to + (begin + from * columns_.phases) * L::kSize;
+            call.apart = columns_.phases * L::kSize;
+            for (int64_t from = 0; from < columns_.count(across); from += kManyColumns) {
+                T* into = to + (columns_.begin(across) + from * columns_.phases) * L::kSize;
+                const auto kernel = some_of(call, across, from);
                 call.y = plain ? into : nullptr;
-                call.apart = columns_.phases * L::kSize;
-                call.valid = count;
                 kernel(call);
-                if (plain) return;
-                finish(call, v, count, first_row && across == 0 && from == 0);
-                for (int64_t k = 0; k < count; ++k, into += call.apart)
+                if (plain) continue;
+                finish(call, v, first_row && across == 0 && from == 0);
+                for (int64_t k = 0; k < call.valid; ++k, into += call.apart)
                     L::keep(into, L::own(call.to + k * L::kSize));
-            });
+            }
         }
     }
 
