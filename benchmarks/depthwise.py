@@ -1,4 +1,4 @@
-"""The suite "depthwise": depthwise convolutions at the layers of mobile nets and ConvNeXt, against PyTorch's."""
+"""The suite "depthwise": depthwise convolutions at the layers of mobile nets and ConvNeXt."""
 
 from __future__ import annotations
 

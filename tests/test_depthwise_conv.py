@@ -6,6 +6,7 @@ Data are small integers wherever that is possible: sums are exact then, and resu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -329,6 +330,15 @@ def test_instruction_set(isa):
 # --- the function -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def all_ours(monkeypatch):
+    """All phases are the kernels', though PyTorch's may be faster."""
+    monkeypatch.setattr(ops, "should_run", lambda *_: True)
+
+
+ALL_OURS = pytest.mark.usefixtures("all_ours")
+
+
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0) -> Tensor:
     return TF.conv2d(x, weight, bias, stride, padding, 1, x.shape[-3])
 
@@ -342,6 +352,7 @@ def gradients(function, *tensors: Tensor | None, **options) -> tuple[Tensor, ...
     return output.detach(), *(x.grad for x in leaves if x is not None)
 
 
+@ALL_OURS
 @BOTH_FORMATS
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
@@ -359,6 +370,7 @@ def test_function(layout, biased, dtype):
         assert_close(one, exact, scale=8)
 
 
+@ALL_OURS
 @BOTH_FORMATS
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -374,6 +386,7 @@ def test_gradcheck(layout, kernel, stride):
     assert torch.autograd.gradgradcheck(function, (x, weight, bias), fast_mode=True)
 
 
+@ALL_OURS
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_only_the_gradients_that_are_wanted(wanted):
     given = [integers(shape, torch.float32) for shape in ((2, 5, 8, 8), (5, 1, 3, 3), (5,))]
@@ -387,6 +400,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
         assert one is None or torch.equal(one, other)
 
 
+@ALL_OURS
 @BOTH_FORMATS
 def test_compile(layout):
     x = with_layout(torch.randn(2, 8, 9, 9), layout)
@@ -427,6 +441,7 @@ def test_transforms():
     torch.testing.assert_close(ours, reference(tangent, weight, padding=1))
 
 
+@ALL_OURS
 @BOTH_FORMATS
 def test_autocast(layout):
     x = with_layout(torch.randn(2, 16, 9, 9), layout)
@@ -446,6 +461,7 @@ def test_autocast(layout):
         torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-6)
 
 
+@ALL_OURS
 def test_weights_in_channels_last_decide_too():
     """As in PyTorch, where the input does not say so."""
     x = integers((2, 16, 7, 7), torch.float32)
@@ -454,6 +470,30 @@ def test_weights_in_channels_last_decide_too():
     for one, other in zip(ours[:2], theirs[:2], strict=True):
         assert strides(one) == strides(other)
     assert_exact(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("ours", list(product((False, True), repeat=3)))
+def test_phases_are_chosen_one_by_one(ours, monkeypatch):
+    """Whichever of them are PyTorch's, values are the same."""
+    monkeypatch.setattr(ops, "should_run", lambda phase, *_: ours[ops.PHASES.index(phase)])
+    x = integers((2, 20, 9, 8), torch.float32).to(memory_format=torch.channels_last)
+    weight, bias = integers((20, 1, 3, 3), torch.float32), integers((20,), torch.float32)
+    given = gradients(depthwise_conv2d, x, weight, bias, stride=2, padding=1)
+    for one, other in zip(given, gradients(reference, x, weight, bias, stride=2, padding=1), strict=True):
+        assert torch.equal(one, other) and strides(one) == strides(other)
+
+
+def test_should_run():
+    weight = torch.ones(8, 1, 3, 3)
+    small, large = torch.ones(1, 8, 7, 7), torch.ones(1, 8, 56, 56)
+    last = large.to(memory_format=torch.channels_last)
+    for phase in ops.PHASES:
+        assert ops.should_run(phase, large, weight, 1, 1)
+    assert not ops.should_run(ops.FORWARD, last, weight, 1, 1)
+    assert ops.should_run(ops.FORWARD, small.to(memory_format=torch.channels_last), weight, 1, 1)
+    assert ops.should_run(ops.INPUT_GRAD, last, weight, (2, 2), (1, 1))
+    assert ops.should_run(ops.WEIGHT_GRAD, last, weight, 1, 1)
+    assert not ops.should_run(ops.FORWARD, small.half(), weight.half(), 1, 1)
 
 
 REFUSED = {

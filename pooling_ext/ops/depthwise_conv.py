@@ -8,7 +8,7 @@ format that PyTorch's convolution would give them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,66 +137,130 @@ def why_not(
     return None
 
 
+#: What a convolution is in training: each is decided for itself.
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = PHASES = ("forward", "input gradient", "weight gradient")
+
+#: In channels_last, the pixels of an output plane, from and to, for which the kernels were measured to be as
+#: fast as PyTorch's or faster (benchmarks/depthwise.py, AVX-512), by phase, dtype, kernel size and stride.
+#: What is not listed, in the contiguous format all but float16's forward, is faster at every size.
+_FASTER: dict[tuple[str, torch.dtype, int, int], tuple[int, int]] = {
+    (FORWARD, torch.float32, 3, 1): (1, 7 * 7),
+    (FORWARD, torch.float32, 3, 2): (0, 0),
+    (FORWARD, torch.float32, 5, 1): (1, 14 * 14),
+    (FORWARD, torch.float32, 5, 2): (0, 0),
+    (FORWARD, torch.float32, 7, 1): (1, 28 * 28),
+    (FORWARD, torch.float32, 7, 2): (0, 0),
+    (FORWARD, torch.bfloat16, 3, 1): (0, 0),
+    (FORWARD, torch.bfloat16, 3, 2): (0, 0),
+    (FORWARD, torch.bfloat16, 5, 1): (0, 0),
+    (FORWARD, torch.bfloat16, 5, 2): (1, 14 * 14),
+    (FORWARD, torch.bfloat16, 7, 1): (1, 28 * 28),
+    (FORWARD, torch.bfloat16, 7, 2): (0, 0),
+    (WEIGHT_GRAD, torch.float32, 3, 1): (28 * 28, 56 * 56),
+    (WEIGHT_GRAD, torch.float32, 3, 2): (28 * 28, 56 * 56),
+}
+
+
+def should_run(
+    phase: str,
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+) -> bool:
+    """Whether the kernels are to do a phase of a convolution that they can do: PyTorch's are not faster.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    if phase == FORWARD and input.dtype == torch.float16:
+        return False
+    kernel, strides, paddings = weight.shape[2], _pair(stride), _pair(padding)
+    limits = _FASTER.get((phase, input.dtype, kernel, max(strides)))
+    if limits is None or not in_channels_last(input, weight):
+        return True
+    sizes = [
+        (size + 2 * pad - kernel) // step + 1
+        for size, step, pad in zip(input.shape[2:], strides, paddings, strict=True)
+    ]
+    return limits[0] <= sizes[0] * sizes[1] <= limits[1]
+
+
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(value, int):
         return value, value
     return tuple(value) * 2 if len(value) == 1 else tuple(value)
 
 
+def _aten(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+    return F.conv2d(input, weight, bias, stride, padding, 1, input.shape[-3])
+
+
+class _Plan(NamedTuple):
+    """What a call is told besides its tensors; ``ours``: which of the phases the kernels do."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    channels_last: bool
+    ours: tuple[bool, ...]
+
+
 class _DepthwiseConv(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        channels_last: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.geometry = stride, padding, channels_last
-        ctx.biased = bias is not None
-        return depthwise_conv(input, weight, bias, stride, padding, 0, 0.0)
+        ctx.plan, ctx.biased = plan, bias is not None
+        return _forward(input, weight, bias, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight = ctx.saved_tensors
-        stride, padding, channels_last = ctx.geometry
         (grad,) = grads
         wanted = tuple(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not is_compiling():
             # Out of operators that PyTorch can differentiate again.
-            found = torch.ops.aten.convolution_backward(
-                grad, input, weight, [weight.shape[0]] if ctx.biased else None, stride, padding, [1, 1],
-                False, [0, 0], input.shape[1], wanted,
-            )  # fmt: skip
+            found = _aten_gradients(grad, input, weight, ctx.plan, wanted)
         else:
-            found = _gradients(grad, input, weight, stride, padding, channels_last, wanted)
-        return *(x if want else None for x, want in zip(found, wanted, strict=True)), None, None, None
+            found = _gradients(grad, input, weight, ctx.plan, wanted)
+        return *(x if want else None for x, want in zip(found, wanted, strict=True)), None
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+    if not plan.ours[0]:
+        return _aten(input, weight, bias, plan.stride, plan.padding)
+    return depthwise_conv(input, weight, bias, plan.stride, plan.padding, 0, 0.0)
+
+
+def _aten_gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, plan: _Plan, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    channels = weight.shape[0]
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, [channels], plan.stride, plan.padding, [1, 1], False, [0, 0], channels, wanted
+    )
 
 
 def _gradients(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    channels_last: bool,
-    wanted: Sequence[bool],
+    grad: Tensor, input: Tensor, weight: Tensor, plan: _Plan, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Those of input, weight and bias, of which None is made where it is not wanted."""
+    stride, padding, channels_last, (_, input_is_ours, weight_is_ours) = plan
     for_input, for_weight, for_bias = wanted
-    input_grad = weight_grad = bias_grad = None
-    if for_input:
-        input_grad = depthwise_conv_input_grad(grad, weight, input.shape, stride, padding, channels_last)
-    if for_weight:
-        weight_grad, bias_grad = depthwise_conv_weight_grad(
+    theirs = [
+        for_input and not input_is_ours,
+        for_weight and not weight_is_ours,
+        for_bias and not (for_weight and weight_is_ours),
+    ]
+    found: list[Tensor | None] = [None, None, None]
+    if any(theirs):
+        found = list(_aten_gradients(grad, input, weight, plan, theirs))
+    if for_input and input_is_ours:
+        found[0] = depthwise_conv_input_grad(grad, weight, input.shape, stride, padding, channels_last)
+    if for_weight and weight_is_ours:
+        found[1:] = depthwise_conv_weight_grad(
             grad, input, weight.shape, stride, padding, channels_last, for_bias
         )
-    elif for_bias:
-        bias_grad = grad.sum((0, 2, 3))
-    return input_grad, weight_grad, bias_grad
+    return tuple(found)
 
 
 @public
@@ -209,7 +273,8 @@ def depthwise_conv2d(
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` with a group for each channel of ``input``.
 
-    Calls that the kernels cannot take (see :func:`why_not`) fall back to PyTorch's operator.
+    Calls that the kernels cannot take (see :func:`why_not`), and phases in which they would be slower (see
+    :func:`should_run`), fall back to PyTorch's operator.
 
     Args:
         input: ``(N, C, H, W)``.
@@ -230,8 +295,13 @@ def depthwise_conv2d(
         dtype = torch.get_autocast_dtype("cpu")
         given = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in given)
     if transformed() or why_not(*given, stride, padding) is not None:
-        return F.conv2d(input, weight, bias, stride, padding, 1, input.shape[-3])
-    strides, paddings = _pair(stride), _pair(padding)
-    if needs_grad(*given):
-        return _DepthwiseConv.apply(*given, strides, paddings, in_channels_last(*given[:2]))
-    return depthwise_conv(*given, strides, paddings, 0, 0.0)
+        return _aten(input, weight, bias, stride, padding)
+    assert not isinstance(padding, str)
+    tensors = given[0], given[1]
+    ours = tuple(should_run(phase, *tensors, stride, padding) for phase in PHASES)
+    plan = _Plan(_pair(stride), _pair(padding), in_channels_last(*tensors), ours)
+    if not needs_grad(*given):
+        return _forward(*given, plan)
+    if not any(ours):
+        return _aten(*given, stride, padding)
+    return _DepthwiseConv.apply(*given, plan)
