@@ -158,7 +158,7 @@ clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test 
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_winograd
+FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_winograd build/fuzz_depthwise
 KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp csrc/kernels/cpu/*/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 # Runs what follows on each word that it is given, on as many at a time as there are cores.

@@ -11,6 +11,7 @@ SUITES: dict[str, str] = {
     "pool": "benchmarks.pool",
     "block": "benchmarks.block",
     "conv": "benchmarks.conv",
+    "depthwise": "benchmarks.depthwise",
     "model": "benchmarks.model",
     "bytes": "benchmarks.bytes",
     "gpu": "benchmarks.gpu",

@@ -18,6 +18,7 @@ import pooling_ext
 from benchmarks import (
     block,
     block_cases,
+    depthwise,
     gpu,
     machine,
     memory,
@@ -233,6 +234,21 @@ def test_smoke(suite: str, monkeypatch, tmp_path):
                           (FAMILIES, EAGER), (FAMILIES, PATCHED)}  # fmt: skip
 
 
+@pytest.mark.native
+@pytest.mark.no_poison
+def test_smoke_depthwise(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("pooling_ext.reuse_cpu_memory", lambda: type("Memory", (), {"reason": "a test"}))
+    monkeypatch.setattr(depthwise, "CASES", (depthwise.LayerCase(5, 3, 2, 9),))
+    monkeypatch.setattr(depthwise, "QUICK_BUDGET", 0.01)
+    threads = str(torch.get_num_threads())
+    assert main(["depthwise", "--quick", "--cases", "*", "--threads", threads, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"depthwise.json", "depthwise.md"}
+    found = json.loads((tmp_path / "depthwise.json").read_text())
+    assert not found["wrong"] and len(found["rows"]) == 12
+    assert {row["phase"] for row in found["rows"]} == set(depthwise.PHASES)
+
+
 def test_wrong_gradients_fail_the_gate(monkeypatch):
     case = BlockCase("tiny", "batch_norm_act", (2, 8, 4, 4))
     reference = block.Reference(case)
@@ -246,7 +262,7 @@ def test_wrong_gradients_fail_the_gate(monkeypatch):
         list(block.measure_case(case, reference, "float32", "NCHW", 0.01))
 
 
-@pytest.mark.parametrize("suite", ["pool", "block", "model"])
+@pytest.mark.parametrize("suite", ["pool", "block", "depthwise", "model"])
 @pytest.mark.parametrize("options", [["--cases", "nothing-like-this"], ["--threads", "0"]])
 def test_bad_options_end_the_program(suite: str, options: list[str], capsys):
     with pytest.raises(SystemExit) as raised:

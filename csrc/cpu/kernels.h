@@ -43,6 +43,11 @@ using StemKernel = void (*)(const StemJob& job, int64_t begin, int64_t end, void
 
 // See kernels/cpu/conv/winograd.h.
 struct WinogradKernels;
+// See kernels/cpu/conv/depthwise.h.
+enum class DepthwiseStep;
+struct DepthwiseJob;
+using DepthwiseKernel = void (*)(const DepthwiseJob& job, int64_t begin, int64_t end,
+                                 void* scratch);
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -55,6 +60,7 @@ struct Kernels {
     BatchNormKernel (*add_relu_mean)(DType, bool backward);
     StemKernel (*stem)(DType, StemStep);
     WinogradKernels (*winograd)(DType);
+    DepthwiseKernel (*depthwise)(DType, DepthwiseStep);
 };
 
 namespace baseline {

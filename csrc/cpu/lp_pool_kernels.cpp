@@ -125,6 +125,6 @@ Kernel lp_pool(DType dtype) {
 }
 
 const Kernels kernels{max_pool,   max_pool_backward, avg_pool, avg_pool_backward, lp_pool,
-                      batch_norm, add_relu_mean,     stem,     winograd};
+                      batch_norm, add_relu_mean,     stem,     winograd,          depthwise};
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -17,6 +17,7 @@ BatchNormKernel batch_norm(DType, Step);
 BatchNormKernel add_relu_mean(DType, bool backward);
 StemKernel stem(DType, StemStep);
 WinogradKernels winograd(DType);
+DepthwiseKernel depthwise(DType, DepthwiseStep);
 
 // Calls `make` with a value of the floating type that `dtype` names.
 template <class Make>

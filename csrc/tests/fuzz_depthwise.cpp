@@ -1,0 +1,280 @@
+// Runs depthwise convolution's kernels on random jobs, to be compiled with AddressSanitizer and
+// UndefinedBehaviorSanitizer, and compares them with plain loops in float64.
+//
+//     fuzz_depthwise [jobs [first]]
+//
+// Arrays, scratch memory and repeating a job are as in fuzz_kernels.cpp.
+#include <sstream>
+#include <utility>
+#include <vector>
+
+#include "cpu/tables.h"
+#include "kernels/cpu/conv/depthwise.h"
+#include "tests/fuzz.h"
+
+namespace pooling_ext {
+namespace {
+
+constexpr int64_t kDefaultJobs = 3000;
+enum Counter { kChannelsLast, kStrided, kStatistics };
+
+// Elements of a format, with their values.
+struct Elements {
+    const Format& format;
+    Array array;
+
+    Elements(const Format& format, int64_t count) : format(format), array(count, format.bytes) {}
+    Elements(const Format& format, int64_t count, Random& r) : Elements(format, count) {
+        for (int64_t i = 0; i < count; ++i) array.set(i, format.random(r, false, false));
+    }
+    double operator[](int64_t i) const { return format.value(array.get(i)); }
+    void* data() const { return array.data.get(); }
+};
+
+// A sum, and that of its terms' sizes, from which the error that is allowed follows.
+struct Sum {
+    double value = 0, size = 0;
+
+    void add(double x) {
+        value += x;
+        size += std::abs(x);
+    }
+};
+
+struct Case {
+    Format format;
+    DepthwiseJob job;
+    bool biased, statistics;
+
+    int64_t input_at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+        return at(n, c, y, x, job.h.in, job.w.in);
+    }
+    int64_t output_at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+        return at(n, c, y, x, job.h.out, job.w.out);
+    }
+    int64_t inputs() const { return job.batch * job.channels * job.h.in * job.w.in; }
+    int64_t outputs() const { return job.batch * job.channels * job.h.out * job.w.out; }
+
+    std::string description() const {
+        constexpr const char* names[] = {"", "forward", "", "input grad", "weight grad"};
+        std::ostringstream text;
+        text << names[int(job.step)] << " " << format.name << " batch=" << job.batch
+             << " channels=" << job.channels << " kernel=" << job.kernel
+             << " channels_last=" << job.channels_last << " in_place=" << job.in_place
+             << " biased=" << biased << " statistics=" << statistics
+             << " activation=" << int(job.activation);
+        for (const DepthwiseAxis& axis : {job.h, job.w})
+            text << " [in=" << axis.in << " out=" << axis.out << " stride=" << axis.stride
+                 << " padding=" << axis.padding << "]";
+        return text.str();
+    }
+
+  private:
+    int64_t at(int64_t n, int64_t c, int64_t y, int64_t x, int64_t height, int64_t width) const {
+        return job.channels_last ? ((n * height + y) * width + x) * job.channels + c
+                                 : ((n * job.channels + c) * height + y) * width + x;
+    }
+};
+
+Case make_case(Random& r) {
+    Case c{};
+    c.format = kFormats[r.pick(0, 3)];
+    DepthwiseJob& job = c.job;
+    constexpr DepthwiseStep steps[] = {DepthwiseStep::Forward, DepthwiseStep::InputGrad,
+                                       DepthwiseStep::WeightGrad};
+    job.step = steps[r.pick(0, 2)];
+    job.kernel = 2 * r.pick(1, 3) + 1;
+    job.channels_last = r.chance(2);
+    job.wide = c.format.dtype == DType::Float64 ? 8 : 4;
+    do {
+        job.batch = r.pick(1, r.chance(6) ? 70 : 3);
+        job.channels = r.pick(1, r.chance(6) ? 300 : 40);
+        for (DepthwiseAxis* axis : {&job.h, &job.w}) {
+            axis->stride = r.pick(1, 2);
+            axis->padding = r.chance(3) ? r.pick(0, 10) : job.kernel / 2;
+            axis->in = r.pick(1, r.chance(5) ? 130 : 20);
+            axis->out = output_size(axis->in, job.kernel, axis->stride, axis->padding,
+                                    axis->padding, 1, false);
+        }
+    } while (job.h.out < 1 || job.w.out < 1 || (c.inputs() + c.outputs()) * job.taps() > 1500000);
+    job.in_place = job.channels_last && job.channels >= kDepthwiseBlock &&
+                   c.format.dtype != DType::Float16 && !r.chance(4);
+    const bool forward = job.step == DepthwiseStep::Forward;
+    c.biased = job.step != DepthwiseStep::InputGrad && r.chance(2);
+    c.statistics = forward && r.chance(3);
+    if (forward && !c.statistics) job.activation = Activation(r.pick(0, 7));
+    job.slope = 0.125;
+    return c;
+}
+
+void check(const char* what, int64_t at, double found, double expected, double slack) {
+    if (!(std::abs(found - expected) <= slack)) fail(what, at, found, {expected, slack});
+}
+
+// Two ranges, in either order, as two threads would take them.
+void run(const Case& c, DepthwiseStep step, int64_t count, Random& r) {
+    const DepthwiseKernel kernel = POOLING_EXT_ISA::depthwise(c.format.dtype, step);
+    const int64_t middle = r.pick(0, count);
+    std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, count}};
+    if (r.chance(2)) std::swap(ranges[0], ranges[1]);
+    for (const auto& [begin, end] : ranges) {
+        if (begin == end) continue;
+        Array scratch(scratch_bytes(c.job), 1, r.chance(2) ? 0xff : 0x4b);
+        kernel(c.job, begin, end, scratch.data.get());
+    }
+}
+
+double unit_roundoff(const Case& c) { return c.format.dtype == DType::Float64 ? 0x1p-53 : 0x1p-24; }
+
+double activated(Activation activation, double x, double slope) {
+    const double six = std::min(std::max(x + 3, 0.0), 6.0);
+    switch (activation) {
+        case Activation::Relu:
+            return std::max(x, 0.0);
+        case Activation::Relu6:
+            return std::min(std::max(x, 0.0), 6.0);
+        case Activation::Silu:
+            return x / (1 + std::exp(-x));
+        case Activation::Hardswish:
+            return x * six / 6;
+        case Activation::LeakyRelu:
+            return x > 0 ? x : x * slope;
+        case Activation::Gelu:
+            return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+        case Activation::Hardsigmoid:
+            return six / 6;
+        default:
+            return x;
+    }
+}
+
+// Calls use(n, c, output row, column, input row, column, tap) for all products of a convolution.
+template <class Use>
+void each_product(const Case& c, const Use& use) {
+    const DepthwiseJob& job = c.job;
+    for (int64_t n = 0; n < job.batch; ++n)
+        for (int64_t k = 0; k < job.channels; ++k)
+            for (int64_t oy = 0; oy < job.h.out; ++oy)
+                for (int64_t ox = 0; ox < job.w.out; ++ox)
+                    for (int64_t tap = 0; tap < job.taps(); ++tap) {
+                        const int64_t y = oy * job.h.stride - job.h.padding + tap / job.kernel;
+                        const int64_t x = ox * job.w.stride - job.w.padding + tap % job.kernel;
+                        if (y < 0 || y >= job.h.in || x < 0 || x >= job.w.in) continue;
+                        use(k, c.output_at(n, k, oy, ox), c.input_at(n, k, y, x), tap);
+                    }
+}
+
+void check_statistics(const Case& c, const Elements& y, const double* stats) {
+    const DepthwiseJob& job = c.job;
+    const double count = double(job.batch * job.h.out * job.w.out);
+    std::vector<long double> mean(job.channels), variance(job.channels), size(job.channels);
+    const auto each = [&](const auto& use) {
+        for (int64_t n = 0; n < job.batch; ++n)
+            for (int64_t k = 0; k < job.channels; ++k)
+                for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
+                    use(k, y[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
+    };
+    each([&](int64_t k, double x) { mean[k] += x / count, size[k] += x * x / count; });
+    each([&](int64_t k, double x) { variance[k] += (x - mean[k]) * (x - mean[k]) / count; });
+    const double terms = 300 * unit_roundoff(c);
+    for (int64_t k = 0; k < job.channels; ++k) {
+        check("mean", k, stats[k], double(mean[k]), terms * std::sqrt(double(size[k])));
+        check("variance", k, stats[job.channels + k], double(variance[k]), terms * double(size[k]));
+    }
+}
+
+// The output or the input's gradient.
+void check_planes(Case& c, Random& r) {
+    DepthwiseJob& job = c.job;
+    const bool forward = job.step == DepthwiseStep::Forward;
+    const int64_t count = forward ? c.outputs() : c.inputs();
+    const Elements source(c.format, forward ? c.inputs() : c.outputs(), r), result(c.format, count);
+    const Elements weight(c.format, job.channels * job.taps(), r), bias(c.format, job.channels, r);
+    (forward ? job.x : job.grad) = source.data();
+    job.y = result.data();
+    job.weight = weight.data();
+    if (c.biased) job.bias = bias.data();
+    const Array prepared(job.prepared_count(), job.wide);
+    job.prepared = prepared.data.get();
+    const DepthwisePlan plan(job);
+    const int64_t pieces = job.batch * plan.bands;
+    const Array moments(pieces * 2 * job.padded_channels(), 8), stats(2 * job.channels, 8);
+    if (c.statistics) {
+        job.moments = reinterpret_cast<double*>(moments.data.get());
+        job.stats = reinterpret_cast<double*>(stats.data.get());
+    }
+    run(c, DepthwiseStep::Prepare, job.blocks(), r);
+    run(c, job.step, plan.units, r);
+    if (c.statistics) run(c, DepthwiseStep::Merge, job.blocks(), r);
+
+    std::vector<Sum> sums(count);
+    each_product(c, [&](int64_t k, int64_t output, int64_t input, int64_t tap) {
+        sums[forward ? output : input].add(source[forward ? input : output] *
+                                           weight[k * job.taps() + tap]);
+    });
+    const int64_t pixels = count / (job.batch * job.channels);
+    for (int64_t i = 0; i < count; ++i) {
+        if (c.biased)
+            sums[i].add(bias[job.channels_last ? i % job.channels : i / pixels % job.channels]);
+        const double expected = activated(job.activation, sums[i].value, job.slope);
+        // No activation is steeper than 1.5; SiLU and GELU have errors of their own.
+        const double slack = 100 * unit_roundoff(c) * (sums[i].size + 1);
+        check("result", i, result[i], expected,
+              slack + c.format.rounding(std::abs(expected) + slack));
+    }
+    if (c.statistics) check_statistics(c, result, job.stats);
+}
+
+void check_weights(Case& c, Random& r) {
+    DepthwiseJob& job = c.job;
+    const Elements input(c.format, c.inputs(), r), grad(c.format, c.outputs(), r);
+    const Elements weight_grad(c.format, job.channels * job.taps()),
+        bias_grad(c.format, job.channels);
+    job.x = input.data();
+    job.grad = grad.data();
+    job.weight_grad = weight_grad.data();
+    if (c.biased) job.bias_grad = bias_grad.data();
+    const DepthwisePlan plan(job);
+    const Array memory(plan.pieces * (job.taps() + 1) * job.padded_channels(), job.wide);
+    job.sums = memory.data.get();
+    run(c, job.step, plan.units, r);
+    run(c, DepthwiseStep::Total, job.blocks(), r);
+
+    std::vector<Sum> sums(job.channels * job.taps()), biases(job.channels);
+    each_product(c, [&](int64_t k, int64_t output, int64_t at, int64_t tap) {
+        sums[k * job.taps() + tap].add(grad[output] * input[at]);
+    });
+    for (int64_t n = 0; n < job.batch; ++n)
+        for (int64_t k = 0; k < job.channels; ++k)
+            for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
+                biases[k].add(grad[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
+    const auto compare = [&](const char* what, const Elements& found,
+                             const std::vector<Sum>& exact) {
+        for (size_t i = 0; i < exact.size(); ++i) {
+            const double slack = 300 * unit_roundoff(c) * exact[i].size;
+            check(what, i, found[i], exact[i].value,
+                  slack + c.format.rounding(std::abs(exact[i].value) + slack));
+        }
+    };
+    compare("weight's gradient", weight_grad, sums);
+    if (c.biased) compare("bias's gradient", bias_grad, biases);
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+int main(int argc, char** argv) {
+    using namespace pooling_ext;
+    constexpr const char* counters[kCounters] = {"in channels-last", "of stride 2",
+                                                 "with statistics"};
+    return fuzz(argc, argv, "fuzz_depthwise", kDefaultJobs, counters,
+                [](Random& random, const auto& describe) {
+                    Case c = make_case(random);
+                    describe(c.description());
+                    progress->counted[kChannelsLast] += c.job.channels_last;
+                    progress->counted[kStrided] += c.job.h.stride == 2 || c.job.w.stride == 2;
+                    progress->counted[kStatistics] += c.statistics;
+                    c.job.step == DepthwiseStep::WeightGrad ? check_weights(c, random)
+                                                            : check_planes(c, random);
+                });
+}
