@@ -191,10 +191,12 @@ class _Job:
             compare: whether to compare each region with the module that it stands for.
         """
         self.report, self.compare = FusionReport(), compare
-        body: nn.Module | None = self._region(self.twin(), *self._copied(), "") if whole else None
+        args, kwargs = self._copied()
+        body: nn.Module | None = self._region(self.twin(), args, kwargs, "") if whole else None
         if body is None:
             self.report.replaced.clear()  # parts of a region that came to nothing
-            body = self._parts(self.twin(), *self._copied(), "")
+            args, kwargs = self._copied()
+            body = self._parts(self.twin(), args, kwargs, "")
             try:
                 with state_kept(body):
                     args, kwargs = self._copied()
