@@ -32,6 +32,10 @@ def norm(channels: int = 4, cls: type = nn.BatchNorm2d) -> nn.BatchNorm2d:
     return layer
 
 
+def relu_block(inputs: int = 4, outputs: int = 4) -> nn.Sequential:
+    return nn.Sequential(conv(inputs, outputs), norm(outputs), nn.ReLU())
+
+
 def network(**children: Callable[[], Any]) -> Callable[[Any], type[nn.Module]]:
     """Make a class of a forward, under its name, so that it can be pickled; ``children`` make its own."""
 

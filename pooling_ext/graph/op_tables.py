@@ -139,6 +139,22 @@ OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
+# Where functions of torch.nn.functional take ``inplace``, if not by name.
+_INPLACE_ARGUMENT: dict[Any, int] = {
+    TF.relu: 1,
+    TF.relu6: 1,
+    TF.hardswish: 1,
+    TF.hardsigmoid: 1,
+    TF.silu: 1,
+    TF.mish: 1,
+    TF.selu: 1,
+    TF.leaky_relu: 2,
+    TF.elu: 2,
+    TF.celu: 2,
+    TF.hardtanh: 3,
+    TF.threshold: 3,
+    TF.dropout: 3,
+}
 # The arguments of torch.nn.functional.batch_norm that training changes.
 _STATISTICS = ((1, "running_mean"), (2, "running_var"))
 
@@ -170,28 +186,10 @@ def is_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
         return False
     name = name_of(node)
     named = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return (
-        named or node.target in OUT_OF_PLACE or bool(argument(node, "inplace", _inplace_place(node), False))
-    )
-
-
-def _inplace_place(node: fx.Node) -> int:
-    """Where functions of torch.nn.functional take ``inplace``; past the end where they do not."""
-    return {TF.relu: 1, TF.relu6: 1, TF.hardswish: 1, TF.hardsigmoid: 1, TF.silu: 1, TF.mish: 1}.get(
-        node.target,  # type: ignore[arg-type]
-        {
-            TF.leaky_relu: 2,
-            TF.elu: 2,
-            TF.celu: 2,
-            TF.selu: 1,
-            TF.hardtanh: 3,
-            TF.threshold: 3,
-            TF.dropout: 3,
-        }.get(
-            node.target,  # type: ignore[arg-type]
-            1 << 20,
-        ),
-    )
+    if named or node.target in OUT_OF_PLACE:
+        return True
+    place = _INPLACE_ARGUMENT.get(node.target, len(node.args))
+    return bool(argument(node, "inplace", place, False))
 
 
 def out_of_place(node: fx.Node) -> Any:
