@@ -112,7 +112,12 @@ void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
             for (int v = 0; v < kVectors; ++v)
                 sums[i][v] = L::own(c + i * c_stride + v * L::kCount);
     }
+    // The rows after these, which the next call adds to.
+    const T* next = c + kRows * c_stride;
     for (int64_t k = 0; k < depth; ++k) {
+        if (add)
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * L::kCount);
+        next += c_stride;
         X factor[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + v * L::kCount);

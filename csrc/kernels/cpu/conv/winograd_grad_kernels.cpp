@@ -6,7 +6,7 @@
 namespace pooling_ext::POOLING_EXT_ISA {
 namespace {
 
-// Transforms vectors of a tile of 4x4 pixels, of which at(a, b) are the first elements.
+// Transforms vectors of a tile of 4x4 pixels: at(a, c)(b) is where element c of pixel (a, b) is.
 template <class In, class At>
 POOLING_EXT_INLINE void transform_grad(int64_t features, int64_t points,
                                        Accumulator<In>* __restrict to, const At& at) {
@@ -14,24 +14,26 @@ POOLING_EXT_INLINE void transform_grad(int64_t features, int64_t points,
     using T = Accumulator<In>;
     using X = typename L::X;
     const auto one = [&](int64_t c, const auto& get) POOLING_EXT_INLINE_LAMBDA {
-        X half[6][4];
+        X half[4][6];
 #pragma GCC unroll 4
-        for (int b = 0; b < 4; ++b)
-            grad_points(get(0, b), get(1, b), get(2, b), get(3, b), &half[0][b], 4, T(0));
+        for (int a = 0; a < 4; ++a) {
+            const auto row = at(a, c);
+            grad_points(get(row(0)), get(row(1)), get(row(2)), get(row(3)), half[a], 1, T(0));
+        }
 #pragma GCC unroll 6
-        for (int a = 0; a < 6; ++a) {
-            X row[6];
-            grad_points(half[a][0], half[a][1], half[a][2], half[a][3], row, 1, T(0));
+        for (int b = 0; b < 6; ++b) {
+            X column[6];
+            grad_points(half[0][b], half[1][b], half[2][b], half[3][b], column, 1, T(0));
 #pragma GCC unroll 6
-            for (int b = 0; b < 6; ++b) L::keep(to + (a * 6 + b) * points + c, row[b]);
+            for (int a = 0; a < 6; ++a) L::keep(to + (a * 6 + b) * points + c, column[a]);
         }
     };
     int64_t c = 0;
     for (; c + L::kCount <= features; c += L::kCount)
-        one(c, [&](int a, int b) POOLING_EXT_INLINE_LAMBDA { return L::get(at(a, b) + c); });
+        one(c, [](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from); });
     if (c < features)
-        one(c, [&](int a, int b)
-                   POOLING_EXT_INLINE_LAMBDA { return L::get(at(a, b) + c, features - c); });
+        one(c,
+            [&](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from, features - c); });
 }
 
 // Tiles [first, last) of features [from, from + features) of all.
@@ -47,14 +49,18 @@ void transform_grads(const WinogradShape& s, const In* grad, int64_t first, int6
             grad + ((place.image * s.out_height + place.y) * s.out_width + place.x) * pixel + from;
         const int64_t rows = s.out_height - place.y, columns = s.out_width - place.x;
         if (rows >= kWinogradOut && columns >= kWinogradOut) {
-            transform_grad<In>(features, point, d, [=](int a, int b) POOLING_EXT_INLINE_LAMBDA {
-                return corner + a * line + b * pixel;
-            });
+            const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
+                return PixelRow<In>{made_anew(corner + c) + a * line, pixel, 3 * pixel, 5 * pixel};
+            };
+            transform_grad<In>(features, point, d, inside);
             continue;
         }
-        transform_grad<In>(features, point, d, [=](int a, int b) POOLING_EXT_INLINE_LAMBDA {
-            return a < rows && b < columns ? corner + a * line + b * pixel : zeros;
-        });
+        const auto anywhere = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
+            return [=](int b) POOLING_EXT_INLINE_LAMBDA {
+                return (a < rows && b < columns ? corner + a * line + b * pixel : zeros) + c;
+            };
+        };
+        transform_grad<In>(features, point, d, anywhere);
     }
 }
 
