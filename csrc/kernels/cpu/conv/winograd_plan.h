@@ -173,7 +173,8 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     const double sums = double(region.size(m.lanes) * m.element);
     const double blocks = double(ceil_div(tiles, block));
     double bytes = splits > 1 ? 2 * sums : 0;
-    if (v > double(m.near)) bytes += 2 * blocks * v;
+    // What is larger than a worker's share of the last cache goes to memory.
+    if (v > double(m.near)) bytes += 2 * blocks * v * (v + sums > double(m.far) ? 4 : 1);
     // Sums that are little more than the near cache holds are fetched in time.
     const double fetched = v + sums > double(m.near) ? (2 * blocks - 1) * sums : 0;
     const double sums_byte = sums > 2 * double(m.near) ? c.byte : c.sums_byte;
