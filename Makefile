@@ -55,7 +55,7 @@ test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many proc
 test-quick: $(STAMPS)/test $(CUDA_ON_CPU) ## run a few cases of every test that is not slow (tests/quick.py)
 	$(BIN)/python -m pytest -n auto --dist worksteal --quick $(ARGS)
 
-bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
+bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block, conv, depthwise or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
 
 gpu: ## on a machine with a GPU: build, test, sanitize, measure (GPU_PYTHON: an environment that is there)

@@ -32,7 +32,8 @@ POOLING_EXT_INLINE void transform_grad(int64_t features, int64_t points,
     for (; c + L::kCount <= features; c += L::kCount)
         one(c, [](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from); });
     if (c < features)
-        one(c, [&](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from, features - c); });
+        one(c,
+            [&](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from, features - c); });
 }
 
 // Tiles [first, last) of features [from, from + features) of all.

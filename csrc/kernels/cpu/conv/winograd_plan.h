@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 
 #include "kernels/cpu/conv/winograd.h"
 
@@ -15,10 +13,11 @@ namespace pooling_ext {
 // Relative costs in cycles, measured on processors with two FMA units; bytes are those that come
 // from beyond the second-level cache.
 struct WinogradCosts {
-    double input = 110, output = 90, grad = 80;  // transforms of a tile's vector
-    double step = 0.5;                           // one vector of products
+    double input = 110, output = 90, grad_input = 150, grad = 120;  // transforms of a tile's vector
+    double step = 0.5;                                              // one vector of products
     double byte = 0.15;
     double fetched_byte = 0.03;    // of those fetched in time
+    double sums_byte = 0.006;      // of the sums of a weight's gradient
     double near_byte = 0.003;      // from the second-level cache
     double wake = 5000;            // for other workers to begin
     double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
@@ -174,14 +173,18 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     const double sums = double(region.size(m.lanes) * m.element);
     const double blocks = double(ceil_div(tiles, block));
     double bytes = splits > 1 ? 2 * sums : 0;
-    // Sums are read and written all the time, so that they need some room.
-    if (v + sums > 0.8 * double(m.near)) bytes += 2 * (blocks * v + (blocks - 0.5) * sums);
+    // What is larger than a worker's share of the last cache goes to memory.
+    if (v > double(m.near)) bytes += 2 * blocks * v * (v + sums > double(m.far) ? 4 : 1);
+    // Sums that are little more than the near cache holds are fetched in time.
+    const double fetched = v + sums > double(m.near) ? (2 * blocks - 1) * sums : 0;
+    const double sums_byte = sums > 2 * double(m.near) ? c.byte : c.sums_byte;
     const double products = double(kWinogradPoints * region.channels() * out);
     // A register tile's sums are read and written for each block.
     const double depth = double(block) / double(block + 6);
     return double(tiles) *
-               (double(in) * c.input + double(out) * c.grad + products * c.step / depth) +
-           bytes * c.byte + double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
+               (double(in) * c.grad_input + double(out) * c.grad + products * c.step / depth) +
+           bytes * c.byte + fetched * sums_byte +
+           double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
 }
 
 inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const WinogradMachine& m,
@@ -190,7 +193,6 @@ inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const Winogra
     best.splits = winograd_splits(s, m);
     const int64_t in = winograd_vectors(s.channels, m), out = winograd_vectors(s.features, m);
     const int64_t tiles = ceil_div(s.tiles(), best.splits);
-    if (const char* e = getenv("WB")) { long a, b, d; if (sscanf(e, "%ld,%ld,%ld", &a, &b, &d) == 3) { best.over_channels = a, best.over_vectors = b, best.block = even_block(tiles, d); return best; } }
     double least = -1;
     for (int64_t c = 1; c <= in; ++c)
         for (int64_t v = 1; v <= out; ++v) {
