@@ -47,7 +47,7 @@ finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unle
 test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block or model); writes benchmarks/results
+bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block, depthwise or model); writes benchmarks/results
 	$(BIN)/python -m benchmarks $(SUITE) $(ARGS)
 
 gpu: ## on a machine with a GPU: build, test, sanitize, measure (GPU_PYTHON: an environment that is there)

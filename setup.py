@@ -1,9 +1,8 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and those of csrc/kernels/cpu, compiled once for each
-instruction set). Without a C++
-compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
-operators.
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for each
+instruction set). Without a C++ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it
+and runs on PyTorch's operators.
 
 _cuda has the GPU's (csrc/cuda). It is built where nvcc is found (CUDACXX, CUDA_HOME or PATH) and PyTorch is
 one for CUDA. POOLING_EXT_CUDA=0 leaves it out, =1 makes it an error that it cannot be built;
@@ -34,7 +33,8 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # or errno. No contraction, so that every instruction set computes the same bits.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-trapping-math", "-fno-math-errno"]
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
-# Convolution's kernels are bound by multiplications: a fused one takes the time of either part.
+# Convolution's kernels are bound by multiplications, and a fused one takes the time of either part. So their
+# bits differ between instruction sets.
 CONTRACTED = ("-ffp-contract=fast",)
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
 #: Compiled for by default, as far as nvcc knows them; the newest as PTX too, for what comes after it.
