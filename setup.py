@@ -1,9 +1,8 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for
-each instruction set). Without a C++
-compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
-operators.
+_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for each
+instruction set). Without a C++ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it
+and runs on PyTorch's operators.
 
 _cuda has the GPU's (csrc/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA, and is
 built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes

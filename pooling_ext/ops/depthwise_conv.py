@@ -290,18 +290,26 @@ def depthwise_conv2d(
         >>> depthwise_conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1)[0, 0, 0]
         tensor([4., 6., 6., 4.])
     """
-    given = input, weight, bias
-    if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        given = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in given)
-    if transformed() or why_not(*given, stride, padding) is not None:
+    x, w, b = _as_autocast(input, weight, bias)
+    if transformed() or why_not(x, w, b, stride, padding) is not None:
         return _aten(input, weight, bias, stride, padding)
     assert not isinstance(padding, str)
-    tensors = given[0], given[1]
-    ours = tuple(should_run(phase, *tensors, stride, padding) for phase in PHASES)
-    plan = _Plan(_pair(stride), _pair(padding), in_channels_last(*tensors), ours)
-    if not needs_grad(*given):
-        return _forward(*given, plan)
+    ours = tuple(should_run(phase, x, w, stride, padding) for phase in PHASES)
+    plan = _Plan(_pair(stride), _pair(padding), in_channels_last(x, w), ours)
+    if not needs_grad(x, w, b):
+        return _forward(x, w, b, plan)
     if not any(ours):
-        return _aten(*given, stride, padding)
-    return _DepthwiseConv.apply(*given, plan)
+        return _aten(x, w, b, stride, padding)
+    return _DepthwiseConv.apply(x, w, b, plan)
+
+
+def _as_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtype that autocast gives a convolution, where it is on."""
+    if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
