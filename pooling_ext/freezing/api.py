@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from .. import nn as ours
 from ..errors import ArgumentError
+from ..graph.example_tracer import ExampleTrace, trace_example
 from ..graph.guards import Untraceable
 from ..graph.op_tables import BATCH_NORMS, is_hooked, plain_kind
 from ..graph.report import FusionReport
-from ..graph.tracer import ExampleTrace, trace_example
 from ..patching import unpatch
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor

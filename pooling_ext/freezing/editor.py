@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from ..graph.activations import MODULES, Activation, function_activation
 from ..graph.aliasing import Aliasing
+from ..graph.example_tracer import ExampleTrace
 from ..graph.op_tables import Addition, Effect, addition, effect, is_hooked, is_in_place, plain_kind
 from ..graph.report import FusionReport
-from ..graph.tracer import ExampleTrace
 from .layers import FrozenBatchNormAct, InPlaceActivation, PackedConv, PackedLinear
 
 _LAYERS = (PackedConv, PackedLinear, FrozenBatchNormAct)
