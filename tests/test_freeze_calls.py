@@ -182,3 +182,19 @@ def test_unbatched_examples(kind):
     layer = kind(4, 6, 3).eval().requires_grad_(False)
     assert_frozen(layer, images()[0])
     assert_frozen(nn.Sequential(layer, nn.ReLU(), nn.MaxPool2d(2)).eval(), images()[0])
+
+
+class ResidualIsTheInput(nn.Module):
+    """The input goes into the second convolution as the residual alone, which has other channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x + 0.5)) + x
+
+
+def test_channels_are_those_of_the_layer_that_convolves_the_input():
+    model, x = ResidualIsTheInput().eval(), torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(pooling_ext.freeze(model, x)(x), model(x), rtol=1e-4, atol=1e-5)

@@ -332,7 +332,7 @@ def _expected(node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, 
         if user.op == "call_module":
             name = str(user.target)
             layer = layers.get(name, name)
-            packed = made[name]
+            packed = made[name] if user.args[0] is node else None  # it may be the residual alone
             if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
                 transposed = packed.output_padding is not None
                 channels = packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
