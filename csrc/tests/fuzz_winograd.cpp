@@ -155,7 +155,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         table.forward(job, scratch.data.get());
     }
     std::vector<double> counts(size_t(s.units()), 0.0);
-    Numbers mean(stats.size()), square(stats.size());
+    Numbers mean(stats.size()), square(stats.size()), largest(stats.size());
     for (int64_t i = 0; i < n; ++i) {
         double value = sums[i] + (c.bias ? bias[i % channels] : 0) + (c.residual ? residual[i] : 0);
         if (c.relu && value < 0) value = 0;
@@ -168,14 +168,18 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         counts[u] += i % channels == 0;
         mean[u * 2 * channels + i % channels] += y[i];
         square[u * 2 * channels + i % channels] += y[i] * y[i];
+        double& size_of_unit = largest[u * 2 * channels + i % channels];
+        size_of_unit = std::max(size_of_unit, std::abs(y[i]));
     }
     for (int64_t u = 0; c.stats && u < s.units(); ++u)
         for (int64_t k = 0; k < channels; ++k) {
             const int64_t at = u * 2 * channels + k;
             const double total = mean[at], slack = 8 * c.roundoff();
             check("mean", at, stats[at], total / counts[u], slack * (1 + std::sqrt(square[at])));
+            // The squares are summed about a value of the unit, which may be its farthest.
+            const double about = 4 * counts[u] * largest[at] * largest[at];
             check("deviation", at, stats[at + channels], square[at] - total * total / counts[u],
-                  slack * (1 + square[at]));
+                  slack * (1 + about));
         }
 }
 
