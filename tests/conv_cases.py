@@ -36,6 +36,19 @@ KERNELS = pytest.mark.parametrize(
 )
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 EPS = 2.0**-10
+LEAKY_SLOPE = 0.125
+#: The activations of the CPU's convolutions, as PyTorch has them; leaky_relu of LEAKY_SLOPE.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": TF.relu,
+    "relu6": TF.relu6,
+    "silu": TF.silu,
+    "hardswish": TF.hardswish,
+    "leaky_relu": lambda x: TF.leaky_relu(x, LEAKY_SLOPE),
+    "gelu": TF.gelu,
+    "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
+    "hardsigmoid": TF.hardsigmoid,
+}
 
 
 class Kernels(NamedTuple):

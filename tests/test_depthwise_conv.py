@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as TF
+from conv_cases import ACTIVATIONS, LEAKY_SLOPE
 from helpers import FLOATS, dtype_id, integers, run_python, strides, with_layout
 from torch import Tensor
 
@@ -24,16 +25,6 @@ from pooling_ext.testing.tolerances import assert_close
 pytestmark = pytest.mark.native
 
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expanded")
-ACTIVATIONS = {
-    "identity": lambda x: x,
-    "relu": TF.relu,
-    "relu6": TF.relu6,
-    "silu": TF.silu,
-    "hardswish": TF.hardswish,
-    "leaky_relu": lambda x: TF.leaky_relu(x, 0.125),
-    "gelu": TF.gelu,
-    "hardsigmoid": TF.hardsigmoid,
-}
 
 
 class Case(NamedTuple):
@@ -110,7 +101,7 @@ BOTH_FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"]
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window, activation: str = "identity") -> Tensor:
     place = ops.ACTIVATIONS.index(activation)
-    return ops.depthwise_conv(x, weight, bias, *window, place, 0.125)
+    return ops.depthwise_conv(x, weight, bias, *window, place, LEAKY_SLOPE)
 
 
 def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
@@ -155,6 +146,13 @@ def test_activations(dtype, layout, activation, channels):
     x, weight = case.input(dtype, layout) / 8, case.weight(dtype) / 4
     actual = forward(x, weight, None, case.window, activation)
     assert_close(actual, ACTIVATIONS[activation](case.expected(x, weight)), scale=2)
+
+
+@pytest.mark.parametrize("activation", [-1, len(ops.ACTIVATIONS)])
+def test_unknown_activation(activation):
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    with pytest.raises(RuntimeError, match="activation must be from 0 to 8"):
+        ops.depthwise_conv(x, weight, None, [1, 1], [1, 1], activation, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)

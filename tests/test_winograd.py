@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as TF
+from conv_cases import ACTIVATIONS, LEAKY_SLOPE
 from helpers import FLOATS, LAYOUTS, dtype_id, run_python, with_layout
 from test_isa import NEEDS, cpu_flags
 from torch import Tensor
@@ -23,17 +24,6 @@ pytestmark = pytest.mark.native
 
 TESTS = Path(__file__).parent
 ONES = (1, 1, 1, 1)
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": TF.relu,
-    "relu6": TF.relu6,
-    "silu": TF.silu,
-    "hardswish": TF.hardswish,
-    "leaky_relu": lambda x: TF.leaky_relu(x, 0.1),
-    "gelu": TF.gelu,
-    "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
-    "hardsigmoid": TF.hardsigmoid,
-}
 
 
 def off(actual: Tensor, expected: Tensor) -> float:
@@ -147,10 +137,17 @@ def test_epilogue(activation, dtype):
     bias, residual = torch.randn(24).to(dtype), torch.randn(2, 24, 9, 7).to(dtype)
     index = winograd.ACTIVATIONS.index(activation)
     transformed = winograd.winograd_weight(weight, 1, False)
-    actual = winograd.winograd_conv(x, transformed, bias, residual, ONES, 24, 1, index, 0.1)
+    actual = winograd.winograd_conv(x, transformed, bias, residual, ONES, 24, 1, index, LEAKY_SLOPE)
     before = reference(x.double(), weight.double(), bias.double()) + residual.double()
     rounding = {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype, 2**-8)
     assert off(actual, ACTIVATIONS[activation](before)) <= rounding
+
+
+@pytest.mark.parametrize("activation", [-1, len(winograd.ACTIVATIONS)])
+def test_unknown_activation(activation):
+    x, weight = torch.randn(1, 16, 5, 5), winograd.winograd_weight(torch.randn(16, 16, 3, 3), 1, False)
+    with pytest.raises(RuntimeError, match="activation must be from 0 to 8"):
+        winograd.winograd_conv(x, weight, None, None, ONES, 16, 1, activation, 0.0)
 
 
 def test_activations_of_special_values():
@@ -160,7 +157,7 @@ def test_activations_of_special_values():
     x, weight = torch.zeros(1, 16, 1, len(special)), torch.zeros(16, 16, 3, 3)
     transformed = winograd.winograd_weight(weight, 1, False)
     for index, name in enumerate(winograd.ACTIVATIONS):
-        actual = winograd.winograd_conv(x, transformed, None, residual, ONES, 16, 1, index, 0.1)
+        actual = winograd.winograd_conv(x, transformed, None, residual, ONES, 16, 1, index, LEAKY_SLOPE)
         expected = ACTIVATIONS[name](residual.double()).float()
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-6, equal_nan=True, msg=name)
 
@@ -276,6 +273,9 @@ def test_operators_are_registered_well():
     opcheck(winograd.winograd_weight, (weight, 1, True))
 
 
+FEW_TILES = {"x": torch.randn(1, 512, 7, 7), "weight": torch.randn(512, 512, 3, 3)}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -288,6 +288,11 @@ def test_operators_are_registered_well():
         ({"dilation": (1, 2)}, "dilation"),
         ({"padding": "same"}, "padding"),
         ({"groups": 4, "weight": torch.randn(32, 8, 3, 3)}, "8 channels"),
+        (FEW_TILES, "36 MiB would be read for 4 tiles"),
+        (FEW_TILES | {"x": torch.randn(2, 512, 7, 7)}, None),
+        (FEW_TILES | {"x": torch.randn(1, 512, 14, 14)}, None),
+        (FEW_TILES | {"x": torch.randn(1, 512, 8, 8), "padding": (2, 2, 2, 2)}, None),
+        ({"x": torch.randn(1, 32, 7, 7)}, None),
     ],
 )
 def test_why_not(change, reason):

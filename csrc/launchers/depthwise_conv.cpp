@@ -4,6 +4,7 @@
 
 #include "cpu/launch.h"
 #include "kernels/cpu/conv/depthwise.h"
+#include "launchers/activation.h"
 
 namespace pooling_ext {
 namespace {
@@ -104,7 +105,7 @@ Tensor depthwise_conv(const Tensor& input, const Tensor& weight, const MaybeTens
                       Ints stride, Ints padding, int64_t activation, double slope) {
     DepthwiseCall call = forward_call(input, weight, bias, stride, padding);
     Tensor output = output_of(call, input);
-    call.job.activation = static_cast<Activation>(activation);
+    call.job.activation = activation_of(activation);
     call.job.slope = slope;
     if (output.numel() > 0) call.convolve();
     return output;

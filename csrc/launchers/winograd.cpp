@@ -4,6 +4,7 @@
 
 #include "cpu/batch_norm_launch.h"
 #include "kernels/cpu/conv/winograd_plan.h"
+#include "launchers/activation.h"
 #include "launchers/scratch.h"
 
 namespace pooling_ext {
@@ -197,10 +198,8 @@ struct ForwardCall {
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                      const MaybeTensor& residual, const Ints& padding, int64_t features,
                      int64_t groups, int64_t activation, double slope) {
-    STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::Hardsigmoid),
-                    "pooling_ext: there is no such activation");
     ForwardCall call(input, weight, bias, residual, padding, features, groups);
-    call.job.activation = Activation(activation);
+    call.job.activation = activation_of(activation);
     call.job.slope = slope;
     call.run();
     return call.result();

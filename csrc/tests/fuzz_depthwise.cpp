@@ -10,6 +10,7 @@
 
 #include "cpu/tables.h"
 #include "kernels/cpu/conv/depthwise.h"
+#include "tests/activations.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {
@@ -102,7 +103,7 @@ Case make_case(Random& r) {
     const bool forward = job.step == DepthwiseStep::Forward;
     c.biased = job.step != DepthwiseStep::InputGrad && r.chance(2);
     c.statistics = forward && r.chance(3);
-    if (forward && !c.statistics) job.activation = Activation(r.pick(0, 7));
+    if (forward && !c.statistics) job.activation = Activation(r.pick(0, kActivations - 1));
     job.slope = 0.125;
     return c;
 }
@@ -125,28 +126,6 @@ void run(const Case& c, DepthwiseStep step, int64_t count, Random& r) {
 }
 
 double unit_roundoff(const Case& c) { return c.format.dtype == DType::Float64 ? 0x1p-53 : 0x1p-24; }
-
-double activated(Activation activation, double x, double slope) {
-    const double six = std::min(std::max(x + 3, 0.0), 6.0);
-    switch (activation) {
-        case Activation::Relu:
-            return std::max(x, 0.0);
-        case Activation::Relu6:
-            return std::min(std::max(x, 0.0), 6.0);
-        case Activation::Silu:
-            return x / (1 + std::exp(-x));
-        case Activation::Hardswish:
-            return x * six / 6;
-        case Activation::LeakyRelu:
-            return x > 0 ? x : x * slope;
-        case Activation::Gelu:
-            return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
-        case Activation::Hardsigmoid:
-            return six / 6;
-        default:
-            return x;
-    }
-}
 
 // Calls use(n, c, output row, column, input row, column, tap) for all products of a convolution.
 template <class Use>

@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/conv/winograd_plan.h"
 #include "kernels/cpu/conv/winograd_tables.h"
+#include "tests/activations.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {
@@ -24,7 +25,8 @@ struct Case {
     Format format;
     Kind kind;
     WinogradShape shape;
-    bool bias, residual, stats, relu;
+    bool bias, residual, stats;
+    Activation activation;
 
     bool is_double() const { return format.dtype == DType::Float64; }
     int64_t element() const { return is_double() ? 8 : 4; }
@@ -41,7 +43,7 @@ struct Case {
              << " channels=" << s.channels << " features=" << s.features << " in=" << s.height
              << "x" << s.width << " out=" << s.out_height << "x" << s.out_width
              << " pad=" << s.pad_top << "," << s.pad_left << " bias=" << bias
-             << " residual=" << residual << " stats=" << stats << " relu=" << relu;
+             << " residual=" << residual << " stats=" << stats << " activation=" << int(activation);
         return text.str();
     }
 };
@@ -61,7 +63,8 @@ Case make_case(Random& r) {
         s.out_width = s.width + s.pad_left + r.pick(-1, 3) - 2;
     } while (s.out_height < 1 || s.out_width < 1 ||
              s.pixels() * s.groups * s.channels * s.features > 400000);
-    c.bias = r.chance(2), c.residual = r.chance(3), c.stats = r.chance(3), c.relu = r.chance(3);
+    c.bias = r.chance(2), c.residual = r.chance(3), c.stats = r.chance(3);
+    if (r.chance(2)) c.activation = Activation(r.pick(0, kActivations - 1));
     return c;
 }
 
@@ -138,7 +141,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     if (c.bias) job.bias = bias.data();
     if (c.residual) job.residual = residual.data();
     if (c.stats) job.stats = stats.data();
-    job.activation = c.relu ? Activation::Relu : Activation::None;
+    job.activation = c.activation, job.slope = 0.125;
     const int64_t unit = c.stats ? kWinogradUnit : 1,
                   vectors = s.groups * winograd_vectors(s.features, m);
     const int64_t tile = std::min(r.pick(0, s.tiles() / unit) * unit, s.tiles());
@@ -158,7 +161,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     Numbers mean(stats.size()), square(stats.size()), largest(stats.size());
     for (int64_t i = 0; i < n; ++i) {
         double value = sums[i] + (c.bias ? bias[i % channels] : 0) + (c.residual ? residual[i] : 0);
-        if (c.relu && value < 0) value = 0;
+        value = activated(c.activation, value, job.slope);
         check("output", i, y[i], value, size * c.roundoff() + c.format.rounding(value));
         if (!c.stats) continue;
         const int64_t pixel = i / channels, column = pixel % s.out_width / kWinogradOut;

@@ -20,9 +20,8 @@ from .. import backends
 from . import _library
 from ._dispatch import public
 from .batch_norm_act import FLOATS, needs_grad, transformed
+from .conv_activations import ACTIVATIONS as ACTIVATIONS
 
-#: What may follow the convolution in its kernel; their places are the numbers that the operator takes.
-ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "leaky_relu", "gelu", "hardsigmoid")
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 
@@ -47,8 +46,8 @@ def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=format)
 
 
-#: ``activation(conv(input, weight) + bias)``; ``activation`` is a place in ACTIVATIONS, ``slope`` that of
-#: leaky_relu.
+#: ``activation(conv(input, weight) + bias)``; ``activation`` is an index of
+#: :data:`ACTIVATIONS`, ``slope`` that of leaky_relu.
 depthwise_conv = _library.define(
     "depthwise_conv(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
     "int activation, float slope)",

@@ -1,18 +1,18 @@
-// Activations in a convolution's epilogue. The functions are PyTorch's, NaN and infinities
-// included.
+// Activations in a convolution's epilogue, on registers. The functions are PyTorch's, NaN and
+// infinities included.
 #pragma once
 
 #include <cmath>
 
 #include "kernels/cpu/conv/activation_kind.h"
-#include "kernels/cpu/conv/depthwise_lanes.h"
+#include "kernels/cpu/conv/lanes.h"
 
 namespace pooling_ext::POOLING_EXT_ISA::conv {
 
-template <class In>
+// Of float or double, which they are computed in.
+template <class T>
 struct Activations {
-    using L = Lanes<In>;
-    using T = typename L::T;
+    using L = Lanes<T>;
     using X = typename L::X;
 
     template <Activation kActivation>
@@ -30,6 +30,10 @@ struct Activations {
             return x > zero ? x : x * slope;
         } else if constexpr (kActivation == Activation::Gelu) {
             return x * T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)));
+        } else if constexpr (kActivation == Activation::GeluTanh) {
+            // (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
+            const X z = T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
+            return x / (T(1) + exp(T(-2) * z));
         } else if constexpr (kActivation == Activation::Hardsigmoid) {
             return up_to_six(x + T(3)) / T(6);
         } else {
@@ -37,7 +41,8 @@ struct Activations {
         }
     }
 
-    // Calls run(apply) with the function of one register that `activation` names.
+    // Calls run(apply) with the function of one register that `activation` names. All of them are
+    // inlined.
     template <class Run>
     static void with(Activation activation, T slope, const Run& run) {
         const X slopes = L::splat(slope);
@@ -60,6 +65,8 @@ struct Activations {
                 return use.template operator()<Activation::LeakyRelu>();
             case Activation::Gelu:
                 return use.template operator()<Activation::Gelu>();
+            case Activation::GeluTanh:
+                return use.template operator()<Activation::GeluTanh>();
             case Activation::Hardsigmoid:
                 return use.template operator()<Activation::Hardsigmoid>();
         }
@@ -143,5 +150,26 @@ struct Activations {
         }
     }
 };
+
+// The same, for loops that all activations inlined would make too long.
+template <class T>
+__attribute__((noinline)) void activate_out_of_line(typename Lanes<T>::X* values, int64_t n,
+                                                    Activation activation, T slope) {
+    Activations<T>::with(activation, slope, [=](const auto& apply) {
+        for (int64_t i = 0; i < n; ++i) values[i] = apply(values[i]);
+    });
+}
+
+// ReLU is inlined.
+template <class T>
+POOLING_EXT_INLINE void activate(typename Lanes<T>::X* values, int64_t n, Activation activation,
+                                 T slope) {
+    if (activation == Activation::Relu)
+        for (int64_t i = 0; i < n; ++i)
+            values[i] =
+                Activations<T>::template apply<Activation::Relu>(values[i], typename Lanes<T>::X{});
+    else if (activation != Activation::None)
+        activate_out_of_line<T>(values, n, activation, slope);
+}
 
 }  // namespace pooling_ext::POOLING_EXT_ISA::conv

@@ -119,7 +119,7 @@ struct DepthwisePlan {
     static constexpr int64_t kInPlaceColumns = 448;
     static constexpr int64_t kUnits = 64;  // about as many units as there may be threads
 
-    explicit DepthwisePlan(const DepthwiseJob& job) {
+    explicit POOLING_EXT_INLINE DepthwisePlan(const DepthwiseJob& job) {
         const bool sums = job.step == DepthwiseStep::WeightGrad;
         const DepthwiseWalk rows(job.h, job.kernel, job.backward());
         const DepthwiseWalk columns(job.w, job.kernel, job.backward());

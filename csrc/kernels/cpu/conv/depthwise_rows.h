@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/conv/depthwise.h"
-#include "kernels/cpu/conv/depthwise_lanes.h"
+#include "kernels/cpu/conv/lanes.h"
 
 namespace pooling_ext::POOLING_EXT_ISA::conv {
 
@@ -97,7 +97,7 @@ class Ring {
             if (rest > 0) {
                 // What follows is another pixel's, and goes into lanes that nobody reads.
                 const In* const last = x + whole * L::kSize;
-                L::keep(into, end - last >= L::kSize ? L::get(last) : L::get_some(last, rest));
+                L::keep(into, end - last >= L::kSize ? L::get(last) : L::get(last, rest));
             }
             x += from.channels;
             to += L::kSize;
@@ -123,7 +123,7 @@ class Ring {
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < kSize; ++i) x[i] = L::get(planes[i] + pixel);
             } else {
-                for (int64_t i = 0; i < kSize; ++i) x[i] = L::get_some(planes[i] + pixel, some);
+                for (int64_t i = 0; i < kSize; ++i) x[i] = L::get(planes[i] + pixel, some);
             }
             L::transpose(x);
             store(x, back ? Pixel(pixel, from.columns) : at_next, some, from.columns, v);
@@ -173,7 +173,7 @@ void store_rows(const Planes<In>& to, int64_t n, int64_t channel, int64_t first,
                     L::put(y, L::own(x));
             else
                 for (int64_t i = 0; i < to.columns; ++i, x += kSize, y += to.channels)
-                    L::put_some(y, L::own(x), count);
+                    L::put(y, L::own(x), count);
         }
         return;
     }
@@ -207,7 +207,7 @@ void store_rows(const Planes<In>& to, int64_t n, int64_t channel, int64_t first,
                 if (some == kSize)
                     L::put(planes[i] + pixel, x[i]);
                 else
-                    L::put_some(planes[i] + pixel, x[i], some);
+                    L::put(planes[i] + pixel, x[i], some);
             }
         }
     }

@@ -3,7 +3,7 @@
 
 #include "kernels/cpu/conv/lanes.h"
 
-namespace pooling_ext::POOLING_EXT_ISA {
+namespace pooling_ext::POOLING_EXT_ISA::conv {
 
 // How many rows fill the registers beside two vectors and a broadcast number.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -84,7 +84,7 @@ void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64
         ahead.second += ahead.second_step;
         X factor[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + k * b_stride + v * L::kCount);
+        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + k * b_stride + v * L::kSize);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             const T number = rows.at(i, k);
@@ -95,7 +95,7 @@ void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kSize, sums[i][v]);
 }
 
 // c[i][:] = sum over k of a[k][i] * b[k][:], to which what was there is added if asked for.
@@ -109,18 +109,17 @@ void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v)
-                sums[i][v] = L::own(c + i * c_stride + v * L::kCount);
+            for (int v = 0; v < kVectors; ++v) sums[i][v] = L::own(c + i * c_stride + v * L::kSize);
     }
     // The rows after these, which the next call adds to.
     const T* next = c + kRows * c_stride;
     for (int64_t k = 0; k < depth; ++k) {
         if (add)
-            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * L::kCount);
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * L::kSize);
         next += c_stride;
         X factor[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + v * L::kCount);
+        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + v * L::kSize);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             const T number = a[i];
@@ -133,7 +132,7 @@ void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kCount, sums[i][v]);
+        for (int v = 0; v < kVectors; ++v) L::keep(c + i * c_stride + v * L::kSize, sums[i][v]);
 }
 
 // The tiles of every height up to kTileRows, by their height, for one vector and two.
@@ -162,4 +161,4 @@ struct TileKernels {
 template <class T>
 constexpr TileKernels<T> kTiles{};
 
-}  // namespace pooling_ext::POOLING_EXT_ISA
+}  // namespace pooling_ext::POOLING_EXT_ISA::conv

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
+#include "kernels/cpu/conv/activation_kind.h"
 
 namespace pooling_ext {
 
@@ -18,18 +19,6 @@ constexpr int64_t kWinogradPoints = 36;  // of the transformed domain
 constexpr int64_t kWinogradChannels = 16;
 // Statistics are taken over units of so many tiles, whatever the number of threads.
 constexpr int64_t kWinogradUnit = 8;
-
-enum class Activation {
-    None,
-    Relu,
-    Relu6,
-    Silu,
-    Hardswish,
-    LeakyRelu,
-    Gelu,
-    GeluTanh,
-    Hardsigmoid
-};
 
 // A convolution's sizes; activations lie channels-last. Channels are those of one group.
 struct WinogradShape {

@@ -1,11 +1,12 @@
 // Winograd's convolution F(4x4, 3x3), compiled once for each instruction set: input transform,
 // products and output transform of a block of tiles after the other, with what follows a
 // convolution in the output transform.
-#include "kernels/cpu/conv/activations.h"
+#include "kernels/cpu/conv/activation.h"
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
+namespace conv {
 namespace {
 
 // The memory of an activation that tiles [first, last) of all lie in, roughly: in channels-last
@@ -28,7 +29,7 @@ template <class T>
 void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t tiles, const T* v,
               const T* weight, int64_t first, int64_t last, T* products, const Stretch& written,
               const Stretch& read) {
-    constexpr int64_t kLanes = Lanes<T>::kCount, kHalf = kWinogradPoints / 2;
+    constexpr int64_t kLanes = Lanes<T>::kSize, kHalf = kWinogradPoints / 2;
     const int64_t vectors = ceil_div(s.features, kLanes),
                   panels = ceil_div(last - first, int64_t(2));
     const RowTiles row_tiles(tiles);
@@ -79,7 +80,9 @@ struct Epilogue {
 
     Epilogue(const WinogradJob& job, int64_t channel, int64_t lanes)
         : job(job), channel(channel), lanes(lanes), bias{} {
-        if (job.bias != nullptr) bias = L::own(static_cast<const T*>(job.bias) + channel, lanes);
+        if (job.bias == nullptr) return;
+        const T* const from = static_cast<const T*>(job.bias) + channel;
+        bias = lanes == L::kSize ? L::own(from) : Lanes<T>::get(from, lanes);
     }
 
     // Finishes a tile of 4x4 and writes what of it lies in the output.
@@ -96,12 +99,12 @@ struct Epilogue {
         if (job.residual != nullptr) {
             const In* const from = static_cast<const In*>(job.residual) + start;
             each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
-                tile[i] += lanes == L::kCount ? L::get(from + at) : L::get(from + at, lanes);
+                tile[i] += lanes == L::kSize ? L::get(from + at) : L::get(from + at, lanes);
             });
         }
-        activate<T>(tile, 16, job.activation, job.slope);
+        activate<T>(tile, 16, job.activation, T(job.slope));
         In* const to = static_cast<In*>(job.y) + start;
-        if (lanes == L::kCount)
+        if (lanes == L::kSize)
             each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
                 L::put(to + at, tile[i]);
                 seen(i);
@@ -158,7 +161,7 @@ struct UnitSums {
     int64_t count = 0;
 
     POOLING_EXT_INLINE void add(X x) {
-        const X value = L::rounded(x);
+        const X value = L::stored(x);
         if (count++ == 0) center = value;
         const X d = value - center;
         sum += d;
@@ -187,11 +190,11 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t
         const int64_t unit = start / kWinogradUnit;
         const int64_t end = smaller(last_tile, (unit + 1) * kWinogradUnit);
         for (int64_t vector = first; vector < last; ++vector) {
-            const int64_t within = vector * L::kCount;
+            const int64_t within = vector * L::kSize;
             const int64_t channel = group * s.features + within;
-            const Epilogue<In> epilogue(job, channel, smaller(L::kCount, s.features - within));
+            const Epilogue<In> epilogue(job, channel, smaller(L::kSize, s.features - within));
             const auto* from =
-                products + (start - first_tile) * blocks.m_row + (vector - first) * L::kCount;
+                products + (start - first_tile) * blocks.m_row + (vector - first) * L::kSize;
             TileWalk walk(s, start);
             if (job.stats == nullptr) {
                 for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
@@ -257,17 +260,18 @@ void forward(const WinogradJob& job, void* scratch) {
 }
 
 }  // namespace
+}  // namespace conv
 
 void (*winograd_forward(DType dtype))(const WinogradJob&, void*) {
     switch (dtype) {
         case DType::Float32:
-            return forward<float>;
+            return conv::forward<float>;
         case DType::Float64:
-            return forward<double>;
+            return conv::forward<double>;
         case DType::BFloat16:
-            return forward<BFloat16>;
+            return conv::forward<BFloat16>;
         case DType::Float16:
-            return forward<Float16>;
+            return conv::forward<Float16>;
         default:
             return nullptr;
     }

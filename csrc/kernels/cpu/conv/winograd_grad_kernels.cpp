@@ -4,6 +4,7 @@
 #include "kernels/cpu/conv/winograd_tiles.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
+namespace conv {
 namespace {
 
 // Transforms vectors of a tile of 4x4 pixels: at(a, c)(b) is where element c of pixel (a, b) is.
@@ -29,7 +30,7 @@ POOLING_EXT_INLINE void transform_grad(int64_t features, int64_t points,
         }
     };
     int64_t c = 0;
-    for (; c + L::kCount <= features; c += L::kCount)
+    for (; c + L::kSize <= features; c += L::kSize)
         one(c, [](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from); });
     if (c < features)
         one(c,
@@ -129,7 +130,7 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
                     }
                     weight_grad_points(u[0], u[1], u[2], u[3], u[4], u[5], &half[0][b], 6, T(0));
                 }
-                alignas(64) T taps[9][L::kCount];
+                alignas(64) T taps[9][L::kSize];
                 for (int a = 0; a < 3; ++a) {
                     X row[3];
                     weight_grad_points(half[a][0], half[a][1], half[a][2], half[a][3], half[a][4],
@@ -141,27 +142,28 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
                                (region.first_channel + k) * job.strides[1];
                 for (int64_t lane = 0; lane < lanes; ++lane)
                     for (int64_t tap = 0; tap < 9; ++tap)
-                        put(to,
-                            lane * job.strides[0] + tap / 3 * job.strides[2] +
-                                tap % 3 * job.strides[3],
-                            narrow<In>(taps[tap][lane]));
+                        POOLING_EXT_ISA::put(to,
+                                             lane * job.strides[0] + tap / 3 * job.strides[2] +
+                                                 tap % 3 * job.strides[3],
+                                             narrow<In>(taps[tap][lane]));
             }
         }
 }
 
 }  // namespace
+}  // namespace conv
 
 void (*winograd_grad(DType dtype))(const WinogradGradJob&, const WinogradRegion&, int64_t, int64_t,
                                    void*, void*) {
     switch (dtype) {
         case DType::Float32:
-            return sum_products<float>;
+            return conv::sum_products<float>;
         case DType::Float64:
-            return sum_products<double>;
+            return conv::sum_products<double>;
         case DType::BFloat16:
-            return sum_products<BFloat16>;
+            return conv::sum_products<BFloat16>;
         case DType::Float16:
-            return sum_products<Float16>;
+            return conv::sum_products<Float16>;
         default:
             return nullptr;
     }
@@ -171,13 +173,13 @@ void (*winograd_grad_end(DType dtype))(const WinogradGradJob&, const WinogradReg
                                        int64_t) {
     switch (dtype) {
         case DType::Float32:
-            return finish<float>;
+            return conv::finish<float>;
         case DType::Float64:
-            return finish<double>;
+            return conv::finish<double>;
         case DType::BFloat16:
-            return finish<BFloat16>;
+            return conv::finish<BFloat16>;
         case DType::Float16:
-            return finish<Float16>;
+            return conv::finish<Float16>;
         default:
             return nullptr;
     }

@@ -5,12 +5,12 @@
 #include "kernels/cpu/conv/winograd.h"
 #include "kernels/cpu/conv/winograd_transforms.h"
 
-namespace pooling_ext::POOLING_EXT_ISA {
+namespace pooling_ext::POOLING_EXT_ISA::conv {
 
 template <class In>
 constexpr WinogradMachine machine_of() {
     WinogradMachine m;
-    m.lanes = Lanes<In>::kCount;
+    m.lanes = Lanes<In>::kSize;
     m.element = int64_t(sizeof(Accumulator<In>));
     return m;
 }
@@ -65,7 +65,7 @@ POOLING_EXT_INLINE void transform_input(int64_t channels, int64_t points,
         }
     };
     int64_t c = 0;
-    for (; c + L::kCount <= channels; c += L::kCount)
+    for (; c + L::kSize <= channels; c += L::kSize)
         one(c, [](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from); });
     if (c < channels)
         one(c,
@@ -138,4 +138,4 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
     }
 }
 
-}  // namespace pooling_ext::POOLING_EXT_ISA
+}  // namespace pooling_ext::POOLING_EXT_ISA::conv

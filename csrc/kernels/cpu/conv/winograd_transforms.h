@@ -4,7 +4,7 @@
 
 #include "kernels/cpu/conv/lanes.h"
 
-namespace pooling_ext::POOLING_EXT_ISA {
+namespace pooling_ext::POOLING_EXT_ISA::conv {
 
 // B^T d: six to six.
 template <class X, class T>
@@ -67,4 +67,4 @@ POOLING_EXT_INLINE void weight_grad_points(const X& u0, const X& u1, const X& u2
     to[2 * step] = T(1.0 / 6) * (r - p) + u5;
 }
 
-}  // namespace pooling_ext::POOLING_EXT_ISA
+}  // namespace pooling_ext::POOLING_EXT_ISA::conv

@@ -3,6 +3,7 @@
 #include "kernels/cpu/conv/winograd_tiles.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
+namespace conv {
 namespace {
 
 template <class In>
@@ -16,16 +17,16 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
     const int64_t feature = job.strides[job.transposed], channel = job.strides[!job.transposed];
     for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / vectors, vector = index % vectors;
-        const int64_t first = vector * L::kCount, lanes = smaller(L::kCount, job.features - first);
+        const int64_t first = vector * L::kSize, lanes = smaller(L::kSize, job.features - first);
         // The given weight's first dimension runs over the groups.
         const int64_t outs = job.transposed ? job.channels : job.features;
         const In* const from =
             static_cast<const In*>(job.weight) + group * outs * job.strides[0] + first * feature;
-        const WinogradPanel panel(vector, vectors, job.channels, L::kCount);
+        const WinogradPanel panel(vector, vectors, job.channels, L::kSize);
         T* const to = static_cast<T*>(job.result) +
                       group * winograd_weight_size(job.channels, job.features) + panel.offset;
         for (int64_t k = 0; k < job.channels; ++k) {
-            alignas(64) T taps[9][L::kCount] = {};
+            alignas(64) T taps[9][L::kSize] = {};
             for (int64_t lane = 0; lane < lanes; ++lane)
                 for (int64_t tap = 0; tap < 9; ++tap) {
                     const int64_t at = job.transposed ? 8 - tap : tap;
@@ -50,24 +51,25 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
 }
 
 }  // namespace
+}  // namespace conv
 
 void (*winograd_weight(DType dtype))(const WinogradWeightJob&, int64_t, int64_t) {
     switch (dtype) {
         case DType::Float32:
-            return transform_weights<float>;
+            return conv::transform_weights<float>;
         case DType::Float64:
-            return transform_weights<double>;
+            return conv::transform_weights<double>;
         case DType::BFloat16:
-            return transform_weights<BFloat16>;
+            return conv::transform_weights<BFloat16>;
         case DType::Float16:
-            return transform_weights<Float16>;
+            return conv::transform_weights<Float16>;
         default:
             return nullptr;
     }
 }
 
 WinogradKernels winograd(DType dtype) {
-    return {(dtype == DType::Float64 ? Lanes<double>::kCount : Lanes<float>::kCount),
+    return {(dtype == DType::Float64 ? conv::Lanes<double>::kSize : conv::Lanes<float>::kSize),
             winograd_weight(dtype), winograd_forward(dtype), winograd_grad(dtype),
             winograd_grad_end(dtype)};
 }
