@@ -270,16 +270,19 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
     as_bool(ceil_mode, "ceil_mode")
     sizes = _spatial_sizes(rank, shape)
     pads = _padding(padding, rank, sizes, kernel, step, spread)
-    # Beyond the padded input a stride is as good as any other, and kernels need not be told of a huge one.
-    step = tuple(
-        min(step[i], sizes[i] + pads[2 * i] + pads[2 * i + 1]) if step[i] > _USUAL_STRIDE else step[i]
-        for i in range(rank)
-    )
-    spread = tuple(1 if k == 1 else d for k, d in zip(kernel, spread, strict=True))
     output = tuple(
         _output_size(sizes[i], kernel[i], step[i], pads[2 * i], pads[2 * i + 1], spread[i], ceil_mode)
         for i in range(rank)
     )
+    # Beyond the padded input and a window a stride is as good as any other, and kernels need not be told of a
+    # huge one.
+    step = tuple(
+        min(step[i], sizes[i] + pads[2 * i] + pads[2 * i + 1] + spread[i] * kernel[i])
+        if step[i] > _USUAL_STRIDE
+        else step[i]
+        for i in range(rank)
+    )
+    spread = tuple(1 if k == 1 else d for k, d in zip(kernel, spread, strict=True))
     if any(count < 1 for count in output):
         raise ArgumentError(
             f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, "

@@ -235,6 +235,7 @@ def _samples():
         )
         back = (x, x, stats, weight, None, kept, 1e-5, True)
         yield f"batch_norm_act_training_backward-{label}", ops.batch_norm_act_training_backward, back
+    yield from _convolution_samples()
     running = torch.zeros(3), torch.ones(3, dtype=torch.bfloat16)
     yield "batch_norm_update_running", ops.batch_norm_update_running, (*running, stats, 112.0, 0.1)
     evaluation = (x, *running, weight, None, torch.rand_like(x), 1e-5, True)
@@ -255,6 +256,27 @@ def _samples():
     yield "tail-backward", ops.add_relu_global_avg_pool_backward, tail
 
 
+def _convolution_samples():
+    from pooling_ext.ops import depthwise_conv, winograd  # noqa: F401, they define the operators
+
+    ops = torch.ops.pooling_ext
+    x, weight, bias = torch.rand(2, 16, 7, 8), torch.rand(16, 16, 3, 3), torch.rand(16)
+    yield "winograd_weight", ops.winograd_weight, (weight, 1, False)
+    transformed, output = ops.winograd_weight(weight, 1, False), torch.rand(2, 16, 7, 8)
+    padding, grouping = [1, 1, 1, 1], (16, 1)
+    yield "winograd_conv", ops.winograd_conv, (x, transformed, bias, output, padding, *grouping, 1, 0.0)
+    yield "winograd_conv_stats", ops.winograd_conv_stats, (x, transformed, bias, padding, *grouping)
+    yield "winograd_weight_grad", ops.winograd_weight_grad, (x, output, padding, 1)
+    weight, windows = torch.rand(16, 1, 3, 3), ([2, 1], [1, 1])
+    grad = torch.rand(2, 16, 4, 8)
+    yield "depthwise_conv", ops.depthwise_conv, (x, weight, bias, *windows, 1, 0.0)
+    yield "depthwise_conv_stats", ops.depthwise_conv_stats, (x, weight, bias, *windows)
+    back = (grad, weight, x.shape, *windows, False)
+    yield "depthwise_conv_input_grad", ops.depthwise_conv_input_grad, back
+    back = (grad, x, weight.shape, *windows, False, True)
+    yield "depthwise_conv_weight_grad", ops.depthwise_conv_weight_grad, back
+
+
 SAMPLES = list(_samples())
 
 
@@ -263,7 +285,8 @@ SAMPLES = list(_samples())
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(op, args, layout):
     """Schema, fake tensors and tracing of each operator. Derivatives live above them, in Functions."""
-    planes = [isinstance(a, torch.Tensor) and a.dim() > 2 for a in args]
+    # What winograd_weight makes (36 points of a tile) has a layout of its own.
+    planes = [isinstance(a, torch.Tensor) and a.dim() > 2 and a.shape[1] != 36 for a in args]
     args = tuple(with_layout(a, layout) if p else a for a, p in zip(args, planes, strict=True))
     opcheck(op.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 

@@ -172,7 +172,12 @@ def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> A
     if backends.choose("max_pool", input) is backends.ATEN:
         return _aten_max_pool(input, windows, return_indices)
     differentiates = needs_autograd(input)
-    if not input.is_contiguous() and _lies_otherwise(input, windows, differentiates or return_indices):
+    # In two dimensions our operators look for themselves.
+    if (
+        len(windows.output_size) != 2
+        and not input.is_contiguous()
+        and _lies_otherwise(input, windows, differentiates or return_indices)
+    ):
         return _relaid_max_pool(input, windows, return_indices)
     if differentiates:
         output, places = _max_pool(input, windows, bool(return_indices))
@@ -188,7 +193,7 @@ def _lies_otherwise(input: Tensor, windows: Windows, with_places: bool) -> bool:
     rank = len(windows.output_size)
     if rank == 1:
         return (with_places or windows.adaptive) and _library.is_channels_last_1d(input)
-    if rank == 2 or windows.adaptive or input.dim() != 4:
+    if windows.adaptive or input.dim() != 4:
         return False
     return input.movedim(0, -1).is_contiguous()
 
