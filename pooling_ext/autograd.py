@@ -9,6 +9,8 @@ import torch
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
+_transforms_are_active = torch._C._are_functorch_transforms_active  # looked up once
+
 
 def needs_autograd(input: torch.Tensor) -> bool:
     """Whether a call on ``input`` must go through an autograd Function.
@@ -17,7 +19,7 @@ def needs_autograd(input: torch.Tensor) -> bool:
     """
     if input.requires_grad and torch.is_grad_enabled():
         return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _transforms_are_active()
 
 
 def refuse_empty(grad: torch.Tensor) -> None:

@@ -166,7 +166,13 @@ def _decide(call: Call) -> tuple[Backend, dict[str, str]]:
 
 def choose(op: str, input: torch.Tensor) -> Backend:
     """Return the backend that takes ``op`` on ``input``."""
-    key = (op, input.device, input.dtype, input.layout, type(input))
+    # What is nearly always asked for has a key that takes less time to make.
+    usual = type(input) is torch.Tensor and input.is_cpu
+    key = (
+        (op, input.dtype, input.layout)
+        if usual
+        else (op, input.device, input.dtype, input.layout, type(input))
+    )
     if not is_compiling() and _recorded is None:
         backend = _decisions.get(key)
         if backend is not None:
