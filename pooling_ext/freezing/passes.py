@@ -109,7 +109,6 @@ def fold_constants(editor: GraphEditor) -> None:
             new = editor.graph.create_node("get_attr", name)
         new.meta = {key: node.meta[key] for key in ("type", "constant", "shape", "dtype") if key in node.meta}
         node.replace_all_uses_with(new)
-    editor.gather()
     for node in reversed(list(editor.graph.nodes)):
         if node in values and not node.users:
             editor.graph.erase_node(node)
@@ -220,7 +219,7 @@ def free_of_layout(editor: GraphEditor, parts: dict[str, nn.Module]) -> None:
             raise Untraceable(f"its forward calls {name_of(node)}, which depends on the memory format")
         for root in aliasing.writes[node]:
             if isinstance(root, str):
-                raise Untraceable(f"its forward changes {root.removeprefix('model.')} in place")
+                raise Untraceable(f"its forward changes {root} in place")
             shared = [other for other in editor.graph.nodes if root in aliasing.roots[other]]
             if any(other in aliasing.by_layout for other in shared):
                 raise Untraceable(

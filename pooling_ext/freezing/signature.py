@@ -43,9 +43,7 @@ class Signature:
             inspect.Parameter(p.name, p.kind, default=p.default)  # annotations may not be picklable
             for p in inspect.signature(forward).parameters.values()
         ]
-        self.args, self.kwargs = self._bind(args, kwargs)
-        leaves, self.spec = pytree.tree_flatten((self.args, self.kwargs))
-        self.args, self.kwargs = (), {}  # tensors of the example are not kept
+        leaves, self.spec = pytree.tree_flatten(self._bind(args, kwargs))
         #: What has to be the same in each call: None for a tensor.
         self.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         self.plain = not kwargs and all(type(a) is Tensor for a in args)
