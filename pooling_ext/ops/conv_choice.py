@@ -1,0 +1,215 @@
+"""Which 2-d convolutions of the CPU our kernels do: Winograd's, the depthwise ones, or neither.
+
+Both are asked with what is known before a convolution runs, so that functions, modules, patched and frozen
+models decide alike. No answer depends on the number of threads: results of Winograd's differ from those of
+the direct convolution in their last bits.
+
+``POOLING_EXT_WINOGRAD=0`` in the environment leaves Winograd out, as does :func:`exact` for the calls within
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .. import _native
+
+#: What a convolution is in training: each is decided for itself.
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = PHASES = ("forward", "input gradient", "weight gradient")
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+#: Depthwise kernels are square.
+KERNEL_SIZES = (3, 5, 7)
+STRIDES = (1, 2)
+#: In channels_last, the pixels of an output plane, from and to, for which the depthwise kernels were measured
+#: to be as fast as PyTorch's or faster (benchmarks/depthwise.py, AVX-512), by phase, dtype, kernel size and
+#: stride. What is not listed, in the contiguous format all but float16's forward, is faster at every size.
+_FASTER: dict[tuple[str, torch.dtype, int, int], tuple[int, int]] = {
+    (FORWARD, torch.float32, 3, 1): (1, 7 * 7),
+    (FORWARD, torch.float32, 3, 2): (0, 0),
+    (FORWARD, torch.float32, 5, 1): (1, 14 * 14),
+    (FORWARD, torch.float32, 5, 2): (0, 0),
+    (FORWARD, torch.float32, 7, 1): (1, 28 * 28),
+    (FORWARD, torch.float32, 7, 2): (0, 0),
+    (FORWARD, torch.bfloat16, 3, 1): (0, 0),
+    (FORWARD, torch.bfloat16, 3, 2): (0, 0),
+    (FORWARD, torch.bfloat16, 5, 1): (0, 0),
+    (FORWARD, torch.bfloat16, 5, 2): (1, 14 * 14),
+    (FORWARD, torch.bfloat16, 7, 1): (1, 28 * 28),
+    (FORWARD, torch.bfloat16, 7, 2): (0, 0),
+    (WEIGHT_GRAD, torch.float32, 3, 1): (28 * 28, 56 * 56),
+    (WEIGHT_GRAD, torch.float32, 3, 2): (28 * 28, 56 * 56),
+}
+
+#: Fewer channels than these fill no vector of Winograd's kernels.
+LEAST_CHANNELS = 16
+#: With fewer tiles than this, a transformed weight of more bytes than a second-level cache has makes
+#: Winograd slower than the direct convolution: it is four times as large, and reading it takes longer than
+#: the arithmetic that is saved. 512 channels at 7x7 in a batch of 1 (4 tiles, 38 MB) run at 0.67 times
+#: oneDNN's speed. At 12 GB/s and 110 GFLOP/s, about what a core does, both take the same time for 4.6 full
+#: tiles, of any channels.
+FEWEST_TILES, SMALL_WEIGHT = 6, 2 << 20
+_TILE, _POINTS = 4, 36
+
+_exact: ContextVar[bool] = ContextVar("pooling_ext_exact", default=False)
+
+
+class Conv(NamedTuple):
+    """A 2-d convolution, before it runs.
+
+    Attributes:
+        batch, channels, height, width: of the input.
+        features: channels of the output.
+        kernel, stride, dilation: for height and width.
+        padding: on each side: (top, left, bottom, right).
+        dtype: of input and weight, after autocast.
+        channels_last: whether the output will be; otherwise it is contiguous.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    features: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    dtype: torch.dtype
+    channels_last: bool
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        top, left, bottom, right = self.padding
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        return (
+            (self.height + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+            (self.width + left + right - dw * (kw - 1) - 1) // sw + 1,
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Of Winograd's 4x4 pixels."""
+        rows, columns = self.output_size
+        return self.batch * -(-rows // _TILE) * -(-columns // _TILE)
+
+    @property
+    def winograd_bytes(self) -> int:
+        """What the transformed weight takes."""
+        features = -(-(self.features // self.groups) // LEAST_CHANNELS) * LEAST_CHANNELS
+        return self.channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Leave out, in this thread, what is less accurate than the direct convolution."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+@cache
+def _switched_off() -> bool:
+    return os.environ.get("POOLING_EXT_WINOGRAD") == "0"
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices by instructions of their own."""
+    found = getattr(torch.cpu, "_is_amx_tile_supported", None) or getattr(
+        torch.cpu, "is_amx_tile_supported", None
+    )
+    return bool(found is not None and found())
+
+
+def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why Winograd's kernels should not do a phase of a convolution, or None if they should.
+
+    That is, why they cannot, or are known to be slower than PyTorch's.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    # What mostly decides comes first.
+    if conv.kernel != (3, 3):
+        return f"the kernel is {_by(conv.kernel)}, not 3x3"
+    if conv.stride != (1, 1):
+        return f"the stride is {_by(conv.stride)}, not 1"
+    if conv.dilation != (1, 1):
+        return f"the dilation is {_by(conv.dilation)}, not 1"
+    least = min(conv.channels, conv.features) // conv.groups
+    if least < LEAST_CHANNELS:
+        return f"a group has {least} channels, which fill no vector of {LEAST_CHANNELS}"
+    if _native.module is None:
+        return f"there are no compiled kernels: {_native.why_not}"
+    if _exact.get():
+        return "exact results are asked for"
+    if _switched_off():
+        return "POOLING_EXT_WINOGRAD=0"
+    if conv.dtype not in DTYPES:
+        return f"the dtype is {conv.dtype}"
+    if conv.dtype == torch.bfloat16 and has_amx():
+        return "the processor has AMX, with which oneDNN's bfloat16 is faster"
+    if min(conv.output_size) < 1:
+        return "the kernel does not fit the input"
+    if conv.tiles < FEWEST_TILES and conv.winograd_bytes > SMALL_WEIGHT:
+        return f"its transformed weight of {conv.winograd_bytes >> 20} MiB would be read for {conv.tiles} tiles"
+    return None
+
+
+def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why the depthwise kernels should not do a phase of a convolution, or None if they should.
+
+    That is, why they cannot, or are known to be slower than PyTorch's.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    if conv.groups != conv.channels:
+        return "a group of it is more than one channel"
+    if conv.features != conv.channels:
+        return f"it makes {conv.features} channels of {conv.channels}"
+    if conv.kernel[0] != conv.kernel[1] or conv.kernel[0] not in KERNEL_SIZES:
+        return f"its kernel is {_by(conv.kernel)}, not 3x3, 5x5 or 7x7"
+    if not set(conv.stride) <= set(STRIDES):
+        return f"its stride is {_by(conv.stride)}, not 1 or 2"
+    if conv.dilation != (1, 1):
+        return f"its dilation is {_by(conv.dilation)}, not 1"
+    top, left, bottom, right = conv.padding
+    if (top, left) != (bottom, right) or min(top, left) < 0:
+        return f"its padding is {conv.padding}, not the same on opposite sides"
+    if _native.module is None:
+        return f"there are no compiled kernels: {_native.why_not}"
+    if conv.dtype not in DTYPES:
+        return f"the dtype is {conv.dtype}"
+    if min(conv.output_size) < 1:
+        return "its kernel does not fit the input"
+    if phase == FORWARD and conv.dtype == torch.float16:
+        return "PyTorch's is faster in float16"
+    limits = _FASTER.get((phase, conv.dtype, conv.kernel[0], max(conv.stride)))
+    if limits is not None and conv.channels_last:
+        rows, columns = conv.output_size
+        if not limits[0] <= rows * columns <= limits[1]:
+            within = f"of {limits[0]} to {limits[1]} pixels" if limits[1] else "of no size"
+            return f"PyTorch's {phase} is faster but at planes {within}, and these have {rows * columns}"
+    return None
+
+
+def winograd_phases(conv: Conv) -> tuple[bool, bool, bool]:
+    """Which of :data:`PHASES` Winograd's kernels should do."""
+    forward, input_grad, weight_grad = (winograd_why_not(conv, phase) is None for phase in PHASES)
+    return forward, input_grad, weight_grad
+
+
+def _by(pair: Sequence[int]) -> str:
+    return "x".join(map(str, pair))
