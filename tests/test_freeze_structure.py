@@ -263,3 +263,24 @@ def test_statistics_stay_float32(dtype, tolerance, kind, folded):
     assert bn.running_var.max() > torch.finfo(torch.float16).max
     model = nn.Sequential(first, bn).eval().requires_grad_(False)
     assert_frozen(model, x, tolerance=tolerance, dtype=dtype)
+
+
+class AsksForASize(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.size(2) > 2 else x
+
+
+class GivesAnAttribute(nn.Module):
+    """An attribute of a tensor is first used by a child that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.child, self.conv = AsksForASize(), conv(4)
+
+    def forward(self, x):
+        return self.conv(self.child(x.data))
+
+
+def test_an_attribute_goes_into_a_child_that_cannot_be_traced():
+    model, x = GivesAnAttribute().eval(), images()
+    torch.testing.assert_close(pooling_ext.freeze(model, x)(x), model(x), rtol=1e-4, atol=1e-5)

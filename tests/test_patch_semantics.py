@@ -208,3 +208,49 @@ def test_writes_after_a_chain(forward, training):
     twin = copy.deepcopy(net)
     pooling_ext.patch(net)
     assert_equal(net, twin, batch())
+
+
+# --- batch norms that are called twice ---------------------------------------------------------------------
+
+
+class TwiceBetween(nn.Module):
+    """The second call of the batch norm is between the first and what would be taken together with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.inner = nn.Sequential(self.bn)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        z = torch.sigmoid(self.inner(x))
+        return torch.relu(y), torch.relu(y + z), z
+
+
+class TwiceInTurn(nn.Module):
+    """PyTorch's operator, as something is added that has another shape, and ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.rand(1))
+
+    def forward(self, x):
+        return self.bn(self.scale + self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("cls", [TwiceBetween, TwiceInTurn])
+def test_a_batch_norm_is_called_twice(cls):
+    """Its running statistics move in the order of the calls, and backward takes both."""
+    model = cls().double().train()
+    patched = copy.deepcopy(model)
+    assert pooling_ext.patch(patched).replaced
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    results = []
+    for net in (model, patched):
+        outputs = net(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.square().sum() for output in outputs).backward()
+        results.append([*outputs, *net.buffers(), *(p.grad for p in net.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -211,6 +211,8 @@ class _ExampleTracer(Tracer):
         path, module = self.recorder.paths[id(copy)]
         if self.is_leaf(module) or isinstance(module, torch.jit.ScriptModule):
             return self.create_proxy("call_module", path, args, kwargs)
+        # An attribute's node is made when it is first used; were that in the child, it might be erased again.
+        self.create_arg((args, kwargs))
         last = self.graph._root.prev
         problem = self.problem
         try:

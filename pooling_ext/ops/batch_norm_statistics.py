@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.compiler import is_compiling
 
 from ..errors import ArgumentError
 from . import _library
@@ -114,9 +112,9 @@ def _update(
 ) -> None:
     """Moves the running statistics, if there are any, towards those of a batch."""
     if running_mean is not None and running_var is not None and count > 0:
+        # Their versions stay, as with PyTorch's batch norm, which saves them for a backward that does not
+        # read them: a module may be called twice before it, once by PyTorch's operator and once by ours.
         _move_running(running_mean, running_var, stats, float(count), momentum)
-        if not is_compiling():
-            increment_version((running_mean, running_var))  # which autograd does for its own operators
 
 
 def sums_of_all(sums: Tensor, group: Any) -> Tensor:
