@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import pooling_ext
-from pooling_ext.patching import fused_calls
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 from . import model_training, model_zoo, suite
 from .model_results import EAGER, FAMILIES, FORWARD, PATCHED, STEP, Entry, Models, Setup
@@ -55,7 +55,7 @@ def measure_part(models: Models, args: argparse.Namespace, console: Console) -> 
                         setup = Setup(FAMILIES, task, case.name, batch, "float32", layout)
                         begin(str(setup))
                         try:
-                            with fused_calls.from_size(0):  # so that all of them are checked
+                            with from_size(0):  # so that all of them are checked
                                 errors = compare(eager, patched, images[:CHECKED], exact)
                         except AssertionError as error:
                             models.wrong[f"{setup}, {PATCHED}"] = str(error)

@@ -40,7 +40,7 @@ class Backend:
     why_not: Callable[[Call], str | None]
 
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor)
 _dtypes: dict[str, dict[str, frozenset[torch.dtype]]] = {"cpu": {}, "cuda": {}, "triton": {}}
 
 
@@ -53,7 +53,7 @@ def register(op: str, **dtypes: frozenset[torch.dtype]) -> None:
 def _not_ours(call: Call) -> str | None:
     if call.layout is not torch.strided:
         return f"the input's layout is {call.layout}, not torch.strided"
-    if call.tensor_type not in _PLAIN_TENSORS:
+    if call.tensor_type not in PLAIN_TENSORS:
         return f"the input is a tensor subclass ({call.tensor_type.__name__})"
     return None
 
@@ -185,6 +185,17 @@ def choose(op: str, input: torch.Tensor) -> Backend:
     else:
         _decisions[key] = backend
     return backend
+
+
+def recording() -> bool:
+    """Whether :func:`explain` is at work."""
+    return _recorded is not None
+
+
+def record(op: str, name: str, declined: dict[str, str]) -> None:
+    """Note for :func:`explain` what took ``op``, and why others did not."""
+    if _recorded is not None:
+        _recorded.append(Decision(op, name, declined))
 
 
 def offers(backend: Backend, op: str, input: torch.Tensor) -> bool:

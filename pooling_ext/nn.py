@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from . import functional as F
 from .errors import ArgumentError
 from .ops.batch_norm_act import ACTIVATIONS, batch_norm_arguments
+from .ops.conv_bn_act.call import Call, has_plain_weights
+from .ops.conv_bn_act.implementations import run
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -25,6 +27,7 @@ __all__ = [
     "AvgPool2d",
     "AvgPool3d",
     "BatchNormAct2d",
+    "Conv2d",
     "ConvBNAct2d",
     "GlobalAvgPool2d",
     "GlobalLPPool2d",
@@ -291,6 +294,21 @@ def _check_activation(activation: str) -> str:
     return activation
 
 
+class Conv2d(nn.Conv2d):
+    """:class:`torch.nn.Conv2d`; see :func:`pooling_ext.functional.conv2d` for what it does differently.
+
+    Without gradients the transformed weights are kept until they change, by whatever means; they are in no
+    ``state_dict``, copy or pickle.
+    """
+
+    _pooling_ext_stands_for = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor) and has_plain_weights(self):
+            return run(Call(self, None, input))
+        return super().forward(input)
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`, an optional residual and an activation in one pass.
 
@@ -389,7 +407,7 @@ class ConvBNAct2d(nn.Module):
         return f"activation={self.activation!r}"
 
 
-#: The torch.nn module that each of ours replaces.
+#: The torch.nn pooling module that each of ours replaces.
 REPLACES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, ours.__name__): ours
     for ours in (

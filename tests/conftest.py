@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 
     import pooling_ext
     from pooling_ext import _native, cuda, triton
-    from pooling_ext.patching import fused_calls
+    from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 pytest_plugins = ["quick", "packages"]
 
@@ -96,7 +96,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def fuse_at_any_size() -> Iterator[None]:
     """Patched models leave small inputs to PyTorch; tests' inputs are small."""
-    with fused_calls.from_size(0):
+    with from_size(0):
         yield
 
 

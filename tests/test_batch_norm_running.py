@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pooling_ext
 from pooling_ext.ops import batch_norm_running, conv_bn_act
-from pooling_ext.patching import fused_calls
+from pooling_ext.ops.conv_bn_act.call import INFERENCE
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
@@ -137,11 +138,8 @@ class Block(nn.Module):
 @pytest.fixture
 def not_folded():
     """Convolutions are followed by a pass in place, whatever their size."""
-    with fused_calls.from_size(1 << 40):
-        before = fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE]
-        fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE] = (0, 0, 0, 0)
+    with from_size(1 << 40, keep=(INFERENCE,)):
         yield
-        fused_calls.LEAST_ELEMENTS[fused_calls.INFERENCE] = before
 
 
 def pair(**options):

@@ -13,7 +13,7 @@ from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F
-from pooling_ext.ops import conv_bn_act
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 CONVOLUTIONS = {
     "3x3": {"kernel_size": 3, "padding": 1, "bias": False},
@@ -114,15 +114,14 @@ def residual_for(conv, x, layout, present):
 @pytest.mark.parametrize("bn", ["usual", "not-affine"])
 @pytest.mark.parametrize("conv", [name for name in CONVOLUTIONS if name not in ("same", "reflect")])
 @LAYOUT
-def test_folding(layout, conv, bn, activation, dtype, monkeypatch):
+def test_folding(layout, conv, bn, activation, dtype):
     """Whether it pays or not."""
-    monkeypatch.setattr(conv_bn_act, "FOLD_RATIO", 0)
     convolution, norm = (module.eval() for module in modules(conv, bn, dtype))
     x = with_layout(torch.randn(4, 8, 12, 14).to(dtype), layout)
     before = torch.get_num_threads()
     torch.set_num_threads(2)  # with one, PyTorch's own products are faster in NCHW
     try:
-        with torch.no_grad(), torch.profiler.profile() as profile:
+        with from_size(0, fold_ratio=0), torch.no_grad(), torch.profiler.profile() as profile:
             compare_folded(convolution, norm, x, activation)
     finally:
         torch.set_num_threads(before)

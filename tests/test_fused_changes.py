@@ -11,7 +11,7 @@ from fusing_cases import assert_equal, batch, block, flags, residual_block, stem
 from torch import nn
 
 import pooling_ext
-from pooling_ext.patching import fused_calls
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 
 def change_flag(net):
@@ -102,7 +102,7 @@ CHANGES += (plain_function_for_a_child, freeze_all)
 @pytest.fixture(params=["together", "one by one"])
 def any_way(request):
     """Chains of small inputs are taken together, as in all tests, or go through the modules, as they do."""
-    with fused_calls.from_size(0 if request.param == "together" else 1 << 40):
+    with from_size(0 if request.param == "together" else 1 << 40):
         yield
 
 

@@ -12,7 +12,8 @@ from helpers import BACKENDS
 from torch import nn
 
 import pooling_ext
-from pooling_ext.patching import fused_calls
+from pooling_ext.ops.conv_bn_act.call import Call
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 
 def add_pool(self, x):
@@ -203,8 +204,8 @@ def test_the_residual_of_any_convolution(option):
     pooling_ext.patch(net, strict=True)
     x = batch(2, 4, 9, 8)
     y = torch.randn_like(net.conv1(x))
-    assert fused_calls._fits(y, net.conv1, x)
-    assert not fused_calls._fits(y[..., :1], net.conv1, x)
+    assert Call(net.conv1, None, x, y).residual_fits()
+    assert not Call(net.conv1, None, x, y[..., :1]).residual_fits()
     assert_equal(net, twin, x, y)
 
 
@@ -261,9 +262,9 @@ def test_small_inputs_go_through_the_modules():
     pooling_ext.patch(net)
     operators = []
     for least in (0, x.numel() + 1):
-        with fused_calls.from_size(least):
+        with from_size(least):
             found = pooling_ext.explain(net, x)
-            operators.append([decision.op for decision in found.decisions])
+            operators.append([(decision.op, decision.backend) for decision in found.decisions])
             torch.testing.assert_close(net(x), expected)
-    assert "batch_norm_act" in operators[0]
-    assert operators[1] == []
+    assert ("batch_norm_act", "cpu") in operators[0]
+    assert operators[1] == [("conv_bn_act", "PyTorch's convolution"), ("batch_norm_act", "eager")]

@@ -12,6 +12,7 @@ import torch.nn.functional as TF
 from torch import fx, nn
 
 from .. import functional as F
+from ..ops.conv_bn_act.call import STANDS_FOR
 from .proxies import IN_PLACE_FUNCTIONS, expect_length
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -271,7 +272,11 @@ _BEHAVIOR = ("forward", "__call__", "_call_impl", "__getattr__", "_conv_forward"
 
 @functools.cache
 def unchanged_class(cls: type) -> type:
-    """The class of torch.nn whose behavior ``cls`` has: its own, or one that a subclass does not change."""
+    """The class of torch.nn whose behavior ``cls`` has: its own, or one that a subclass does not change.
+
+    Our Conv2d counts as torch.nn's.
+    """
+    cls = cls.__dict__.get(STANDS_FOR, cls)
     for known in cls.__mro__:
         if known.__module__.startswith("torch.nn.modules."):
             same = all(getattr(cls, name, None) is getattr(known, name, None) for name in _BEHAVIOR)

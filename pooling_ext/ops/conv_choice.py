@@ -4,20 +4,17 @@ Both are asked with what is known before a convolution runs, so that functions, 
 models decide alike. No answer depends on the number of threads: results of Winograd's differ from those of
 the direct convolution in their last bits.
 
-``POOLING_EXT_WINOGRAD=0`` in the environment leaves Winograd out, as does :func:`exact` for the calls within
-it.
+``POOLING_EXT_WINOGRAD=0`` in the environment leaves Winograd out, as does ``exact=True`` of patch and freeze.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import _native
 
@@ -56,9 +53,14 @@ LEAST_CHANNELS = 16
 #: oneDNN's speed. At 12 GB/s and 110 GFLOP/s, about what a core does, both take the same time for 4.6 full
 #: tiles, of any channels.
 FEWEST_TILES, SMALL_WEIGHT = 6, 2 << 20
+#: With fewer multiplications of the direct way, some 20 us of a core, the call is what takes time.
+LEAST_WORK = 1 << 20
 _TILE, _POINTS = 4, 36
 
-_exact: ContextVar[bool] = ContextVar("pooling_ext_exact", default=False)
+SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
+_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+#: Whether the processor multiplies bfloat16 matrices by instructions of their own.
+HAS_AMX = bool(_amx is not None and _amx())
 
 
 class Conv(NamedTuple):
@@ -96,6 +98,12 @@ class Conv(NamedTuple):
         )
 
     @property
+    def work(self) -> int:
+        """Multiplications of the direct convolution."""
+        (rows, columns), (kh, kw) = self.output_size, self.kernel
+        return self.batch * rows * columns * self.features * self.channels // self.groups * kh * kw
+
+    @property
     def tiles(self) -> int:
         """Of Winograd's 4x4 pixels."""
         rows, columns = self.output_size
@@ -108,30 +116,6 @@ class Conv(NamedTuple):
         return self.channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
 
 
-@contextmanager
-def exact() -> Iterator[None]:
-    """Leave out, in this thread, what is less accurate than the direct convolution."""
-    token = _exact.set(True)
-    try:
-        yield
-    finally:
-        _exact.reset(token)
-
-
-@cache
-def _switched_off() -> bool:
-    return os.environ.get("POOLING_EXT_WINOGRAD") == "0"
-
-
-@cache
-def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 matrices by instructions of their own."""
-    found = getattr(torch.cpu, "_is_amx_tile_supported", None) or getattr(
-        torch.cpu, "is_amx_tile_supported", None
-    )
-    return bool(found is not None and found())
-
-
 def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     """Why Winograd's kernels should not do a phase of a convolution, or None if they should.
 
@@ -142,28 +126,34 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     """
     # What mostly decides comes first.
     if conv.kernel != (3, 3):
-        return f"the kernel is {_by(conv.kernel)}, not 3x3"
+        return _because("the kernel is {}, not 3x3", _by(conv.kernel))
     if conv.stride != (1, 1):
-        return f"the stride is {_by(conv.stride)}, not 1"
+        return _because("the stride is {}, not 1", _by(conv.stride))
     if conv.dilation != (1, 1):
-        return f"the dilation is {_by(conv.dilation)}, not 1"
+        return _because("the dilation is {}, not 1", _by(conv.dilation))
     least = min(conv.channels, conv.features) // conv.groups
     if least < LEAST_CHANNELS:
-        return f"a group has {least} channels, which fill no vector of {LEAST_CHANNELS}"
+        return _because("a group has {} channels, which fill no vector of {}", least, LEAST_CHANNELS)
     if _native.module is None:
-        return f"there are no compiled kernels: {_native.why_not}"
-    if _exact.get():
-        return "exact results are asked for"
-    if _switched_off():
+        return _because("there are no compiled kernels: {}", _native.why_not)
+    if SWITCHED_OFF:
         return "POOLING_EXT_WINOGRAD=0"
     if conv.dtype not in DTYPES:
-        return f"the dtype is {conv.dtype}"
-    if conv.dtype == torch.bfloat16 and has_amx():
+        return _because("the dtype is {}", conv.dtype)
+    if conv.dtype == torch.bfloat16 and HAS_AMX:
         return "the processor has AMX, with which oneDNN's bfloat16 is faster"
+    if min(conv.padding) < 0:
+        return "the padding is negative"
     if min(conv.output_size) < 1:
         return "the kernel does not fit the input"
+    if conv.work < LEAST_WORK:
+        return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
     if conv.tiles < FEWEST_TILES and conv.winograd_bytes > SMALL_WEIGHT:
-        return f"its transformed weight of {conv.winograd_bytes >> 20} MiB would be read for {conv.tiles} tiles"
+        return _because(
+            "its transformed weight of {} MiB would be read for {} tiles",
+            conv.winograd_bytes >> 20,
+            conv.tiles,
+        )
     return None
 
 
@@ -178,20 +168,20 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     if conv.groups != conv.channels:
         return "a group of it is more than one channel"
     if conv.features != conv.channels:
-        return f"it makes {conv.features} channels of {conv.channels}"
+        return _because("it makes {} channels of {}", conv.features, conv.channels)
     if conv.kernel[0] != conv.kernel[1] or conv.kernel[0] not in KERNEL_SIZES:
-        return f"its kernel is {_by(conv.kernel)}, not 3x3, 5x5 or 7x7"
+        return _because("its kernel is {}, not 3x3, 5x5 or 7x7", _by(conv.kernel))
     if not set(conv.stride) <= set(STRIDES):
-        return f"its stride is {_by(conv.stride)}, not 1 or 2"
+        return _because("its stride is {}, not 1 or 2", _by(conv.stride))
     if conv.dilation != (1, 1):
-        return f"its dilation is {_by(conv.dilation)}, not 1"
+        return _because("its dilation is {}, not 1", _by(conv.dilation))
     top, left, bottom, right = conv.padding
     if (top, left) != (bottom, right) or min(top, left) < 0:
-        return f"its padding is {conv.padding}, not the same on opposite sides"
+        return _because("its padding is {}, not the same on opposite sides", conv.padding)
     if _native.module is None:
-        return f"there are no compiled kernels: {_native.why_not}"
+        return _because("there are no compiled kernels: {}", _native.why_not)
     if conv.dtype not in DTYPES:
-        return f"the dtype is {conv.dtype}"
+        return _because("the dtype is {}", conv.dtype)
     if min(conv.output_size) < 1:
         return "its kernel does not fit the input"
     if phase == FORWARD and conv.dtype == torch.float16:
@@ -201,15 +191,38 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         rows, columns = conv.output_size
         if not limits[0] <= rows * columns <= limits[1]:
             within = f"of {limits[0]} to {limits[1]} pixels" if limits[1] else "of no size"
-            return f"PyTorch's {phase} is faster but at planes {within}, and these have {rows * columns}"
+            return _because(
+                "PyTorch's {} is faster but at planes {}, and these have {}", phase, within, rows * columns
+            )
     return None
 
 
-def winograd_phases(conv: Conv) -> tuple[bool, bool, bool]:
-    """Which of :data:`PHASES` Winograd's kernels should do."""
-    forward, input_grad, weight_grad = (winograd_why_not(conv, phase) is None for phase in PHASES)
-    return forward, input_grad, weight_grad
+def may_be_ours(
+    channels: int,
+    features: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    exact: bool = False,
+) -> bool:
+    """Whether there are inputs of which our kernels should do a convolution with such a weight.
+
+    Args:
+        exact: whether Winograd is left out.
+    """
+    if dilation != (1, 1) or _native.module is None:
+        return False
+    if groups == channels == features:
+        return kernel[0] == kernel[1] and kernel[0] in KERNEL_SIZES and set(stride) <= set(STRIDES)
+    wide = min(channels, features) // groups >= LEAST_CHANNELS
+    return kernel == (3, 3) and stride == (1, 1) and wide and not (exact or SWITCHED_OFF)
+
+
+def _because(form: str, *values: Any) -> str:
+    """A reason with its numbers, which a compiler's trace, where they are symbols, does without."""
+    return form if is_compiling() else form.format(*values)
 
 
 def _by(pair: Sequence[int]) -> str:
-    return "x".join(map(str, pair))
+    return "" if is_compiling() else "x".join(map(str, pair))

@@ -9,22 +9,26 @@ from torch import nn
 from ..errors import ArgumentError
 from ..graph.guards import Untraceable
 from ..graph.report import FusionEntry, FusionReport
-from ..nn import REPLACES
+from ..nn import REPLACES, Conv2d
+from ..ops.conv_bn_act.call import stands_for_conv2d
+from ..ops.conv_choice import may_be_ours
 from .codegen import Fusion, plan
 from .patterns import base_class, worth_fusing
 
-_ORIGINAL = {ours: theirs for theirs, ours in REPLACES.items()}
+_ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in REPLACES.items()}
+_ORIGINAL[Conv2d] = nn.Conv2d
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _MARK = "_pooling_ext_patched"
 _ALREADY = "is one of ours already"
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> FusionReport:
+def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> FusionReport:
     """Make ``model`` run on our operators, in place, in training and in evaluation.
 
     Pooling modules and functions become ours. Where the forward of a module can be traced, what follows
     each other in it is taken together: convolution, BatchNorm, the addition of a residual, ReLU, max
-    pooling; and an addition, ReLU and global average pooling.
+    pooling; and an addition, ReLU and global average pooling. Convolutions that our kernels may do faster,
+    3x3 ones of stride 1 and depthwise ones, become ours wherever they stand.
 
     A module keeps its identity, attributes, parameters, hooks and mode; its class becomes our subclass
     of it, so ``isinstance`` checks, ``state_dict``, ``copy.deepcopy`` and pickling go on working.
@@ -34,6 +38,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> FusionReport:
     Args:
         model: any module. It may be patched already.
         strict: raise, and leave the model as it was, if something has to be skipped.
+        exact: leave out Winograd's convolution, whose results and gradients are off by some 1e-5 of their
+            largest element in float32, where the direct convolution's are by 1e-6 and TF32's by 1e-3.
 
     Returns:
         A :class:`FusionReport`.
@@ -45,12 +51,19 @@ def patch(model: nn.Module, *, strict: bool = False) -> FusionReport:
     report = FusionReport()
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
     known: dict[Any, list[Fusion]] = {}
+    convs: list[tuple[str, nn.Module]] = []  # that ours may take the place of
+    chained: set[nn.Module] = set()
     for path, module in _modules(model):
         what = type(module).__name__
         ours = REPLACES.get(type(module))
         if ours is not None:
             classes.append((module, ours))
             report.replaced.append(FusionEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
+        elif stands_for_conv2d(module):
+            if _may_be_ours(module, exact):
+                convs.append((path, module))
+            elif module.__dict__.get(_MARK):  # it was ours by another patch
+                classes.append((module, nn.Conv2d))
         elif type(module) in _ORIGINAL:
             report.skipped.append(FusionEntry(path, what, _ALREADY))
         elif isinstance(module, _POOLING_BASES):
@@ -58,27 +71,40 @@ def patch(model: nn.Module, *, strict: bool = False) -> FusionReport:
             report.skipped.append(FusionEntry(path, what, why))
         else:
             try:
-                fusion = plan(module, known)
+                fusion = plan(module, known, exact)
             except Untraceable as error:
                 if worth_fusing(module):
                     report.skipped.append(FusionEntry(path, what, str(error)))
                 continue
             if fusion is None:
                 continue
+            chained.update(module.get_submodule(part.conv) for part in fusion.parts if part.conv is not None)
             if type(module) is fusion.cls:
-                report.skipped += [FusionEntry(path, steps, _ALREADY) for steps, _ in fusion.parts]
+                report.skipped += [FusionEntry(path, part.steps, _ALREADY) for part in fusion.parts]
                 continue
             classes.append((module, fusion.cls))
             report.replaced += [
-                FusionEntry(path, steps, f"pooling_ext.functional.{operator}")
-                for steps, operator in fusion.parts
+                FusionEntry(path, part.steps, f"pooling_ext.functional.{part.operator}")
+                for part in fusion.parts
             ]
+    for path, module in convs:
+        ours = type(module) is Conv2d
+        if not ours:
+            classes.append((module, Conv2d))
+        if module not in chained:
+            entry = FusionEntry(path, "Conv2d", _ALREADY if ours else f"{Conv2d.__module__}.Conv2d")
+            (report.skipped if ours else report.replaced).append(entry)
     failed = [entry for entry in report.skipped if entry.why != _ALREADY]
     if strict and failed:
         listed = "; ".join(f"{entry.path} ({entry.what}) {entry.why}" for entry in failed)
         raise ArgumentError(f"patch(strict=True) cannot replace everything in model: {listed}")
     _set_classes(classes)
     return report
+
+
+def _may_be_ours(conv: Any, exact: bool) -> bool:
+    shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.dilation, conv.groups
+    return conv.padding_mode == "zeros" and may_be_ours(*shape, exact)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -23,7 +23,15 @@ from ..errors import ArgumentError
 from ..graph.guards import Untraceable, submodule
 from ..graph.tracer import Trace, trace
 from .fused_calls import BATCH_NORMS
-from .patterns import BASE, base_class, is_plain_sequential, plain_class, rewrite, sequentials_to_inline
+from .patterns import (
+    BASE,
+    Fused,
+    base_class,
+    is_plain_sequential,
+    plain_class,
+    rewrite,
+    sequentials_to_inline,
+)
 
 
 @dataclass(frozen=True)
@@ -51,21 +59,24 @@ class Fusion:
 
     Attributes:
         cls: the subclass that the module is to become.
-        parts: for each chain, its steps and the operator that takes them.
+        parts: the chains.
         variants: the forwards of ``cls``.
     """
 
     cls: type
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[Fused, ...]
     variants: tuple[_Variant, ...]
 
 
-def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fusion | None:
+def plan(
+    module: nn.Module, known: dict[Any, list[Fusion]] | None = None, exact: bool = False
+) -> Fusion | None:
     """What to fuse in the forward of ``module``, or None if there is nothing.
 
     Args:
         module: may be fused already.
-        known: plans of earlier calls, which serve for modules of the same structure.
+        known: plans of earlier calls with the same ``exact``, which serve for modules of the same structure.
+        exact: whether Winograd is left out.
 
     Raises:
         Untraceable: its forward cannot be traced, or be replaced.
@@ -84,19 +95,19 @@ def plan(module: nn.Module, known: dict[Any, list[Fusion]] | None = None) -> Fus
         if all(variant.guard(module) is not None for variant in fusion.variants):
             return fusion
     variants: list[_Variant] = []
-    parts: dict[tuple[str, str], None] = {}
+    parts: dict[Fused, None] = {}
     traces = trace(module, base)
     inline = sequentials_to_inline(traces[0].graph, module)
     if inline:
         traces = trace(module, base, dict.fromkeys(inline, is_plain_sequential))
     for traced in traces:
-        found = dict.fromkeys(rewrite(traced.graph, module))
+        found = dict.fromkeys(rewrite(traced.graph, module, exact))
         if found:
             parts |= found
             variants.append(_variant(traced, module))
     if not variants:
         return None
-    fusion = Fusion(_fused_class(base, tuple(variants)), tuple(parts), tuple(variants))
+    fusion = Fusion(_fused_class(base, tuple(variants), exact), tuple(parts), tuple(variants))
     known.setdefault(structure, []).append(fusion)
     return fusion
 
@@ -116,7 +127,7 @@ def guard(self):
         return None
 """
 #: Of pickled patched modules.
-FORMAT = 1
+FORMAT = 2
 _numbers = itertools.count()
 _process = uuid.uuid4().hex
 _classes: dict[str, Any] = {}  # of this process, by what stands for them in copies and pickles
@@ -173,7 +184,7 @@ def _function(name: str, source: str, namespace: dict[str, Any]) -> Callable[...
 
 
 @functools.cache
-def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
+def _fused_class(base: Any, variants: tuple[_Variant, ...], exact: bool) -> type:
     traced_forward = base.forward
 
     arguments = variants[0].arguments  # those of every variant, and at least one
@@ -202,7 +213,7 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...]) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, max(2, protocol))
         if reduced[0].__name__ == "__newobj__" and reduced[1][0] is type(self):
-            return (_rebuild, (FORMAT, key, base, *reduced[1][1:]), *reduced[2:])
+            return (_rebuild, (FORMAT, key, exact, base, *reduced[1][1:]), *reduced[2:])
         return reduced
 
     key = f"{_process} {next(_numbers)}"
@@ -221,14 +232,14 @@ def _subclass(base: Any, members: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _restored_class(base: Any) -> type:
+def _restored_class(base: Any, exact: bool) -> type:
     """What a module of another process is until it has its state: then it is fused again, if it can be."""
 
     def setstate(self: Any, state: Any) -> None:
         self.__class__ = base
         self.__setstate__(state)
         try:
-            fusion = plan(self)
+            fusion = plan(self, exact=exact)
         except Untraceable:
             return
         if fusion is not None:
@@ -241,11 +252,13 @@ def _rebuild(version: Any, *args: Any) -> Any:
     """A module without its state, as pickles name it."""
     if isinstance(version, str):  # before there were versions
         version, args = 0, (version, *args)
+    if version < 2:  # before there was a choice
+        args = (args[0], False, *args[1:])
     if version > FORMAT:
         raise ArgumentError(
             f"this patched model was saved by a newer version of pooling_ext (format {version}, and this one "
             f"reads up to {FORMAT})"
         )
-    key, base, args = args[0], args[1], args[2:]
-    cls = _classes.get(key) or _restored_class(base)
+    key, exact, base, *args = args
+    cls = _classes.get(key) or _restored_class(base, exact)
     return cls.__new__(cls, *args)

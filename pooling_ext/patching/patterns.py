@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as TF
@@ -28,6 +28,7 @@ from ..graph.op_tables import (
     replace_pool,
     unchanged_class,
 )
+from ..ops.conv_bn_act.call import STANDS_FOR
 from .fused_calls import (
     ADDS,
     AVG_POOLS,
@@ -52,7 +53,8 @@ def base_class(cls: type) -> type | None:
 
 
 def plain_class(module: nn.Module) -> type:
-    return base_class(type(module)) or type(module)
+    cls = type(module)
+    return base_class(cls) or cls.__dict__.get(STANDS_FOR, cls)
 
 
 def worth_fusing(module: nn.Module) -> bool:
@@ -63,10 +65,22 @@ def worth_fusing(module: nn.Module) -> bool:
     return code is not None and not POOL_NAMES.isdisjoint(code.co_names)
 
 
-def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Replace the chains in ``graph``; yields the steps of each and the operator that takes them."""
+class Fused(NamedTuple):
+    """A chain: its steps, the operator that takes them, and the path of the convolution in it."""
+
+    steps: str
+    operator: str
+    conv: str | None = None
+
+
+def rewrite(graph: fx.Graph, module: nn.Module, exact: bool) -> Iterator[Fused]:
+    """Replace the chains in ``graph``.
+
+    Args:
+        exact: whether Winograd is left out.
+    """
     nodes = list(graph.nodes)
-    match = _Match(module, nodes)
+    match = _Match(module, nodes, exact)
     # From the end, so that of two that are added, the one that is computed last takes the addition.
     norms = [node for node in reversed(nodes) if match.is_module(node, BATCH_NORMS)]
     yield from reversed([match.batch_norm(node) for node in norms])
@@ -76,7 +90,7 @@ def rewrite(graph: fx.Graph, module: nn.Module) -> Iterator[tuple[str, str]]:
             name = _function_name(node)
             pooled = match.add_pool(node)
             if pooled is None and (ours := replace_pool(node)) is not None:
-                pooled = name, ours
+                pooled = Fused(name, ours)
             if pooled is not None:
                 yield pooled
 
@@ -133,8 +147,8 @@ def _is_conv_chain(node: fx.Node | None) -> bool:
 
 
 class _Match:
-    def __init__(self, module: nn.Module, nodes: list[fx.Node]) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, nodes: list[fx.Node], exact: bool = False) -> None:
+        self.module, self.exact = module, exact
         self.order = nodes
         self.places = {node: place for place, node in enumerate(nodes)}
         self.taken: set[fx.Node] = set()
@@ -159,6 +173,12 @@ class _Match:
         """Whether ``chain`` may read ``value`` at its end instead of at ``since``."""
         return self.aliasing.unchanged(value, since, chain[-1], besides=chain)
 
+    def _called_within(self, bn: fx.Node, chain: list[fx.Node]) -> bool:
+        """Whether something calls the batch norm again before ``chain`` ends, which moves its call there."""
+        norm = self._child(bn)
+        between = self.order[self.places[bn] + 1 : self.places[chain[-1]]]
+        return any(norm in self._child(node).modules() for node in between if node.op == "call_module")
+
     def _written_after(self, value: fx.Node, node: fx.Node) -> bool:
         """Whether an operator changes ``value`` after ``node``; what a child does to it is its own affair."""
         return any(
@@ -167,7 +187,7 @@ class _Match:
             if writer.op != "call_module"
         )
 
-    def batch_norm(self, bn: fx.Node) -> tuple[str, str]:
+    def batch_norm(self, bn: fx.Node) -> Fused:
         """Replace the longest chain around ``bn`` by one call."""
         source: Any = bn.args[0]
         conv = source if self.is_module(source, (nn.Conv2d,)) and only_user(source) is bn else None
@@ -176,8 +196,10 @@ class _Match:
                 added = self.add(chain[-1], bn) or self.add(chain[-2] if len(chain) > 1 else None, bn)
                 at: Any = next((node for node in chain if added and added[1] in node.all_input_nodes), None)
                 read: Any = chain[0].args[0]
-                if self._unchanged(read, chain[0], chain) and (
-                    added is None or self._unchanged(added[1], at, chain)
+                if (
+                    self._unchanged(read, chain[0], chain)
+                    and (added is None or self._unchanged(added[1], at, chain))
+                    and not self._called_within(bn, chain)  # its running statistics move in order
                 ):
                     return self._fuse(bn, chain, added)
         raise AssertionError("nothing happens between a batch norm and itself")
@@ -212,7 +234,7 @@ class _Match:
     def _is_relu(self, node: fx.Node | None) -> bool:
         return _relu(node) is not None or self.is_module(node, (nn.ReLU,))
 
-    def _fuse(self, bn: fx.Node, chain: list[fx.Node], added: Any) -> tuple[str, str]:
+    def _fuse(self, bn: fx.Node, chain: list[fx.Node], added: Any) -> Fused:
         add, residual = added or (None, None)
         conv = chain[0] if chain[0] is not bn else None
         relu = next((node for node in chain if self._is_relu(node)), None)
@@ -222,8 +244,9 @@ class _Match:
         modules = [conv, bn, None if relu_function else relu, None if pool_function else pool]
         inputs = [chain[0].args[0], *([] if residual is None else [residual])]
         fused = "batch_norm_relu_max_pool" if pool else "conv_bn_act" if conv else "batch_norm_act"
-        function = BatchNormChain(add, relu_function, pool_function)
-        return self._replace(chain, function, modules, inputs), fused
+        function = BatchNormChain(add, relu_function, pool_function, self.exact)
+        path = None if conv is None else str(conv.target)
+        return Fused(self._replace(chain, function, modules, inputs), fused, path)
 
     def add(self, node: fx.Node | None, value: fx.Node) -> tuple[Add, fx.Node] | None:
         """How ``node`` adds ``value`` to another, and that other."""
@@ -251,7 +274,7 @@ class _Match:
         arguments["stride"] = arguments["stride"] or None
         return MaxPool(tuple(_as_tuple(value) for value in arguments.values()))
 
-    def add_pool(self, pool: fx.Node) -> tuple[str, str] | None:
+    def add_pool(self, pool: fx.Node) -> Fused | None:
         function = _global_avg_pool(pool)
         if function is None:
             child: Any = self._child(pool) if self.is_module(pool, AVG_POOLS) else None
@@ -281,7 +304,7 @@ class _Match:
             return None  # backward reads what was added
         call = AddPoolChain(add, function, relu_function)
         modules = [None if relu_function else relu, None if function else pool]
-        return self._replace(chain, call, modules, [value, residual]), "add_relu_global_avg_pool"
+        return Fused(self._replace(chain, call, modules, [value, residual]), "add_relu_global_avg_pool")
 
     def _step_name(self, node: fx.Node) -> str:
         if node.op != "call_module":

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +70,12 @@ class Verdict:
 @contextmanager
 def strict() -> Iterator[None]:
     """Chains run fused and batch norms are folded at any size, and memory that nobody wrote holds NaN."""
-    from pooling_ext.ops import conv_bn_act
-    from pooling_ext.patching.fused_calls import from_size
+    from pooling_ext.ops.conv_bn_act.implementations import from_size
 
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with from_size(0), mock.patch.object(conv_bn_act, "FOLD_RATIO", 0):
+        with from_size(0, fold_ratio=0):
             yield
     finally:
         torch.use_deterministic_algorithms(before)

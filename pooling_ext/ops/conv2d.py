@@ -1,0 +1,163 @@
+"""torch.nn.functional.conv2d by our kernels of the CPU where they are faster, and PyTorch's elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import backends
+from . import winograd_weights
+from ._dispatch import public
+from ._library import suggests_channels_last
+from .batch_norm_act import needs_grad, transformed
+from .conv_choice import FORWARD, PHASES, Conv
+from .conv_kernels import DEPTHWISE, WHY_NOT, WINOGRAD, convolve, plan
+from .winograd import winograd_conv
+
+
+@public
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """As :func:`torch.nn.functional.conv2d`, differentiable any number of times.
+
+    On the CPU, 3x3 kernels of stride 1 run by Winograd's F(4x4, 3x3) and depthwise kernels of 3x3, 5x5 and
+    7x7 by kernels of their own, where these are known to be faster (:mod:`.conv_choice`); everything else is
+    PyTorch's. In float32 Winograd's results are off by some 1e-5 of the largest element.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``.
+        weight: ``(O, C / groups, KH, KW)``.
+        bias: ``(O,)`` or None.
+        stride, dilation: for height and width, or both.
+        padding: zeros on each side, for height and width, or both; "same" or "valid".
+
+    Returns:
+        ``(N, O, H_out, W_out)`` or without ``N``, in the memory format of PyTorch's result.
+
+    Raises:
+        RuntimeError: the arguments do not go together.
+
+    Example:
+        >>> conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
+        tensor([4., 6., 6., 4.])
+    """
+    x, w, b = _as_autocast(input, weight, bias)
+    why_not, conv = _describe(x, w, b, stride, padding, dilation, groups)
+    if conv is not None:
+        grads = needs_grad(x, w, b)
+        for kernels in (WINOGRAD, DEPTHWISE):
+            reasons = [WHY_NOT[kernels](conv, phase) for phase in (PHASES if grads else (FORWARD,))]
+            if None not in reasons:
+                why_not[kernels] = str(reasons[0])
+            elif kernels == WINOGRAD and is_compiling() and not grads:
+                why_not[kernels] = "a compiled graph would transform the weight at every call"
+            else:
+                backends.record("conv2d", kernels, why_not)
+                return (
+                    _winograd(x, w, b, conv)
+                    if kernels == WINOGRAD and not grads
+                    else convolve(x, w, b, plan(kernels, conv))
+                )
+    backends.record("conv2d", backends.ATEN.name, why_not)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+    transformed_weight, bias = winograd_weights.transformed(weight, bias, None, conv.groups)
+    if conv.channels_last and not suggests_channels_last(input):
+        input = input.contiguous(memory_format=torch.channels_last)
+    rest = conv.padding, conv.features, conv.groups
+    return winograd_conv(input, transformed_weight, bias, None, *rest, 0, 0.0)
+
+
+def _describe(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> tuple[dict[str, str], Conv | None]:
+    """The convolution, or the reasons why our kernels can do none of these arguments."""
+    reason = None
+    if backends.forced() not in (None, "cpu"):
+        reason = f"backend {backends.forced()!r} was asked for"
+    elif transformed():
+        reason = "torch.func or forward mode is at work"
+    elif not all(map(_is_plain, (input, weight, bias))):
+        reason = "a tensor is not on the CPU, or of a class of its own"
+    elif input.dim() != 4 or weight.dim() != 4 or input.numel() == 0 or input.layout != torch.strided:
+        reason = "the input is no batch of images"
+    elif any(x is not None and x.dtype != input.dtype for x in (weight, bias)):
+        reason = "the dtypes differ"
+    elif not isinstance(groups, int) or groups < 1 or weight.shape[1] * groups != input.shape[1]:
+        reason = "the channels do not go with the weight"
+    elif weight.shape[0] % groups or (bias is not None and bias.shape != weight.shape[:1]):
+        reason = "the weight does not go with groups or bias"
+    strides, dilations, kernel = _pair(stride), _pair(dilation), tuple(weight.shape[2:])
+    if isinstance(padding, str):
+        spans = [step * (size - 1) for step, size in zip(dilations or (), kernel, strict=False)]
+        if padding == "valid":
+            paddings: Any = (0, 0)
+        else:
+            paddings = tuple(span // 2 for span in spans) if not any(s % 2 for s in spans) else None
+            if padding != "same" or strides != (1, 1):
+                paddings = None  # which is PyTorch's to refuse
+    else:
+        paddings = _pair(padding)
+    if reason is None and None in (strides, dilations, paddings):
+        reason = "the stride, padding or dilation is not a pair"
+    if reason is not None:
+        return {WINOGRAD: reason, DEPTHWISE: reason}, None
+    channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+    conv = Conv(
+        *input.shape,
+        weight.shape[0],
+        kernel,  # type: ignore[arg-type]
+        strides,  # type: ignore[arg-type]
+        (*paddings, *paddings),
+        dilations,  # type: ignore[arg-type]
+        groups,
+        input.dtype,
+        channels_last,
+    )
+    return {}, conv
+
+
+def _is_plain(x: Tensor | None) -> bool:
+    return x is None or (x.is_cpu and type(x) in backends.PLAIN_TENSORS)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """A number or one or two of them as a pair; None for what is neither."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(x, int) for x in value):
+        return None
+    found = tuple(value) * 2 if len(value) == 1 else tuple(value)
+    return found if len(found) == 2 else None
+
+
+def _as_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtype that autocast gives a convolution, where it is on."""
+    if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)

@@ -1,0 +1,311 @@
+"""A convolution with what follows it on the CPU: by our kernels, or by oneDNN with the batch norm folded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ... import backends
+from .. import _library, batch_norm_running, winograd_weights
+from ..batch_norm_act import batch_norm_arguments, eps_of, in_training, transformed
+from ..conv_activations import ACTIVATIONS
+from ..conv_choice import FORWARD, PHASES, Conv
+from ..conv_kernels import DEPTHWISE, WHY_NOT, WINOGRAD, Plan, convolve, convolve_with_stats, plan
+from ..depthwise_conv import depthwise_conv
+from ..winograd import winograd_conv
+from ..winograd_weights import Norm
+from .call import FOLDED, NO_CONVOLUTION, Call, autocast_dtype, least_elements
+
+# The dtypes in which oneDNN rectifies as it writes.
+_FOLDED = frozenset((torch.float32, torch.bfloat16))
+backends.register("conv_bn_act", cpu=_FOLDED)
+
+#: Folding reads and writes the weights once more, which pays where the output is this much larger.
+FOLD_RATIO = 32
+#: PyTorch makes 1x1 convolutions of fewer images than this matrix products if it has but one thread, which
+#: in NCHW beats oneDNN at fewer channels than this.
+_PRODUCT_BATCH, _PRODUCT_CHANNELS = 16, 64
+#: With fewer multiplications oneDNN takes longer to begin than the product takes.
+_PRODUCT_WORK = 1 << 21
+
+
+def outputs(conv: Any, input: Tensor) -> int:
+    """About how many elements ``conv(input)`` has: just so many for the usual padding and even sizes."""
+    stride = conv.stride
+    return input.numel() * conv.out_channels // (conv.in_channels * stride[0] * stride[1])
+
+
+def _why_not_here(call: Call) -> str | None:
+    """Why no kernels of the CPU can do a convolution with constants folded into it."""
+    conv, bn, input = call.conv, call.bn, call.input
+    if transformed():
+        return "torch.func or forward mode is at work"
+    if input.dim() != 4 or input.shape[1] != conv.in_channels or input.numel() == 0:
+        return "the input is no batch of images that the convolution takes"
+    weight, bias = conv._parameters["weight"], conv._parameters.get("bias")
+    vectors: list[Any] = [weight, bias]
+    if bn is not None:
+        running, own = bn._buffers, bn._parameters
+        try:
+            vectors += [running["running_mean"], running["running_var"], own["weight"], own["bias"]]
+        except KeyError:
+            return "somebody keeps the parameters elsewhere"
+        if not call.trains and running["running_mean"].shape[0] != weight.shape[0]:
+            return "the statistics do not go with the convolution"
+    if not input.is_cpu or any(x is not None and not x.is_cpu for x in vectors):
+        return "something is not on the CPU"
+    if weight.dtype != call.dtype and (autocast_dtype() is None or weight.dtype == torch.float64):
+        return "the weight's dtype is not the input's"
+    return None
+
+
+# --- our kernels ------------------------------------------------------------------------------------------
+
+
+def winograd_why_not(call: Call) -> str | None:
+    conv = call.conv
+    if conv is None:
+        return NO_CONVOLUTION
+    if conv.kernel_size != (3, 3):
+        return "the kernel is not 3x3"
+    if call.exact:
+        return "exact results are asked for"
+    return _own_why_not(call, WINOGRAD)
+
+
+def depthwise_why_not(call: Call) -> str | None:
+    conv = call.conv
+    if conv is None:
+        return NO_CONVOLUTION
+    if conv.groups == 1:
+        return "the convolution is not depthwise"
+    if call.residual is not None and not (call.trains or call.wants_grad):
+        return "it adds no residual"
+    return _own_why_not(call, DEPTHWISE)
+
+
+def _own_why_not(call: Call, kernels: str) -> str | None:
+    if backends.forced() not in (None, "cpu"):
+        return f"backend {backends.forced()!r} was asked for"
+    if type(call.input) not in backends.PLAIN_TENSORS:
+        return "the input is a tensor subclass"
+    if (reason := _why_not_here(call)) is not None:
+        return reason
+    if is_compiling() and not call.wants_grad:
+        return "a compiled graph would transform the weight at every call"
+    geometry = call.geometry()
+    assert geometry is not None
+    if call.residual is not None and not call.residual_fits():
+        return "the residual is not like the output"
+    if call.wants_grad:
+        reasons = [WHY_NOT[kernels](geometry, phase) for phase in PHASES]
+        return None if None in reasons else reasons[0]
+    return WHY_NOT[kernels](geometry, FORWARD)
+
+
+class Prepared(NamedTuple):
+    """What calls of our kernels have in common: the convolution, and with gradients how it is done."""
+
+    geometry: Conv
+    plan: Plan | None
+
+
+def _prepare(call: Call, kernels: str) -> Prepared:
+    geometry = call.geometry()
+    assert geometry is not None
+    grads = call.trains or call.wants_grad
+    return Prepared(geometry, plan(kernels, geometry) if grads else None)
+
+
+def prepare_winograd(call: Call) -> Prepared:
+    return _prepare(call, WINOGRAD)
+
+
+def prepare_depthwise(call: Call) -> Prepared:
+    return _prepare(call, DEPTHWISE)
+
+
+def run_winograd(call: Call, prepared: Prepared) -> Any:
+    conv, geometry = call.conv, prepared.geometry
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    if prepared.plan is not None:
+        if not is_compiling():
+            winograd_weights.forget(weight)
+        return _run_planned(call, prepared.plan)
+    transformed_weight, shift = winograd_weights.transformed(weight, bias, _constants(call), conv.groups)
+    return winograd_conv(
+        _as_input(call, geometry.channels_last),
+        transformed_weight,
+        shift,
+        call.residual,
+        geometry.padding,
+        geometry.features,
+        geometry.groups,
+        ACTIVATIONS.index(call.activation),
+        0.0,
+    )
+
+
+def run_depthwise(call: Call, prepared: Prepared) -> Any:
+    if prepared.plan is not None:
+        return _run_planned(call, prepared.plan)
+    own, norm, dtype = call.conv._parameters, _constants(call), prepared.geometry.dtype
+    with torch.no_grad():
+        weight, bias = own["weight"], own["bias"]
+        if norm is None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        else:
+            weight, bias = batch_norm_running.fold(weight, bias, *norm, dtype)
+        after, padding = ACTIVATIONS.index(call.activation), prepared.geometry.padding[:2]
+        return depthwise_conv(call.input.to(dtype), weight, bias, call.conv.stride, padding, after, 0.0)
+
+
+def _constants(call: Call) -> Norm | None:
+    """The batch norm to fold in."""
+    bn = call.bn
+    if bn is None:
+        return None
+    running, own = bn._buffers, bn._parameters
+    return Norm(running["running_mean"], running["running_var"], own["weight"], own["bias"], eps_of(bn))
+
+
+def _as_input(call: Call, channels_last: bool) -> Tensor:
+    """The input in the dtype to compute in, and in the memory format that the output is to have."""
+    x = call.input
+    if x.dtype != call.dtype:
+        x = x.to(call.dtype)
+    if channels_last and not _library.suggests_channels_last(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _run_planned(call: Call, plan: Plan) -> Any:
+    """The convolution with its gradients, and in training with the statistics that the batch norm takes.
+
+    Where the statistics are not the batch's own, the convolution alone is done.
+    """
+    own, bn, dtype = call.conv._parameters, call.bn, call.dtype
+    weight, bias = own["weight"], own["bias"]
+    alone = not call.trains or isinstance(bn, nn.SyncBatchNorm)
+    with torch.autocast("cpu", enabled=False):
+        x, weight, bias = call.input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if alone:
+            output = convolve(x, weight, bias, plan)
+        else:
+            output, stats = convolve_with_stats(x, weight, bias, plan)
+    if alone:
+        call.continue_with(output)
+        return call
+    arguments = batch_norm_arguments(bn)
+    running = arguments["running_mean"], arguments["running_var"]
+    rest = arguments["momentum"], arguments["eps"], call.residual, call.relu is not None, stats
+    return in_training(output, *running, bn.weight, bn.bias, *rest)
+
+
+# --- oneDNN's, with the batch norm folded in --------------------------------------------------------------
+
+
+def folded_why_not(call: Call) -> str | None:
+    """Why not to fold the statistics into the weights for oneDNN.
+
+    Not where a residual is added: oneDNN, which reads it while it writes, is slower than a pass of its own.
+    """
+    # What mostly decides comes first.
+    conv, bn, input = call.conv, call.bn, call.input
+    if conv is None:
+        return NO_CONVOLUTION
+    if bn is None:
+        return "there is no batch norm"
+    if call.trains:
+        return "the statistics are the batch's"
+    if call.residual is not None or call.add is not None:
+        return "a residual is added, which is slower folded"
+    if call.wants_grad:
+        return "gradients are wanted"
+    if isinstance(conv.padding, str):
+        return "the padding is in words"
+    if is_compiling():
+        return "a compiled graph is fused by the compiler"
+    if (reason := _why_not_here(call)) is not None:
+        return reason
+    if call.dtype not in _FOLDED:
+        return f"oneDNN does not rectify {call.dtype}"
+    made, weights = outputs(conv, input), conv._parameters["weight"].numel()
+    if made < FOLD_RATIO * weights:
+        return f"the output is not {FOLD_RATIO} times as large as the weight, which is folded at each call"
+    if made < least_elements(FOLDED, input):
+        return f"{made} elements are fewer than {least_elements(FOLDED, input)}"
+    if backends.choose("conv_bn_act", input) is backends.ATEN or not torch.backends.mkldnn.is_available():
+        return "oneDNN is not to be had"
+    if _is_product(conv, input) and _is_faster_product(conv, input):
+        return "PyTorch makes a matrix product of it, which is faster"
+    return None
+
+
+def run_folded(call: Call, _: None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return _fold_and_run(call.conv, _constants(call), call.input, call.activation, call.dtype)
+
+
+@torch.no_grad()
+def _fold_and_run(conv: Any, norm: Any, input: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    own = conv._parameters
+    weight, bias = batch_norm_running.fold(own["weight"], own["bias"], *norm, dtype)
+    if input.dtype != dtype:
+        input = input.to(dtype)
+    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    after = "relu" if activation == "relu" else "none"
+    return torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *geometry, after, [], "")
+
+
+# --- PyTorch's --------------------------------------------------------------------------------------------
+
+
+def _is_product(conv: Any, input: Tensor) -> bool:
+    """Whether PyTorch makes a matrix product of the convolution."""
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and input.shape[0] < _PRODUCT_BATCH
+        and input.dtype == torch.float32
+        and torch.get_num_threads() == 1
+    )
+
+
+def _is_faster_product(conv: Any, input: Tensor) -> bool:
+    """Whether it is right to do so."""
+    if input.numel() * conv.out_channels < _PRODUCT_WORK:
+        return True
+    channels = min(conv.in_channels, conv.out_channels)
+    return channels < _PRODUCT_CHANNELS and not input.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolved(call: Call) -> Tensor:
+    """``conv(input)``."""
+    conv, input = call.conv, call.input
+    parameters = conv._parameters
+    weight, bias, padding = parameters["weight"], parameters["bias"], conv.padding
+    if (
+        not is_compiling()
+        and input.dim() == 4
+        and _is_product(conv, input)
+        and conv.groups == 1
+        and not isinstance(padding, str)
+        and type(input) is Tensor
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dtype == torch.float32
+        and input.shape[1] == conv.in_channels
+        and not torch.is_grad_enabled()
+        and autocast_dtype() is None
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.is_available()
+        and not transformed()
+        and input.numel() > 0
+        and not _is_faster_product(conv, input)
+    ):
+        return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, 1)
+    return torch.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)

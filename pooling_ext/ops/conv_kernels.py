@@ -1,0 +1,160 @@
+"""2-d convolutions by our kernels of the CPU, with gradients: Winograd's, and the depthwise ones.
+
+Each phase, forward and both gradients, is made by the kernels or by PyTorch's convolution, as a plan says.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.compiler import is_compiling
+
+from . import depthwise_conv as depthwise
+from . import winograd
+from ._library import suggests_channels_last
+from .batch_norm_act import needs_grad
+from .conv_choice import PHASES, Conv, depthwise_why_not, winograd_why_not
+
+WINOGRAD, DEPTHWISE = "Winograd", "depthwise"
+WHY_NOT = {WINOGRAD: winograd_why_not, DEPTHWISE: depthwise_why_not}
+
+
+class Plan(NamedTuple):
+    """What a convolution is told besides its tensors.
+
+    Attributes:
+        kernels: WINOGRAD or DEPTHWISE.
+        stride, padding: for height and width.
+        groups: how many.
+        channels_last: whether the output is.
+        ours: which of conv_choice.PHASES the kernels do.
+    """
+
+    kernels: str
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    groups: int
+    channels_last: bool
+    ours: tuple[bool, bool, bool]
+
+    @property
+    def sides(self) -> list[int]:
+        return [*self.padding, *self.padding]
+
+
+def plan(kernels: str, conv: Conv) -> Plan:
+    """The plan in which our kernels do the phases that they should."""
+    forward, input_grad, weight_grad = (WHY_NOT[kernels](conv, phase) is None for phase in PHASES)
+    top, left, bottom, right = conv.padding
+    assert (top, left) == (bottom, right)
+    ours = forward, input_grad, weight_grad
+    return Plan(kernels, conv.stride, (top, left), conv.groups, conv.channels_last, ours)
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """``conv(input, weight) + bias``, differentiable any number of times.
+
+    Args:
+        input: ``(N, C, H, W)``, of the weight's dtype.
+        weight: ``(O, C / groups, KH, KW)``.
+        bias: ``(O,)``.
+    """
+    return convolve_with_stats(input, weight, bias, plan, False)[0]
+
+
+def convolve_with_stats(
+    input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, stats: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`convolve`, and the output's statistics as ``batch_norm_stats`` has them, if they come with it.
+
+    The statistics pass no gradients on.
+    """
+    if needs_grad(input, weight, bias):
+        return _Convolution.apply(input, weight, bias, plan, stats)  # type: ignore[return-value]
+    return _forward(input, weight, bias, plan, stats)
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, stats: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        output, found = _forward(input, weight, bias, plan, stats)
+        ctx.save_for_backward(input, weight)
+        ctx.plan = plan
+        if found is not None:
+            ctx.mark_non_differentiable(found)
+        return output, found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        input, weight = ctx.saved_tensors
+        grad, wanted = grads[0], tuple(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() and not is_compiling():
+            # Out of operators that PyTorch can differentiate again.
+            found = _aten_gradients(grad, input, weight, ctx.plan, wanted)
+        else:
+            found = _gradients(grad, input, weight, ctx.plan, wanted)
+        return *(x if want else None for x, want in zip(found, wanted, strict=True)), None, None
+
+
+def _forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, stats: bool
+) -> tuple[Tensor, Tensor | None]:
+    stride, padding = plan.stride, plan.padding
+    if not plan.ours[0]:
+        return torch.conv2d(input, weight, bias, stride, padding, 1, plan.groups), None
+    if plan.kernels == DEPTHWISE:
+        if stats:
+            return depthwise.depthwise_conv_stats(input, weight, bias, stride, padding)
+        return depthwise.depthwise_conv(input, weight, bias, stride, padding, 0, 0.0), None
+    x = input
+    if plan.channels_last and not suggests_channels_last(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+    features, groups = weight.shape[0], plan.groups
+    transformed = winograd.winograd_weight(weight, groups, False)
+    if stats:
+        return winograd.winograd_conv_stats(x, transformed, bias, plan.sides, features, groups)
+    return winograd.winograd_conv(x, transformed, bias, None, plan.sides, features, groups, 0, 0.0), None
+
+
+def _aten_gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    features = [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, features, plan.stride, plan.padding, [1, 1], False, [0, 0], plan.groups, wanted
+    )
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Those of input, weight and bias, of which None is made where it is not wanted."""
+    for_input, for_weight, for_bias = wanted
+    _, input_is_ours, weight_is_ours = plan.ours
+    own_input, own_weight = for_input and input_is_ours, for_weight and weight_is_ours
+    makes_bias = own_weight and plan.kernels == DEPTHWISE
+    theirs = for_input and not own_input, for_weight and not own_weight, for_bias and not makes_bias
+    found: list[Tensor | None] = [None, None, None]
+    if theirs == (False, False, True):
+        found[2] = grad.sum((0, 2, 3))
+    elif any(theirs):
+        found = list(_aten_gradients(grad, input, weight, plan, theirs))
+    if plan.kernels == WINOGRAD:
+        if own_input:
+            found[0] = winograd.input_grad(grad, weight, plan.sides, plan.groups)
+        if own_weight:
+            found[1] = winograd.winograd_weight_grad(input, grad, plan.sides, plan.groups)
+        return tuple(found)
+    stride, padding, last = plan.stride, plan.padding, plan.channels_last
+    if own_input:
+        found[0] = depthwise.depthwise_conv_input_grad(grad, weight, input.shape, stride, padding, last)
+    if own_weight:
+        found[1:] = depthwise.depthwise_conv_weight_grad(
+            grad, input, weight.shape, stride, padding, last, for_bias
+        )
+    return tuple(found)
