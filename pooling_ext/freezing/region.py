@@ -79,9 +79,9 @@ class Region(nn.Module):
         super().__init__()
         self.graph, self.dtype, self.device, self.inputs = graph, dtype, device, inputs
         self.layers, self.signature, self.outputs = layers, signature, outputs
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
         names: dict[str, Any] = dict(self.graph.named_children())
         names |= dict(self.graph.named_buffers(recurse=False))
@@ -96,7 +96,7 @@ class Region(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bind()
+        self.bind()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self.signature.flatten(args, kwargs)
