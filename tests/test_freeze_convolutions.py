@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -339,32 +338,3 @@ def test_results_are_the_same_for_any_number_of_threads():
             again = pooling_ext.freeze(model, x, check=False)
             assert torch.equal(run(frozen, x), expected) and torch.equal(run(again, x), expected)
         torch.set_num_threads(1)
-
-
-# --- exact results -----------------------------------------------------------------------------------------
-
-
-def test_exact_results(monkeypatch):
-    """Those of POOLING_EXT_WINOGRAD=0, to the last bit; copies are exact too."""
-    model, x = wide(norm(16), conv(16, 16), conv(16, 16, groups=16), nn.SiLU()), torch.randn(2, 3, 7, 7)
-    frozen = pooling_ext.freeze(model, x, exact=True)
-    assert ways(frozen) == ["prepacked", "prepacked", "depthwise"] and not frozen.report.winograd_bytes
-    assert "not Winograd: exact results are asked for" in frozen.report.explain("2")
-    for twin in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
-        assert ways(twin) == ways(frozen) and torch.equal(run(twin, x), run(frozen, x))
-    assert ways(pooling_ext.freeze(model, x)) == ["prepacked", "Winograd", "depthwise"]
-    monkeypatch.setattr(conv_choice, "_switched_off", lambda: True)
-    without = pooling_ext.freeze(model, x)
-    assert ways(without) == ways(frozen) and torch.equal(run(without, x), run(frozen, x))
-
-
-def test_where_winograd_is_not_right_it_is_left_out(monkeypatch):
-    """Before a model is frozen in parts."""
-    right = conv_engines.winograd_weight
-    monkeypatch.setattr(conv_engines, "winograd_weight", lambda *args: right(*args) * 1.01)
-    model, x = two_convs(), torch.randn(2, 3, 9, 9)
-    frozen = pooling_ext.freeze(model, x)
-    assert is_whole(frozen) and not frozen.report.winograd_bytes
-    (text,) = frozen.report.warnings
-    assert text.startswith("Winograd's kernels are left out: with them results are off by")
-    assert error(run(frozen, x), model, x) < 1e-5

@@ -23,7 +23,7 @@ from ..patching import unpatch
 from . import conv_allotment
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor
-from .layers import PackedConv, PackedLinear
+from .layers import PackedConv
 from .parts import Part, freeze_parts
 from .passes import rewrite
 from .region import Input, Outputs, Region, floating, in_order, own_dtype
@@ -33,6 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = tuple(getattr(ours, name) for name in ours.__all__)
 #: Of pickled frozen models. Another version of this package may write another one.
 FORMAT = 1
+_LEFT_OUT = "Winograd's kernels are left out: with them"
 
 
 def freeze(
@@ -110,10 +111,11 @@ def _checked(job: _Job, exact: bool) -> Frozen:
         problem = job.difference(frozen)
         if problem is None:
             if again:
-                frozen.report.warnings.append(f"Winograd's kernels are left out: with them {inexact}")
+                frozen.report.warnings.append(f"{_LEFT_OUT} {inexact}")
             return frozen
         of_whole = problem if whole else of_whole
-        inexact = problem if frozen.report.winograd_bytes else None
+        one = isinstance(frozen.body, Region)  # of parts that are not compared, all would have to do without
+        inexact = problem if frozen.report.winograd_bytes and (one or not whole) else None
     raise ArgumentError(
         f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
         f"{_to_blame(job, frozen)}. freeze(..., check=False) leaves the comparison out"
@@ -266,11 +268,18 @@ class _Job:
     def _parts(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> nn.Module:
         return freeze_parts(module, args, kwargs, path, self._region)
 
-    def _region(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region | None:
-        """Freeze ``module`` as one region; None where it cannot be."""
+    def _region(
+        self, module: nn.Module, args: tuple, kwargs: dict, path: str, inexact: str | None = None
+    ) -> Region | None:
+        """Freeze ``module`` as one region; None where it cannot be.
+
+        Args:
+            inexact: what was wrong with Winograd's kernels, which are left out then.
+        """
         before = self.spent
         try:
-            region, report = self._traced(module, args, kwargs, path)
+            with nullcontext() if inexact is None else conv_choice.exact():
+                region, report = self._traced(module, args, kwargs, path)
         except Untraceable as error:
             self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
             return None
@@ -280,9 +289,14 @@ class _Job:
                     problem = difference(module, region, (args, kwargs), self.dtype or self.own)
             except Undecided:
                 problem = None
+            if problem is not None and inexact is None and conv_allotment.spent(region):
+                self.spent = before
+                return self._region(module, args, kwargs, path, problem)
             if problem is not None:
                 self.report.skip(path, type(module).__name__, f"gives other results when frozen: {problem}")
                 return None
+            if inexact is not None:
+                self.report.warnings.append(f"{path}: {_LEFT_OUT} {inexact}")
         self.spent = before + conv_allotment.spent(region)  # that of parts inside it is counted already
         self.report.replaced += report.replaced
         for entry in report.skipped:
@@ -322,7 +336,7 @@ class _Job:
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
+        inputs = [Input.read_by(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
         changed = [place for place, node in enumerate(placeholders) if node in editor.changed]
         outputs = Outputs(trace.spec, contiguous, changed, trace.same)
         region = Region(
@@ -368,23 +382,6 @@ def _contiguous_outputs(trace: ExampleTrace, tensors: list[Tensor]) -> list[bool
         isinstance(x, fx.Node) and x.meta[wanted]
         for x in output.args[0]  # type: ignore[union-attr]
     ]
-
-
-def _expected(node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, nn.Module]) -> Input:
-    """What the layer that reads the argument ``node`` asks of it."""
-    layer, channels = "input", None
-    for user in node.users:
-        if user.op == "call_module":
-            name = str(user.target)
-            layer = layers.get(name, name)
-            packed = made[name] if user.args[0] is node else None  # it may be the residual alone
-            if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
-                transposed = packed.output_padding is not None
-                channels = packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
-            elif isinstance(packed, PackedLinear) and x.dim() == 2:
-                channels = packed.weight.shape[1]
-            break
-    return Input(layer, x.dim(), x.is_floating_point(), channels)
 
 
 def _with_plain_weights(model: nn.Module) -> nn.Module:

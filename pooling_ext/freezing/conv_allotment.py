@@ -20,6 +20,7 @@ from .region import Region
 
 #: What the transformed weights of one frozen model may take, in MiB; POOLING_EXT_WINOGRAD_MIB overrides it.
 WINOGRAD_MIB = 1024.0
+_NO_MEMORY = "is more than there is left of POOLING_EXT_WINOGRAD_MIB"
 
 
 def limit() -> int:
@@ -41,13 +42,18 @@ def limit() -> int:
 def allot(layers: Iterable[PackedConv], left: int) -> bool:
     """Let layers choose the way they run, those first to which Winograd's kernels save the most by the byte.
 
+    Those that were asked before may change for more or less memory alone.
+
     Args:
         left: what their transformed weights may take together, in bytes.
 
     Returns:
         Whether any of them now runs in another way.
     """
-    reasons: dict[PackedConv, str | None] = {layer: winograd_unfit(layer) for layer in layers}
+    reasons: dict[PackedConv, str | None] = {}
+    for layer in layers:
+        settled = layer.left_out is not None and not _lacks_memory(layer)
+        reasons[layer] = layer.left_out if settled else winograd_unfit(layer)
     sharing: dict[int, list[PackedConv]] = {}  # by the weight that they have in common
     for layer, reason in reasons.items():
         if reason is None:
@@ -58,10 +64,7 @@ def allot(layers: Iterable[PackedConv], left: int) -> bool:
             left -= needed
             continue
         for layer in group:
-            reasons[layer] = (
-                f"its transformed weight of {_mib(needed)} is more than there is left of "
-                "POOLING_EXT_WINOGRAD_MIB"
-            )
+            reasons[layer] = f"its transformed weight of {_mib(needed)} {_NO_MEMORY}"
     changed = False
     # Those that give memory back come first.
     for layer in sorted(reasons, key=lambda layer: reasons[layer] is None):
@@ -69,6 +72,10 @@ def allot(layers: Iterable[PackedConv], left: int) -> bool:
             layer.settle(reasons[layer])
             changed = True
     return changed
+
+
+def _lacks_memory(layer: PackedConv) -> bool:
+    return layer.left_out is not None and layer.left_out.endswith(_NO_MEMORY)
 
 
 def transformed_bytes(layer: PackedConv) -> int:
@@ -106,7 +113,7 @@ def describe(root: nn.Module, report: FusionReport) -> None:
             size = "x".join(map(str, layer.input_size)) or "unknown size"
             lines.append(f"{layer.way}, for an input of {size}")
             lines += [f"not {other}: {reason}" for other, reason in layer.rejected]
-            if layer.left_out is not None and layer.left_out.endswith("POOLING_EXT_WINOGRAD_MIB"):
+            if _lacks_memory(layer):
                 report.beyond_limit.append(path)
     told = []
     for entry in report.replaced:

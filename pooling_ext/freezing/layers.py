@@ -147,6 +147,11 @@ class PackedConv(Prepacked):
         self._call = self.engine.bind(self)
 
     @property
+    def in_channels(self) -> int:
+        transposed = self.output_padding is not None
+        return self.weight.shape[0] if transposed else self.weight.shape[1] * self.groups
+
+    @property
     def way(self) -> str:
         return "not settled" if self.engine is None else self.engine.name
 

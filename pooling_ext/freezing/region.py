@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
 from .cuda_graphs import Graphs
-from .layers import Call, Prepacked
+from .layers import Call, PackedConv, PackedLinear, Prepacked
 from .signature import Signature
 
 
@@ -26,6 +26,25 @@ class Input(NamedTuple):
     rank: int
     floating: bool = False
     channels: int | None = None
+
+    @classmethod
+    def read_by(cls, node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, nn.Module]) -> Input:
+        """What the layer that reads the argument ``node``, like ``x``, asks of it."""
+        layer, channels = "input", None
+        for user in node.users:
+            if user.op == "call_module":
+                name = str(user.target)
+                layer = layers.get(name, name)
+                packed = made[name] if user.args[0] is node else None  # it may be the residual alone
+                if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
+                    transposed = packed.output_padding is not None
+                    channels = (
+                        packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
+                    )
+                elif isinstance(packed, PackedLinear) and x.dim() == 2:
+                    channels = packed.weight.shape[1]
+                break
+        return cls(layer, x.dim(), x.is_floating_point(), channels)
 
 
 class Outputs:
