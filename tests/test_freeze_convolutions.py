@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from freezing_cases import assert_close, assert_frozen, conv, is_whole, network, norm
+from freezing_cases import assert_close, assert_frozen, conv, is_whole, network, norm, set_winograd
 from helpers import strides
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ from pooling_ext import ArgumentError
 from pooling_ext.freezing import conv_engines
 from pooling_ext.freezing.layers import PackedConv
 from pooling_ext.graph.activations import MODULES, Activation
-from pooling_ext.ops import conv_choice
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.native]
 
@@ -27,8 +26,7 @@ LARGEST_ERROR = 5e-5
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch):
     """With which bfloat16 would be oneDNN's."""
-    monkeypatch.setattr(conv_choice, "has_amx", lambda: False)
-    monkeypatch.delenv("POOLING_EXT_WINOGRAD_MIB", raising=False)
+    set_winograd(monkeypatch)
 
 
 def convolutions(frozen: nn.Module) -> list[PackedConv]:
@@ -278,7 +276,7 @@ def test_dtypes(dtype):
 
 
 def test_amx_keeps_bfloat16(monkeypatch):
-    monkeypatch.setattr(conv_choice, "has_amx", lambda: True)
+    set_winograd(monkeypatch, amx=True)
     frozen = pooling_ext.freeze(two_convs(), torch.randn(2, 3, 12, 12), torch.bfloat16)
     assert "Winograd" not in ways(frozen) and "AMX" in frozen.report.explain("3")
 

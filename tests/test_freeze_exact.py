@@ -7,15 +7,19 @@ import pickle
 
 import pytest
 import torch
-from freezing_cases import assert_close, conv, is_whole, network, norm
+from freezing_cases import assert_close, conv, is_whole, network, norm, set_winograd
 from torch import Tensor, nn
 
 import pooling_ext
 from pooling_ext.freezing import conv_engines
 from pooling_ext.freezing.layers import PackedConv
-from pooling_ext.ops import conv_choice
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison, pytest.mark.native]
+
+
+@pytest.fixture(autouse=True)
+def winograd(monkeypatch):
+    set_winograd(monkeypatch)
 
 
 def ways(frozen: nn.Module) -> list[str]:
@@ -41,7 +45,7 @@ def test_exact_results(monkeypatch):
     for twin in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
         assert ways(twin) == ways(frozen) and torch.equal(run(twin, x), run(frozen, x))
     assert ways(pooling_ext.freeze(model, x)) == ["prepacked", "Winograd", "depthwise"]
-    monkeypatch.setattr(conv_choice, "_switched_off", lambda: True)
+    set_winograd(monkeypatch, off=True)
     without = pooling_ext.freeze(model, x)
     assert ways(without) == ways(frozen) and torch.equal(run(without, x), run(frozen, x))
 

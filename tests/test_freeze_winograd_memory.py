@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from freezing_cases import assert_close, conv, images, is_whole, network, norm
+from freezing_cases import assert_close, conv, images, is_whole, network, norm, set_winograd
 from torch import Tensor, nn
 
 import pooling_ext
@@ -26,8 +26,8 @@ LIMIT = "POOLING_EXT_WINOGRAD_MIB"
 
 
 @pytest.fixture(autouse=True)
-def no_limit(monkeypatch):
-    monkeypatch.delenv(LIMIT, raising=False)
+def winograd(monkeypatch):
+    set_winograd(monkeypatch)
 
 
 def convolutions(frozen: nn.Module) -> list[PackedConv]:
@@ -138,7 +138,7 @@ print(*[m.way for m in frozen.modules() if isinstance(m, PackedConv)], "off" if 
 @pytest.mark.parametrize("setting", [("POOLING_EXT_NO_NATIVE", "1"), ("POOLING_EXT_WINOGRAD", "0"), None])
 def test_pickles_without_the_kernels(setting, tmp_path):
     """They run on oneDNN there, and with Winograd's kernels when they are back."""
-    model, x = model_of_three(), torch.randn(X)
+    model, x = model_of_three(), torch.randn(4, 16, 24, 24)
     frozen = pooling_ext.freeze(model, x)
     file = tmp_path / "frozen.pickle"
     torch.save((frozen, x, run(model, x)), file)

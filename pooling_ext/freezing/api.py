@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..graph.example_tracer import ExampleTrace, trace_example
 from ..graph.guards import Untraceable
 from ..graph.op_tables import BATCH_NORMS, is_hooked, plain_kind
 from ..graph.report import FusionReport
-from ..ops import conv_choice
 from ..patching import unpatch
 from . import conv_allotment
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
@@ -221,12 +219,7 @@ class _Job:
             compare: whether to compare each region with the module that it stands for.
             exact: whether to leave Winograd's kernels out.
         """
-        with conv_choice.exact() if exact else nullcontext():
-            return self._freeze(whole, compare)
-
-    def _freeze(self, whole: bool, compare: bool) -> Frozen:
-        self.report, self.compare = FusionReport(), compare
-        self.spent = 0
+        self.report, self.compare, self.exact, self.spent = FusionReport(), compare, exact, 0
         args, kwargs = self._copied()
         region = self._region(self.twin(), args, kwargs, "") if whole else None
         body: nn.Module = self.twin() if region is None else region
@@ -244,7 +237,7 @@ class _Job:
                     f"model ({self.name}) cannot be traced, and does not run with its parts frozen: {error}"
                 ) from error
         # Regions were given memory as they came; now the layers of all of them are known.
-        if conv_allotment.allot(conv_allotment.convolutions(body), conv_allotment.limit()):
+        if conv_allotment.allot(conv_allotment.convolutions(body), conv_allotment.limit(), exact):
             for part in body.modules():
                 if isinstance(part, Region):
                     part.bind()
@@ -276,13 +269,15 @@ class _Job:
         Args:
             inexact: what was wrong with Winograd's kernels, which are left out then.
         """
-        before = self.spent
+        before, exact = self.spent, self.exact
+        self.exact = exact or inexact is not None
         try:
-            with nullcontext() if inexact is None else conv_choice.exact():
-                region, report = self._traced(module, args, kwargs, path)
+            region, report = self._traced(module, args, kwargs, path)
         except Untraceable as error:
             self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
             return None
+        finally:
+            self.exact = exact
         if self.compare:
             try:
                 with state_kept(module):
@@ -332,7 +327,7 @@ class _Job:
         contiguous = _contiguous_outputs(trace, tensors)
         made = rewrite(editor, parts)
         ours = [layer for layer in made.values() if isinstance(layer, PackedConv)]
-        conv_allotment.allot(ours, conv_allotment.limit() - self.spent)
+        conv_allotment.allot(ours, conv_allotment.limit() - self.spent, self.exact)
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]

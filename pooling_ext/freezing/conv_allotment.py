@@ -39,13 +39,14 @@ def limit() -> int:
     return int(mib * (1 << 20))
 
 
-def allot(layers: Iterable[PackedConv], left: int) -> bool:
+def allot(layers: Iterable[PackedConv], left: int, exact: bool) -> bool:
     """Let layers choose the way they run, those first to which Winograd's kernels save the most by the byte.
 
     Those that were asked before may change for more or less memory alone.
 
     Args:
         left: what their transformed weights may take together, in bytes.
+        exact: whether Winograd's kernels are left out.
 
     Returns:
         Whether any of them now runs in another way.
@@ -54,6 +55,8 @@ def allot(layers: Iterable[PackedConv], left: int) -> bool:
     for layer in layers:
         settled = layer.left_out is not None and not _lacks_memory(layer)
         reasons[layer] = layer.left_out if settled else winograd_unfit(layer)
+        if exact and reasons[layer] is None:
+            reasons[layer] = "exact results are asked for"
     sharing: dict[int, list[PackedConv]] = {}  # by the weight that they have in common
     for layer, reason in reasons.items():
         if reason is None:
