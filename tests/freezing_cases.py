@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pooling_ext
+from pooling_ext.ops import conv_choice
 
 
 def conv(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -> nn.Conv2d:
@@ -127,3 +128,16 @@ def is_whole(frozen: Any) -> bool:
 def norms_left(frozen: nn.Module) -> list[nn.Module]:
     """Batch norms that a frozen model still runs."""
     return [module for module in frozen.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None:
+    """Whether POOLING_EXT_WINOGRAD=0 is set, and whether the processor has AMX; layers of any size count."""
+    monkeypatch.delenv("POOLING_EXT_WINOGRAD_MIB", raising=False)
+    for name, value in (
+        ("_switched_off", lambda: off),
+        ("has_amx", lambda: amx),
+        ("SWITCHED_OFF", off),
+        ("HAS_AMX", amx),
+        ("LEAST_WORK", 0),
+    ):
+        monkeypatch.setattr(conv_choice, name, value, raising=False)

@@ -13,8 +13,9 @@ from torch import nn
 
 import pooling_ext
 from pooling_ext import backends, tuning
-from pooling_ext.freezing import layers
-from pooling_ext.freezing.layers import RELU, PackedConv
+from pooling_ext.freezing import conv_engines
+from pooling_ext.freezing.layers import PackedConv
+from pooling_ext.graph.activations import RELU
 from pooling_ext.ops import tuned_conv
 from pooling_ext.ops.tuned_conv import Geometry, conv_stats_with_grad
 from pooling_ext.testing.tolerances import assert_close
@@ -147,7 +148,7 @@ def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path)
 @BACKENDS
 def test_frozen_convolutions(backend, activation, residual, monkeypatch):
     """Weights that are not packed for oneDNN go the tuned way where a backend has one."""
-    monkeypatch.setattr(layers, "packs", lambda device, dtype: False)
+    monkeypatch.setattr(conv_engines, "packs", lambda device, dtype: False)
     x, weight, bias, added = tensors()
     layer = PackedConv(weight, bias, *GEOMETRY, activation, residual)
     args = (x,) if residual is None else (x, added)
@@ -160,7 +161,7 @@ def test_frozen_convolutions(backend, activation, residual, monkeypatch):
 
 
 def test_a_residual_of_another_shape_is_broadcast(monkeypatch):
-    monkeypatch.setattr(layers, "packs", lambda device, dtype: False)
+    monkeypatch.setattr(conv_engines, "packs", lambda device, dtype: False)
     x, weight, bias, _ = tensors()
     layer = PackedConv(weight, bias, *GEOMETRY, RELU, "add")
     added = torch.randn(1, 16, 1, 1)

@@ -18,9 +18,10 @@ from ..graph.guards import Untraceable
 from ..graph.op_tables import BATCH_NORMS, is_hooked, plain_kind
 from ..graph.report import FusionReport
 from ..patching import unpatch
+from . import conv_allotment
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor
-from .layers import PackedConv, PackedLinear
+from .layers import PackedConv
 from .parts import Part, freeze_parts
 from .passes import rewrite
 from .region import Input, Outputs, Region, floating, in_order, own_dtype
@@ -30,14 +31,30 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = tuple(getattr(ours, name) for name in ours.__all__)
 #: Of pickled frozen models. Another version of this package may write another one.
 FORMAT = 1
+_LEFT_OUT = "Winograd's kernels are left out: with them"
 
 
-def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None, *, check: bool = True) -> Frozen:
+def freeze(
+    model: nn.Module,
+    example: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    check: bool = True,
+    exact: bool = False,
+) -> Frozen:
     """Make a module for inference that computes what ``model`` does in eval mode; ``model`` stays as it is.
 
     Batch norms are folded into the convolutions before them (in float64), weights are packed for the
     device's kernels, residual additions and activations happen in the convolutions, activations are
     kept in channels_last, and pooling is ours. What cannot be traced as a whole is frozen in parts.
+
+    On the CPU convolutions run in the fastest of several ways at the example's size; ``report`` tells which.
+    Winograd's (3x3, stride 1) is two to three times as fast as the direct one and less accurate: in float32 a
+    layer is off by some 1e-5 of its largest element, which is between float32's own rounding and TF32 (near
+    1e-3), and a whole model by at most four times what ``model`` is off by, or 1e-4 of the largest result. In
+    half precision it makes no difference. An infinity or NaN reaches all pixels of the 4x4 that read it. Its
+    weights take four times the memory, for which POOLING_EXT_WINOGRAD_MIB in the environment is the limit
+    (1024); beyond it, layers run in the direct way.
 
     Args:
         model: any torch.nn.Module; patched or not, in either mode. It is copied.
@@ -48,7 +65,10 @@ def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None, *, 
             tensors stay as they are in the example.
         dtype: float32, bfloat16, float16 or float64, to compute in; None for the model's own.
         check: run the result beside ``model``, on ``example`` and on a changed copy of it, and compare; this
-            takes about the time of four forwards. Where they differ, ``model`` is frozen in parts.
+            takes about the time of four forwards. Where they differ, ``model`` is frozen exactly, and where
+            that differs too, in parts.
+        exact: leave Winograd's kernels out, also where the result is unpickled. POOLING_EXT_WINOGRAD=0 in the
+            environment does the same for a process, and for frozen models that are unpickled in it.
 
     Returns:
         A :class:`Frozen`. It takes inputs in any memory format and floating dtype, and returns outputs of
@@ -71,25 +91,33 @@ def freeze(model: nn.Module, example: Any, dtype: torch.dtype | None = None, *, 
     off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with random_state_kept(), torch.no_grad(), off[0], off[1]:
         job = _Job(source, example, dtype)
-        frozen = job.freeze(whole=True, compare=False)
-        return _checked(job, frozen) if check else frozen
+        return _checked(job, exact) if check else job.freeze(True, False, exact)
 
 
-def _checked(job: _Job, frozen: Frozen) -> Frozen:
-    """``frozen`` if it computes what the model does, or else the model frozen in parts that do."""
-    problem = job.difference(frozen)
-    if problem is None:
-        return frozen
-    reason = f"gives other results when it is frozen as a whole: {problem}"
-    frozen = job.freeze(whole=False, compare=True)
-    frozen.report.skip("(root)", job.name, reason)
-    problem = job.difference(frozen)
-    if problem is not None:
-        raise ArgumentError(
-            f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
-            f"{_to_blame(job, frozen)}. freeze(..., check=False) leaves the comparison out"
-        )
-    return frozen
+def _checked(job: _Job, exact: bool) -> Frozen:
+    """What computes the same as the model: frozen as a whole, without Winograd's kernels, or in parts."""
+    problem = of_whole = inexact = None
+    frozen: Any = None
+    for whole, again in ((True, False), (True, True), (False, False), (False, True)):
+        if again and (exact or inexact is None):
+            continue  # Winograd's kernels were not at work
+        frozen = None  # its weights take memory
+        frozen = job.freeze(whole, not whole, exact or again)
+        if not whole:
+            text = f"gives other results when it is frozen as a whole: {of_whole}"
+            frozen.report.skip("(root)", job.name, text)
+        problem = job.difference(frozen)
+        if problem is None:
+            if again:
+                frozen.report.warnings.append(f"{_LEFT_OUT} {inexact}")
+            return frozen
+        of_whole = problem if whole else of_whole
+        one = isinstance(frozen.body, Region)  # of parts that are not compared, all would have to do without
+        inexact = problem if frozen.report.winograd_bytes and (one or not whole) else None
+    raise ArgumentError(
+        f"model ({job.name}) cannot be frozen: {problem}, also where it is frozen in parts; look at "
+        f"{_to_blame(job, frozen)}. freeze(..., check=False) leaves the comparison out"
+    )
 
 
 def _to_blame(job: _Job, frozen: Frozen) -> str:
@@ -183,19 +211,21 @@ class _Job:
         unpatch(twin)
         return _with_plain_weights(twin if share else twin.requires_grad_(False))
 
-    def freeze(self, whole: bool, compare: bool) -> Frozen:
+    def freeze(self, whole: bool, compare: bool, exact: bool) -> Frozen:
         """Freeze the model.
 
         Args:
             whole: whether to try it as one region.
             compare: whether to compare each region with the module that it stands for.
+            exact: whether to leave Winograd's kernels out.
         """
-        self.report, self.compare = FusionReport(), compare
+        self.report, self.compare, self.exact, self.spent = FusionReport(), compare, exact, 0
         args, kwargs = self._copied()
         region = self._region(self.twin(), args, kwargs, "") if whole else None
         body: nn.Module = self.twin() if region is None else region
         if region is None:
             self.report.replaced.clear()  # parts of a region that came to nothing
+            self.spent = 0
             args, kwargs = self._copied()
             body = self._parts(body, args, kwargs, "")
             try:
@@ -206,6 +236,12 @@ class _Job:
                 raise ArgumentError(
                     f"model ({self.name}) cannot be traced, and does not run with its parts frozen: {error}"
                 ) from error
+        # Regions were given memory as they came; now the layers of all of them are known.
+        if conv_allotment.allot(conv_allotment.convolutions(body), conv_allotment.limit(), exact):
+            for part in body.modules():
+                if isinstance(part, Region):
+                    part.bind()
+        conv_allotment.describe(body, self.report)
         return Frozen(body, self.name, self.dtype or self.own, self.report)
 
     def difference(self, frozen: Frozen) -> str | None:
@@ -225,22 +261,38 @@ class _Job:
     def _parts(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> nn.Module:
         return freeze_parts(module, args, kwargs, path, self._region)
 
-    def _region(self, module: nn.Module, args: tuple, kwargs: dict, path: str) -> Region | None:
-        """Freeze ``module`` as one region; None where it cannot be."""
+    def _region(
+        self, module: nn.Module, args: tuple, kwargs: dict, path: str, inexact: str | None = None
+    ) -> Region | None:
+        """Freeze ``module`` as one region; None where it cannot be.
+
+        Args:
+            inexact: what was wrong with Winograd's kernels, which are left out then.
+        """
+        before, exact = self.spent, self.exact
+        self.exact = exact or inexact is not None
         try:
             region, report = self._traced(module, args, kwargs, path)
         except Untraceable as error:
             self.report.skip(path, type(module).__name__, f"cannot be traced: {error}")
             return None
+        finally:
+            self.exact = exact
         if self.compare:
             try:
                 with state_kept(module):
                     problem = difference(module, region, (args, kwargs), self.dtype or self.own)
             except Undecided:
                 problem = None
+            if problem is not None and inexact is None and conv_allotment.spent(region):
+                self.spent = before
+                return self._region(module, args, kwargs, path, problem)
             if problem is not None:
                 self.report.skip(path, type(module).__name__, f"gives other results when frozen: {problem}")
                 return None
+            if inexact is not None:
+                self.report.warnings.append(f"{path}: {_LEFT_OUT} {inexact}")
+        self.spent = before + conv_allotment.spent(region)  # that of parts inside it is counted already
         self.report.replaced += report.replaced
         for entry in report.skipped:
             self.report.skip(entry.path, entry.what, entry.why)
@@ -274,10 +326,12 @@ class _Job:
         editor = GraphEditor(root, trace, self.dtype, path_of, report)
         contiguous = _contiguous_outputs(trace, tensors)
         made = rewrite(editor, parts)
+        ours = [layer for layer in made.values() if isinstance(layer, PackedConv)]
+        conv_allotment.allot(ours, conv_allotment.limit() - self.spent, self.exact)
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        inputs = [_expected(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
+        inputs = [Input.read_by(node, x, layers, made) for node, x in zip(placeholders, tensors, strict=True)]
         changed = [place for place, node in enumerate(placeholders) if node in editor.changed]
         outputs = Outputs(trace.spec, contiguous, changed, trace.same)
         region = Region(
@@ -323,23 +377,6 @@ def _contiguous_outputs(trace: ExampleTrace, tensors: list[Tensor]) -> list[bool
         isinstance(x, fx.Node) and x.meta[wanted]
         for x in output.args[0]  # type: ignore[union-attr]
     ]
-
-
-def _expected(node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, nn.Module]) -> Input:
-    """What the layer that reads the argument ``node`` asks of it."""
-    layer, channels = "input", None
-    for user in node.users:
-        if user.op == "call_module":
-            name = str(user.target)
-            layer = layers.get(name, name)
-            packed = made[name] if user.args[0] is node else None  # it may be the residual alone
-            if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
-                transposed = packed.output_padding is not None
-                channels = packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
-            elif isinstance(packed, PackedLinear) and x.dim() == 2:
-                channels = packed.weight.shape[1]
-            break
-    return Input(layer, x.dim(), x.is_floating_point(), channels)
 
 
 def _with_plain_weights(model: nn.Module) -> nn.Module:

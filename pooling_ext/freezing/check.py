@@ -97,7 +97,8 @@ def _with_noise(call: Call, size: float) -> Call:
     def add(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return x
-        return x + torch.randn_like(x) * (size * x.abs().max())
+        finite = x[torch.isfinite(x)]  # infinities and NaN stay what they are
+        return x + torch.randn_like(x) * (size * finite.abs().max()) if finite.numel() else x
 
     with random_state_kept():
         return pytree.tree_map(add, call)

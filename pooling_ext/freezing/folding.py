@@ -32,13 +32,14 @@ class _Norm(NamedTuple):
 def fold_and_fuse(editor: GraphEditor) -> None:
     """Make layers of the convolutions, linear layers and batch norms of the graph, with what follows them."""
     shared: dict[Any, str] = {}
+    weights: dict[Any, tuple[Tensor, Tensor | None]] = {}
     for node in list(editor.graph.nodes):
         if node._erased:  # a fusion has taken it in
             continue
         kind = editor.kind(node)
         if kind in (*CONVS, *TRANSPOSED, nn.Linear):
             if len(node.args) == 1 and not node.kwargs:
-                _fuse_layer(editor, node, kind, shared)
+                _fuse_layer(editor, node, kind, shared, weights)
         elif (norm := _batch_norm(editor, node)) is not None:
             _fuse_norm(editor, node, norm)
 
@@ -107,8 +108,18 @@ def _per_channel(editor: GraphEditor, value: Any, constant: Any, node: fx.Node) 
 # --- fusion --------------------------------------------------------------------------------------------
 
 
-def _fuse_layer(editor: GraphEditor, node: fx.Node, kind: type, shared: dict[Any, str]) -> None:
-    """Take what follows a convolution or linear layer into it."""
+def _fuse_layer(
+    editor: GraphEditor,
+    node: fx.Node,
+    kind: type,
+    shared: dict[Any, str],
+    weights: dict[Any, tuple[Tensor, Tensor | None]],
+) -> None:
+    """Take what follows a convolution or linear layer into it.
+
+    Args:
+        shared, weights: the layers that were made, and the folded weights, by what they were made of.
+    """
     module = editor.module(node)
     path, parts = editor.path(node), [type(module).__name__]
     last: fx.Node = node
@@ -149,16 +160,21 @@ def _fuse_layer(editor: GraphEditor, node: fx.Node, kind: type, shared: dict[Any
     before, own_padding = _padding(module, kind)
     if before is not None:
         _pad(editor, node, before, module.padding_mode)
+    known = tuple(key)
     key += [activation, residual is not None, shape]
     name = shared.get(tuple(key))
     if name is None:
-        layer = _packed(
-            editor, module, kind, normalizations, activation, residual is not None, own_padding, shape
-        )
+        if known not in weights:  # layers that differ in what follows, or in size, have them in common
+            weights[known] = _weight(editor, module, kind, normalizations)
+        if before is not None and shape:
+            extra = [low + high for low, high in zip(before[::2], before[1::2], strict=True)][::-1]
+            shape = (*shape[:2], *(size + more for size, more in zip(shape[2:], extra, strict=True)))
+        layer = _packed(module, kind, weights[known], activation, residual is not None, own_padding, shape)
         name = shared[tuple(key)] = editor.add(str(node.target), layer)
     args = (node.args[0],) if residual is None else (node.args[0], residual)
-    # A residual may be made after the convolution, so the sum is where both are there.
-    editor.tell(node, parts[0], ", ".join(parts[1:]) or "prepacked")
+    # A residual may be made after the convolution, so the sum is where both are there. How a convolution runs
+    # is told when it is known.
+    editor.tell(node, parts[0], ", ".join(parts[1:]) or "prepacked" * (kind is nn.Linear))
     made = editor.substitute(node if residual is None else last, last, name, args, path)
     if unbatched:
         with editor.graph.inserting_after(made):
@@ -189,21 +205,25 @@ def _residual(editor: GraphEditor, node: fx.Node, last: fx.Node) -> tuple[fx.Nod
     return residual, user, rectified
 
 
+def _weight(
+    editor: GraphEditor, module: Any, kind: type, normalizations: list[Normalization | Affine]
+) -> tuple[Tensor, Tensor | None]:
+    """Folded, in the dtype to compute in."""
+    dtype = editor.dtype or module.weight.dtype
+    weight, bias = folded(module.weight, module.bias, normalizations, module if kind in TRANSPOSED else None)
+    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
 def _packed(
-    editor: GraphEditor,
     module: Any,
     kind: type,
-    normalizations: list[Normalization | Affine],
+    weights: tuple[Tensor, Tensor | None],
     activation: Activation | None,
     residual: bool,
     own_padding: Sequence[int],
     shape: Sequence[int],
 ) -> nn.Module:
-    dtype = editor.dtype or module.weight.dtype
-    transposed = kind in TRANSPOSED
-    weight, bias = folded(module.weight, module.bias, normalizations, module if transposed else None)
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    weight, bias = weights
     if kind is nn.Linear:
         rows = torch.Size(shape[:-1]).numel() if len(shape) > 1 else 1
         return PackedLinear(weight, bias, activation, rows)
@@ -217,7 +237,8 @@ def _packed(
         activation,
         "add" if residual else None,
         shape,
-        module.output_padding if transposed else None,
+        module.output_padding if kind in TRANSPOSED else None,
+        settle=False,
     )
 
 

@@ -1,12 +1,13 @@
 """The layers of a frozen model: folded, cast and prepacked weights with the activation in the epilogue.
 
 They are for inference only, hold no parameters, and keep their weights in the layout that the
-backend's kernels read. oneDNN's layout is opaque and cannot be pickled, so a layer travels with plain
-weights and packs them again on arrival.
+backend's kernels read. oneDNN's layout is opaque and cannot be pickled, and that of Winograd's weights is the
+instruction set's, so a layer travels with plain weights and packs them again on arrival.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,26 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import backends
-from ..graph.activations import RELU, Activation
-from ..ops import tuned_conv
+from ..graph.activations import Activation
 from ..ops.batch_norm_act import _forward as _batch_norm_act
+from . import conv_engines
+from .conv_engines import NONE, in_dtype
 
 _mkldnn = torch.ops.mkldnn
-
-
-#: What oneDNN is told where there is no activation.
-_NONE = Activation("none")
-
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has prepacked kernels for ``dtype`` on ``device``."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return _mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return _mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
 
 
 class Prepacked(nn.Module):
@@ -51,7 +38,12 @@ class Prepacked(nn.Module):
     @property
     def function(self) -> Callable[..., Tensor]:
         """What a call comes to, without the cost of calling a module."""
-        return self._call if self.packed else self.forward
+        return self._call
+
+    @property
+    def way(self) -> str:
+        """How it runs, in a word."""
+        return "prepacked" if self.packed else "PyTorch"
 
     def _pack(self) -> None:
         """Replace the plain ``weight`` by a packed one, if there are kernels for it."""
@@ -68,15 +60,14 @@ class Prepacked(nn.Module):
         super().__setstate__(state)
         self._pack()
 
-    def _finish(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+    def finish(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
         """The epilogue by itself; ``y`` is nobody else's."""
         if residual is not None:
             y = y.add_(residual) if _broadcasts_into(residual, y) else y + residual
         return y if self.activation is None else self.activation(y, inplace=True)
 
     def extra_repr(self) -> str:
-        what = [f"{self.weight.shape[1]} to {self.weight.shape[0]}", str(self.weight.dtype)[6:]]
-        what.append("oneDNN" if self.packed else "plain")
+        what = [f"{self.weight.shape[1]} to {self.weight.shape[0]}", str(self.weight.dtype)[6:], self.way]
         if self.activation is not None:
             what.append(str(self.activation))
         return ", ".join(what)
@@ -89,15 +80,28 @@ def _broadcasts_into(residual: Tensor, y: Tensor) -> bool:
 class PackedConv(Prepacked):
     """Convolution of any rank, plain or transposed, with a bias, a residual and an activation.
 
+    It runs in the first way of :data:`conv_engines.ENGINES` that takes it.
+
     Args:
         weight, bias: folded, on the device and in the dtype to compute in.
         stride, padding, dilation, groups: as torch.nn's; ``padding`` are numbers.
         activation: applied last.
         residual: None, or how to treat the second argument of a call, which is added before the
-            activation: "add", or "overwrite" where nobody else reads it afterwards.
-        input_size: the shape to choose the weights' layout for.
+            activation: "add", or "overwrite" where nobody else reads it afterwards, and the result may take
+            its memory.
+        input_size: the shape to choose the way and the weights' layout for.
         output_padding: given for a transposed convolution.
+        settle: whether it chooses now; otherwise :meth:`settle` has to be called before it runs.
+
+    Attributes:
+        left_out: why Winograd's kernels were left out when the model was frozen, or None. It travels with the
+            layer, so that a copy elsewhere is no less exact and takes no more memory.
+        rejected: the ways that come before the one it runs in, with the reasons against them.
     """
+
+    engine: conv_engines.Engine | None = None
+    left_out: str | None
+    rejected: list[tuple[str, str]]
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class PackedConv(Prepacked):
         residual: str | None = None,
         input_size: Sequence[int] = (),
         output_padding: Sequence[int] | None = None,
+        settle: bool = True,
     ):
         super().__init__()
         self.weight, self.bias = weight, bias
@@ -120,53 +125,59 @@ class PackedConv(Prepacked):
         self.input_size = list(input_size)
         self.output_padding = None if output_padding is None else list(output_padding)
         self._fitting: Any = None
+        self.packed, self.left_out, self.rejected = False, None, []
+        if settle:
+            self._pack()
+
+    def settle(self, left_out: str | None) -> None:
+        """Choose the way to run, for the first time or again.
+
+        Args:
+            left_out: why that may not be Winograd's, from now on; None if it may.
+        """
+        if self.packed:
+            self.weight, self.packed = self.weight.to_dense(), False
+        self.left_out = left_out
         self._pack()
 
     def _pack(self) -> None:
-        geometry = self.padding, self.stride, self.dilation, self.groups
-        weight = self.weight
-        plain = self.output_padding is None and weight.dim() in (4, 5)
-        fits = self.residual is None or self.activation in (None, RELU)
-        self.packed = plain and fits and weight.numel() > 0 and packs(weight.device, weight.dtype)
-        if self.packed:
-            self.weight = _mkldnn._reorder_convolution_weight(weight.contiguous(), *geometry, self.input_size)
-        elif weight.dim() == 4 and self.output_padding is None:
-            self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self._bind()
+        self.engine, self.rejected = conv_engines.choose(self)
+        self.weight = self.engine.pack(self)
+        self.packed = self.engine is conv_engines.ONEDNN
+        self._call = self.engine.bind(self)
 
-    def _bind(self) -> None:
-        """Choose the function behind a call, with all but the tensors given, so that calls cost little."""
-        weight = self.weight
-        geometry = self.padding, self.stride, self.dilation, self.groups
-        if not self.packed:
-            self._call = self._aten_residual if self.residual else self._aten
-            if weight.dim() == 4 and self.output_padding is None and self.activation in (None, RELU):
-                self._call = self._tuned
-            return
-        if self.residual is None:
-            name, scalars, algorithm = self.activation or _NONE
-            epilogue = self.bias, *geometry, name, list(scalars), algorithm
-            self._call = _bound(_mkldnn._convolution_pointwise.default, weight, epilogue)
-            return
-        unary = None if self.activation is None else self.activation.name
-        epilogue = weight, self.bias, *geometry, "add", 1.0, unary, [], ""
-        add, overwrite = _mkldnn._convolution_pointwise.binary, _mkldnn._convolution_pointwise_.binary
-        in_place, dtype = self.residual == "overwrite", weight.dtype
+    @property
+    def in_channels(self) -> int:
+        transposed = self.output_padding is not None
+        return self.weight.shape[0] if transposed else self.weight.shape[1] * self.groups
 
-        def call(x: Tensor, residual: Tensor) -> Tensor:
-            x = _as(x, dtype)
-            if not self._fits(x, residual):
-                return self._unfused(x, residual)
-            if in_place and residual.is_contiguous(memory_format=_channels_last(x)):
-                return overwrite(residual, x, *epilogue)
-            return add(x, residual, *epilogue)
+    @property
+    def way(self) -> str:
+        return "not settled" if self.engine is None else self.engine.name
 
-        self._call = call
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("engine", "rejected"):  # found again on arrival
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Earlier versions knew no way to leave out.
+        super().__setstate__({"left_out": "it was frozen by an earlier version", **state})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedConv:
+        if self.engine is conv_engines.WINOGRAD:
+            memo[id(self.weight)] = self.weight  # nobody changes it, and the transformed one belongs to it
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def overwrite_residual(self) -> None:
-        """From now on the residual's memory takes the result."""
+        """From now on the residual's memory may take the result."""
         self.residual = "overwrite"
-        self._bind()
+        if self.engine is not None:
+            self._call = self.engine.bind(self)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         call = self._call
@@ -178,8 +189,8 @@ class PackedConv(Prepacked):
         spatial = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in sizes)
         return (x.shape[0], self.weight.shape[0], *spatial)
 
-    def _fits(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether oneDNN can add ``residual`` as it is; the answer for the last shapes is remembered."""
+    def fits(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether kernels can add ``residual`` as it is; the answer for the last shapes is remembered."""
         if residual.dtype is not self.weight.dtype:
             return False
         shapes = x.shape, residual.shape
@@ -190,14 +201,10 @@ class PackedConv(Prepacked):
             self._fitting = shapes
         return fits
 
-    def _unfused(self, x: Tensor, residual: Tensor) -> Tensor:
-        geometry = self.padding, self.stride, self.dilation, self.groups
-        y = _mkldnn._convolution_pointwise.default(x, self.weight, self.bias, *geometry, "none", [], "")
-        return self._finish(y, _as(residual, y.dtype))
-
-    def _convolution(self, x: Tensor) -> Tensor:
+    def convolution(self, x: Tensor) -> Tensor:
+        """PyTorch's, with the bias alone."""
         return torch.convolution(
-            _as(x, self.weight.dtype),
+            in_dtype(x, self.weight.dtype),
             self.weight,
             self.bias,
             self.stride,
@@ -208,46 +215,10 @@ class PackedConv(Prepacked):
             self.groups,
         )
 
-    def _aten(self, x: Tensor) -> Tensor:
-        return self._finish(self._convolution(x))
-
-    def _aten_residual(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._finish(self._convolution(x), residual)
-
-    def _tuned(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """In the fastest way on a GPU."""
-        x = _as(x, self.weight.dtype)
-        fits = residual is None or (residual.dtype is x.dtype and residual.shape == self.output_shape(x))
-        if not (fits and tuned_conv.takes(x, x.dtype)):
-            return self._finish(self._convolution(x), residual)
-        stride, padding, dilation = tuple(self.stride), tuple(self.padding), tuple(self.dilation)
-        geometry = tuned_conv.Geometry(stride, padding, dilation, self.groups)
-        return tuned_conv.conv_bias_act(
-            x, self.weight, self.bias, residual, geometry, self.activation == RELU
-        )
-
     def extra_repr(self) -> str:
         geometry = f"kernel={tuple(self.weight.shape[2:])}, stride={tuple(self.stride)}"
         residual = "" if self.residual is None else f", residual={self.residual}"
         return f"{super().extra_repr()}, {geometry}{residual}"
-
-
-def _bound(operator: Any, weight: Tensor, epilogue: tuple) -> Callable[..., Tensor]:
-    """``operator(x, weight, *epilogue)`` as a function of ``x``."""
-    dtype = weight.dtype
-
-    def call(x: Tensor) -> Tensor:
-        return operator(x if x.dtype is dtype else x.to(dtype), weight, *epilogue)
-
-    return call
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def _channels_last(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 class PackedLinear(Prepacked):
@@ -270,12 +241,12 @@ class PackedLinear(Prepacked):
 
     def _pack(self) -> None:
         weight = self.weight
-        self.packed = weight.numel() > 0 and packs(weight.device, weight.dtype)
+        self.packed = weight.numel() > 0 and conv_engines.packs(weight.device, weight.dtype)
         if self.packed:
-            name, scalars, algorithm = self.activation or _NONE
+            name, scalars, algorithm = self.activation or NONE
             self.weight = _mkldnn._reorder_linear_weight(weight.contiguous(), self.rows)
             epilogue = self.bias, name, list(scalars), algorithm
-            self._call = _bound(_mkldnn._linear_pointwise.default, self.weight, epilogue)
+            self._call = conv_engines.bound(_mkldnn._linear_pointwise.default, self.weight, epilogue)
         else:
             self._call = self._aten
 
@@ -283,7 +254,7 @@ class PackedLinear(Prepacked):
         return self._call(x)
 
     def _aten(self, x: Tensor) -> Tensor:
-        return self._finish(F.linear(_as(x, self.weight.dtype), self.weight, self.bias))
+        return self.finish(F.linear(in_dtype(x, self.weight.dtype), self.weight, self.bias))
 
 
 class FrozenBatchNormAct(nn.Module):

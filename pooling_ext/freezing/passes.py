@@ -312,7 +312,7 @@ def overwrite(editor: GraphEditor) -> None:
 
     for node in list(graph.nodes):
         layer = editor.module(node)
-        adds = isinstance(layer, PackedConv) and layer.packed and layer.residual == "add"
+        adds = isinstance(layer, PackedConv) and layer.residual == "add"
         if adds and calls[str(node.target)] == 1 and is_last_reader(node, node.args[1]):  # type: ignore
             layer.overwrite_residual()
         activation = editor.activation(node)

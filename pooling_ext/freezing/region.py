@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
 from .cuda_graphs import Graphs
-from .layers import Call, Prepacked
+from .layers import Call, PackedConv, PackedLinear, Prepacked
 from .signature import Signature
 
 
@@ -26,6 +26,25 @@ class Input(NamedTuple):
     rank: int
     floating: bool = False
     channels: int | None = None
+
+    @classmethod
+    def read_by(cls, node: fx.Node, x: Tensor, layers: dict[str, str], made: dict[str, nn.Module]) -> Input:
+        """What the layer that reads the argument ``node``, like ``x``, asks of it."""
+        layer, channels = "input", None
+        for user in node.users:
+            if user.op == "call_module":
+                name = str(user.target)
+                layer = layers.get(name, name)
+                packed = made[name] if user.args[0] is node else None  # it may be the residual alone
+                if isinstance(packed, PackedConv) and x.dim() == packed.weight.dim():
+                    transposed = packed.output_padding is not None
+                    channels = (
+                        packed.weight.shape[0] if transposed else packed.weight.shape[1] * packed.groups
+                    )
+                elif isinstance(packed, PackedLinear) and x.dim() == 2:
+                    channels = packed.weight.shape[1]
+                break
+        return cls(layer, x.dim(), x.is_floating_point(), channels)
 
 
 class Outputs:
@@ -79,9 +98,9 @@ class Region(nn.Module):
         super().__init__()
         self.graph, self.dtype, self.device, self.inputs = graph, dtype, device, inputs
         self.layers, self.signature, self.outputs = layers, signature, outputs
-        self._bind()
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
         names: dict[str, Any] = dict(self.graph.named_children())
         names |= dict(self.graph.named_buffers(recurse=False))
@@ -96,7 +115,7 @@ class Region(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._bind()
+        self.bind()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self.signature.flatten(args, kwargs)

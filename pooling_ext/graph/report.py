@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class FusionEntry:
@@ -28,11 +30,19 @@ class FusionReport:
         replaced: what runs on an operator of this library.
         skipped: what was left as it is.
         warnings: what could not be checked.
+        details: of frozen convolutions, by path: the way that each runs, and why not in a faster one; see
+            :meth:`explain`.
+        winograd_bytes: what the transformed weights of a frozen model take.
+        beyond_limit: the frozen convolutions for whose transformed weights there was no memory left
+            (POOLING_EXT_WINOGRAD_MIB).
     """
 
     replaced: list[FusionEntry] = field(default_factory=list)
     skipped: list[FusionEntry] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    details: dict[str, list[str]] = field(default_factory=dict)
+    winograd_bytes: int = 0
+    beyond_limit: list[str] = field(default_factory=list)
 
     def replace(self, path: str, what: str, why: str) -> None:
         """Note a module that runs on an operator or layer of this library."""
@@ -44,8 +54,25 @@ class FusionReport:
         if entry not in self.skipped:
             self.skipped.append(entry)
 
+    def explain(self, path: str) -> str:
+        """What became of a module: its entries, and for a frozen convolution why it runs as it does.
+
+        Args:
+            path: the module's dotted path, as the table has it.
+
+        Raises:
+            ArgumentError: there is no entry for ``path``.
+        """
+        entries = [entry for entry in (*self.replaced, *self.skipped) if entry.path == path]
+        if not entries:
+            raise ArgumentError(f"path must be one of the report's, but got {path!r}")
+        lines = dict.fromkeys(f"{entry.path} ({entry.what}): {entry.why}" for entry in entries)
+        return "\n".join([*lines, *(f"  {line}" for line in self.details.get(path, ()))])
+
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update({"warnings": [], **state})  # reports of older versions have no warnings
+        # Reports of earlier versions have fewer fields.
+        new = FusionReport()
+        self.__dict__.update({**new.__dict__, **state})
 
     def __str__(self) -> str:
         rows = [("", "module", "what", "")]
@@ -60,5 +87,10 @@ class FusionReport:
         entries = (*self.replaced, *self.skipped)
         if not any("-" in entry.what or any(sign in entry.why for sign in signs) for entry in entries):
             lines.append("no convolution, BatchNorm and ReLU to fuse")
+        if self.winograd_bytes:
+            lines.append(f"Winograd's transformed weights take {self.winograd_bytes / (1 << 20):.1f} MiB")
+        if self.beyond_limit:
+            paths = ", ".join(dict.fromkeys(self.beyond_limit))
+            lines.append(f"not Winograd for the limit of POOLING_EXT_WINOGRAD_MIB: {paths}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(line.rstrip() for line in lines)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pooling_ext
+from pooling_ext.freezing.conv_engines import ENGINES
 
 from .source import Rejected, Source
 
@@ -31,6 +32,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 #: What is smaller than this in all of a tensor counts as this large.
 LEAST_SCALE = 1e-2
 _SENSITIVITY = 50.0
+#: What a report says of layers that nothing was fused with.
+_UNFUSED = {"ours", *(engine.name for engine in ENGINES)}
 _LARGEST = 1e8
 
 
@@ -185,7 +188,7 @@ class _Runs:
             self._raised("freeze", error)
             return
         whys = [entry.why for entry in fast.report.replaced]
-        self.verdict.fused |= any(why not in ("prepacked", "ours") for why in whys)
+        self.verdict.fused |= any(why not in _UNFUSED for why in whys)
         self._compare("freeze", "", before, _state(original))
         self._compare("freeze", "", _named("example", self.inputs), _named("example", example))
         try:
