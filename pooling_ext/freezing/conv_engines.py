@@ -136,11 +136,7 @@ def winograd_unfit(layer: PackedConv) -> str | None:
     conv = as_conv(layer)
     if isinstance(conv, str):
         return conv
-    reason = winograd_why_not(conv)
-    if reason is None and saved_multiplications(conv) <= 0:
-        rows, columns = conv.output_size
-        reason = f"planes of {rows}x{columns} leave so much of a tile empty that it saves no multiplication"
-    return reason
+    return winograd_why_not(conv)
 
 
 def _winograd_why_not(layer: PackedConv) -> str | None:

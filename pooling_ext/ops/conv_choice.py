@@ -148,6 +148,8 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "the kernel does not fit the input"
     if conv.work < LEAST_WORK:
         return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
+    if 9 * conv.batch * conv.output_size[0] * conv.output_size[1] <= _POINTS * conv.tiles:
+        return _because("planes of {} leave so much of a tile empty that it saves nothing", conv.output_size)
     if conv.tiles < FEWEST_TILES and conv.winograd_bytes > SMALL_WEIGHT:
         return _because(
             "its transformed weight of {} MiB would be read for {} tiles",
