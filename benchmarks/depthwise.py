@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pooling_ext.ops import depthwise_conv as ops
+from pooling_ext.testing.conv_shapes import DEPTHWISE_LAYERS
 from pooling_ext.testing.tolerances import tolerance
 
 from . import operator_report as tables
@@ -30,30 +31,6 @@ QUICK = ("32-k3s1-112", "144-k5s2-56", "1152-k5s1-7", "384-k7s1-14")
 #: Seconds to spend on one measurement of PyTorch's, ours and a copy.
 BUDGET, QUICK_BUDGET = 0.2, 0.05
 BATCH = 16
-
-#: Channels, kernel, stride and height of the layers of torchvision's mobilenet_v2, mobilenet_v3_small and
-#: _large, mnasnet1_0, efficientnet_b0, shufflenet_v2_x1_0 and convnext_tiny, for images of 224 pixels.
-LAYERS = (
-    *((channels, 3, 1, 112) for channels in (16, 32)),
-    *((channels, 3, 2, 112) for channels in (16, 48, 64, 96)),
-    *((channels, 3, 1, 56) for channels in (72, 144)),
-    *((channels, 3, 2, 56) for channels in (24, 58, 72, 144)),
-    *((channels, 3, 1, 28) for channels in (58, 88, 192)),
-    *((channels, 3, 2, 28) for channels in (116, 192, 240)),
-    *((channels, 3, 1, 14) for channels in (116, 184, 200, 384, 480, 576, 672)),
-    *((channels, 3, 2, 14) for channels in (232, 576)),
-    *((channels, 3, 1, 7) for channels in (232, 960, 1152)),
-    *((channels, 5, 2, 56) for channels in (72, 144)),
-    *((channels, 5, 1, 28) for channels in (120, 240)),
-    *((channels, 5, 2, 28) for channels in (96, 240)),
-    *((channels, 5, 1, 14) for channels in (120, 144, 240, 480, 672)),
-    *((channels, 5, 2, 14) for channels in (288, 576, 672)),
-    *((channels, 5, 1, 7) for channels in (576, 960, 1152)),
-    (96, 7, 1, 56),
-    (192, 7, 1, 28),
-    (384, 7, 1, 14),
-    (768, 7, 1, 7),
-)
 
 _METHOD = (
     "PyTorch's operator, ours and a copy of as many bytes as the call has to read and write run in one "
@@ -117,7 +94,7 @@ class LayerCase:
         return BATCH * self.channels * (self.height**2 + output**2) * dtype.itemsize
 
 
-CASES = tuple(LayerCase(*layer) for layer in LAYERS)
+CASES = tuple(LayerCase(*layer) for layer in DEPTHWISE_LAYERS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import _native, backends, cuda, triton
+from . import _native, backends, conv_tuning, cuda, triton
 
 Rows = list[tuple[str, str]]
 
@@ -129,11 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,
         help="measure against PyTorch (in a checkout); the same as python -m benchmarks",
     )
+    tune = commands.add_parser("tune", help="measure which convolutions of this CPU are to be ours")
+    conv_tuning.add_arguments(tune)
     args, rest = parser.parse_known_args(argv)
     if args.command == "bench":
         return _bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "tune":
+        return conv_tuning.run(args, cpu_model())
     _print_table("pooling_ext", info())
     return 0
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pooling_ext
-from pooling_ext.ops import conv_choice
+from pooling_ext.ops import conv_choice, conv_speeds
 
 
 def conv(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -> nn.Conv2d:
@@ -131,13 +131,18 @@ def norms_left(frozen: nn.Module) -> list[nn.Module]:
 
 
 def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None:
-    """Whether POOLING_EXT_WINOGRAD=0 is set, and whether the processor has AMX; layers of any size count."""
+    """Whether POOLING_EXT_WINOGRAD=0 is set, and whether the processor has AMX.
+
+    Depthwise kernels count as slower for planes of 28 pixels and more, whatever was measured.
+    """
+    monkeypatch.setattr(
+        conv_speeds,
+        "speedup",
+        lambda kernels, conv, phase: (0.5, True) if kernels == "depthwise" and conv.height >= 28 else None,
+    )
     monkeypatch.delenv("POOLING_EXT_WINOGRAD_MIB", raising=False)
     for name, value in (
-        ("_switched_off", lambda: off),
-        ("has_amx", lambda: amx),
         ("SWITCHED_OFF", off),
         ("HAS_AMX", amx),
-        ("LEAST_WORK", 0),
     ):
-        monkeypatch.setattr(conv_choice, name, value, raising=False)
+        monkeypatch.setattr(conv_choice, name, value)

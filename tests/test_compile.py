@@ -257,11 +257,12 @@ def _samples():
 
 
 def _convolution_samples():
-    from pooling_ext.ops import depthwise_conv, winograd  # noqa: F401, they define the operators
+    from pooling_ext.ops import depthwise_conv, winograd, winograd_weights  # noqa: F401, they define the operators
 
     ops = torch.ops.pooling_ext
     x, weight, bias = torch.rand(2, 16, 7, 8), torch.rand(16, 16, 3, 3), torch.rand(16)
     yield "winograd_weight", ops.winograd_weight, (weight, 1, False)
+    yield "fingerprint", ops.fingerprint, (weight, bias, bias, None, bias, None)
     transformed, output = ops.winograd_weight(weight, 1, False), torch.rand(2, 16, 7, 8)
     padding, grouping = [1, 1, 1, 1], (16, 1)
     yield "winograd_conv", ops.winograd_conv, (x, transformed, bias, output, padding, *grouping, 1, 0.0)

@@ -17,6 +17,7 @@ from ..graph.example_tracer import ExampleTrace, trace_example
 from ..graph.guards import Untraceable
 from ..graph.op_tables import BATCH_NORMS, is_hooked, plain_kind
 from ..graph.report import FusionReport
+from ..ops import winograd_weights
 from ..patching import unpatch
 from . import conv_allotment
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
@@ -237,7 +238,7 @@ class _Job:
                     f"model ({self.name}) cannot be traced, and does not run with its parts frozen: {error}"
                 ) from error
         # Regions were given memory as they came; now the layers of all of them are known.
-        if conv_allotment.allot(conv_allotment.convolutions(body), conv_allotment.limit(), exact):
+        if conv_allotment.allot(conv_allotment.convolutions(body), winograd_weights.limit(), exact):
             for part in body.modules():
                 if isinstance(part, Region):
                     part.bind()
@@ -327,7 +328,7 @@ class _Job:
         contiguous = _contiguous_outputs(trace, tensors)
         made = rewrite(editor, parts)
         ours = [layer for layer in made.values() if isinstance(layer, PackedConv)]
-        conv_allotment.allot(ours, conv_allotment.limit() - self.spent, self.exact)
+        conv_allotment.allot(ours, winograd_weights.limit() - self.spent, self.exact)
         graph = trace.graph
         layers = {str(node.target): node.meta["layer"] for node in graph.nodes if "layer" in node.meta}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]

@@ -5,38 +5,17 @@ A transformed weight takes four times what the plain one takes, or eight times i
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
 
-from ..errors import ArgumentError
 from ..graph.report import FusionReport
 from .conv_engines import WINOGRAD, as_conv, saved_multiplications, winograd_unfit
 from .layers import PackedConv
 from .region import Region
 
-#: What the transformed weights of one frozen model may take, in MiB; POOLING_EXT_WINOGRAD_MIB overrides it.
-WINOGRAD_MIB = 1024.0
 _NO_MEMORY = "is more than there is left of POOLING_EXT_WINOGRAD_MIB"
-
-
-def limit() -> int:
-    """What the transformed weights of a frozen model may take, in bytes.
-
-    Raises:
-        ArgumentError: POOLING_EXT_WINOGRAD_MIB is not a number of at least 0.
-    """
-    text = os.environ.get("POOLING_EXT_WINOGRAD_MIB", "")
-    try:
-        mib = float(text) if text else WINOGRAD_MIB
-    except ValueError:
-        mib = math.nan
-    if not 0 <= mib < math.inf:
-        raise ArgumentError(f"POOLING_EXT_WINOGRAD_MIB must be a number of at least 0, but got {text!r}")
-    return int(mib * (1 << 20))
 
 
 def allot(layers: Iterable[PackedConv], left: int, exact: bool) -> bool:

@@ -15,8 +15,8 @@ from . import winograd_weights
 from ._dispatch import public
 from ._library import suggests_channels_last
 from .batch_norm_act import needs_grad, transformed
-from .conv_choice import FORWARD, PHASES, Conv
-from .conv_kernels import DEPTHWISE, WHY_NOT, WINOGRAD, convolve, plan
+from .conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
+from .conv_kernels import convolve, plan
 from .winograd import winograd_conv
 
 
@@ -58,9 +58,9 @@ def conv2d(
     if conv is not None:
         grads = needs_grad(x, w, b)
         for kernels in (WINOGRAD, DEPTHWISE):
-            reasons = [WHY_NOT[kernels](conv, phase) for phase in (PHASES if grads else (FORWARD,))]
-            if None not in reasons:
-                why_not[kernels] = str(reasons[0])
+            reason = call_why_not(kernels, conv, PHASES if grads else (FORWARD,))
+            if reason is not None:
+                why_not[kernels] = reason
             elif kernels == WINOGRAD and is_compiling() and not grads:
                 why_not[kernels] = "a compiled graph would transform the weight at every call"
             else:

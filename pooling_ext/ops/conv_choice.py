@@ -10,13 +10,14 @@ the direct convolution in their last bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
 
 from .. import _native
+from . import conv_speeds
 
 #: What a convolution is in training: each is decided for itself.
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PHASES = ("forward", "input gradient", "weight gradient")
@@ -25,26 +26,6 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Depthwise kernels are square.
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
-#: In channels_last, the pixels of an output plane, from and to, for which the depthwise kernels were measured
-#: to be as fast as PyTorch's or faster (benchmarks/depthwise.py, AVX-512), by phase, dtype, kernel size and
-#: stride. What is not listed, in the contiguous format all but float16's forward, is faster at every size.
-_FASTER: dict[tuple[str, torch.dtype, int, int], tuple[int, int]] = {
-    (FORWARD, torch.float32, 3, 1): (1, 7 * 7),
-    (FORWARD, torch.float32, 3, 2): (0, 0),
-    (FORWARD, torch.float32, 5, 1): (1, 14 * 14),
-    (FORWARD, torch.float32, 5, 2): (0, 0),
-    (FORWARD, torch.float32, 7, 1): (1, 28 * 28),
-    (FORWARD, torch.float32, 7, 2): (0, 0),
-    (FORWARD, torch.bfloat16, 3, 1): (0, 0),
-    (FORWARD, torch.bfloat16, 3, 2): (0, 0),
-    (FORWARD, torch.bfloat16, 5, 1): (0, 0),
-    (FORWARD, torch.bfloat16, 5, 2): (1, 14 * 14),
-    (FORWARD, torch.bfloat16, 7, 1): (1, 28 * 28),
-    (FORWARD, torch.bfloat16, 7, 2): (0, 0),
-    (WEIGHT_GRAD, torch.float32, 3, 1): (28 * 28, 56 * 56),
-    (WEIGHT_GRAD, torch.float32, 3, 2): (28 * 28, 56 * 56),
-}
-
 #: Fewer channels than these fill no vector of Winograd's kernels.
 LEAST_CHANNELS = 16
 #: With fewer tiles than this, a transformed weight of more bytes than a second-level cache has makes
@@ -53,7 +34,8 @@ LEAST_CHANNELS = 16
 #: oneDNN's speed. At 12 GB/s and 110 GFLOP/s, about what a core does, both take the same time for 4.6 full
 #: tiles, of any channels.
 FEWEST_TILES, SMALL_WEIGHT = 6, 2 << 20
-#: With fewer multiplications of the direct way, some 20 us of a core, the call is what takes time.
+#: With fewer multiplications of the direct way, some 20 us of a core, to ask takes longer than it gains;
+#: for those who ask at every call.
 LEAST_WORK = 1 << 20
 _TILE, _POINTS = 4, 36
 
@@ -146,17 +128,28 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "the padding is negative"
     if min(conv.output_size) < 1:
         return "the kernel does not fit the input"
-    if conv.work < LEAST_WORK:
-        return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
     if 9 * conv.batch * conv.output_size[0] * conv.output_size[1] <= _POINTS * conv.tiles:
-        return _because("planes of {} leave so much of a tile empty that it saves nothing", conv.output_size)
+        planes = _by(conv.output_size)
+        return _because("planes of {} leave so much of a tile empty that it saves nothing", planes)
     if conv.tiles < FEWEST_TILES and conv.winograd_bytes > SMALL_WEIGHT:
         return _because(
             "its transformed weight of {} MiB would be read for {} tiles",
             conv.winograd_bytes >> 20,
             conv.tiles,
         )
-    return None
+    return None if is_compiling() else _why_slower(WINOGRAD, conv, phase)
+
+
+def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
+    """Why a call should do none of some phases by our kernels, or None.
+
+    Args:
+        kernels: "Winograd" or "depthwise".
+    """
+    if kernels == WINOGRAD and conv.work < LEAST_WORK:
+        return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
+    reasons = [WHY_NOT[kernels](conv, phase) for phase in phases]
+    return None if None in reasons else reasons[0]
 
 
 def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
@@ -188,15 +181,29 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "its kernel does not fit the input"
     if phase == FORWARD and conv.dtype == torch.float16:
         return "PyTorch's is faster in float16"
-    limits = _FASTER.get((phase, conv.dtype, conv.kernel[0], max(conv.stride)))
-    if limits is not None and conv.channels_last:
-        rows, columns = conv.output_size
-        if not limits[0] <= rows * columns <= limits[1]:
-            within = f"of {limits[0]} to {limits[1]} pixels" if limits[1] else "of no size"
-            return _because(
-                "PyTorch's {} is faster but at planes {}, and these have {}", phase, within, rows * columns
-            )
-    return None
+    if is_compiling():  # where sizes may be symbols
+        return "PyTorch's is mostly faster" if phase == FORWARD else None
+    return _why_slower(DEPTHWISE, conv, phase)
+
+
+def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
+    """What measurements say against our kernels."""
+    found = conv_speeds.speedup(kernels, conv, PHASES.index(phase))
+    if found is None:
+        return None
+    ratio, same = found
+    if ratio >= (1.0 if same else conv_speeds.MARGIN):
+        return None
+    what = "it" if same else "a convolution like it"
+    return f"PyTorch's {phase} of {what} was measured to be {1 / ratio:.2f} times as fast"
+
+
+#: By the names of our kernels.
+WINOGRAD, DEPTHWISE = "Winograd", "depthwise"
+WHY_NOT: dict[str, Callable[[Conv, str], str | None]] = {
+    WINOGRAD: winograd_why_not,
+    DEPTHWISE: depthwise_why_not,
+}
 
 
 def may_be_ours(

@@ -16,10 +16,7 @@ from . import depthwise_conv as depthwise
 from . import winograd
 from ._library import suggests_channels_last
 from .batch_norm_act import needs_grad
-from .conv_choice import PHASES, Conv, depthwise_why_not, winograd_why_not
-
-WINOGRAD, DEPTHWISE = "Winograd", "depthwise"
-WHY_NOT = {WINOGRAD: winograd_why_not, DEPTHWISE: depthwise_why_not}
+from .conv_choice import DEPTHWISE, PHASES, WHY_NOT, WINOGRAD, Conv
 
 
 class Plan(NamedTuple):

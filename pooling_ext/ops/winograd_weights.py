@@ -5,11 +5,12 @@ another process. So what is kept goes with a fingerprint of the values that it w
 takes anew; that reads the weight once, where transforming reads it once and writes four times as much.
 
 What is kept belongs to no module: it is in no ``state_dict``, copy or pickle, and ends with its weight. It
-takes at most :data:`LIMIT` bytes in all; what would exceed that is transformed at each call.
+takes at most :func:`limit` bytes in all; what would exceed that is transformed at each call.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
+from ..errors import ArgumentError
 from . import _library, batch_norm_running
 from .winograd import winograd_weight
 
-#: Bytes of transformed weights; POOLING_EXT_WINOGRAD_MIB in the environment sets them, in MiB.
-LIMIT = int(os.environ.get("POOLING_EXT_WINOGRAD_MIB", "1024")) << 20
+#: What transformed weights may take, in MiB; POOLING_EXT_WINOGRAD_MIB overrides it.
+WINOGRAD_MIB = 1024.0
 
 # A hash of values, memory format included.
 _fingerprint = _library.define(
@@ -32,6 +34,22 @@ _fingerprint = _library.define(
     lambda *_: 0,
     vmap=False,
 )
+
+
+def limit() -> int:
+    """What transformed weights may take, in bytes: those of a frozen model, or all that are kept here.
+
+    Raises:
+        ArgumentError: POOLING_EXT_WINOGRAD_MIB is not a number of at least 0.
+    """
+    text = os.environ.get("POOLING_EXT_WINOGRAD_MIB", "")
+    try:
+        mib = float(text) if text else WINOGRAD_MIB
+    except ValueError:
+        mib = math.nan
+    if not 0 <= mib < math.inf:
+        raise ArgumentError(f"POOLING_EXT_WINOGRAD_MIB must be a number of at least 0, but got {text!r}")
+    return int(mib * (1 << 20))
 
 
 class Norm(NamedTuple):
@@ -73,7 +91,7 @@ def transformed(
     made = Transformed(key, *_transform(weight, bias, norm, groups))
     with _lock:
         _kept.pop(weight, None)
-        if kept_bytes() + made.weight.nbytes <= LIMIT:
+        if kept_bytes() + made.weight.nbytes <= limit():
             _kept[weight] = made
     return made.weight, made.bias
 

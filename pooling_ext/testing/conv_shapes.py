@@ -1,4 +1,4 @@
-"""The 3x3 convolutions of stride 1 in torchvision's models; tests and benchmarks share them."""
+"""The 3x3 convolutions of stride 1 and the depthwise ones in torchvision's models."""
 
 from __future__ import annotations
 
@@ -169,4 +169,29 @@ RESNET: tuple[ConvShape, ...] = tuple(
 VGG: tuple[ConvShape, ...] = tuple(
     ConvShape(channels, channels, 1, side, 1, "vgg")
     for channels, side in ((64, 224), (64, 112), (128, 112), (256, 56), (512, 28), (512, 14))
+)
+
+#: Channels, kernel, stride and height of depthwise layers: those of torchvision's mobilenet_v2,
+#: mobilenet_v3_small and _large, mnasnet1_0, efficientnet_b0, shufflenet_v2_x1_0 and convnext_tiny, for
+#: images of 224 pixels.
+DEPTHWISE_LAYERS: tuple[tuple[int, int, int, int], ...] = (
+    *((channels, 3, 1, 112) for channels in (16, 32)),
+    *((channels, 3, 2, 112) for channels in (16, 48, 64, 96)),
+    *((channels, 3, 1, 56) for channels in (72, 144)),
+    *((channels, 3, 2, 56) for channels in (24, 58, 72, 144)),
+    *((channels, 3, 1, 28) for channels in (58, 88, 192)),
+    *((channels, 3, 2, 28) for channels in (116, 192, 240)),
+    *((channels, 3, 1, 14) for channels in (116, 184, 200, 384, 480, 576, 672)),
+    *((channels, 3, 2, 14) for channels in (232, 576)),
+    *((channels, 3, 1, 7) for channels in (232, 960, 1152)),
+    *((channels, 5, 2, 56) for channels in (72, 144)),
+    *((channels, 5, 1, 28) for channels in (120, 240)),
+    *((channels, 5, 2, 28) for channels in (96, 240)),
+    *((channels, 5, 1, 14) for channels in (120, 144, 240, 480, 672)),
+    *((channels, 5, 2, 14) for channels in (288, 576, 672)),
+    *((channels, 5, 1, 7) for channels in (576, 960, 1152)),
+    (96, 7, 1, 56),
+    (192, 7, 1, 28),
+    (384, 7, 1, 14),
+    (768, 7, 1, 7),
 )

@@ -12,8 +12,8 @@ from ... import backends
 from .. import _library, batch_norm_running, winograd_weights
 from ..batch_norm_act import batch_norm_arguments, eps_of, in_training, transformed
 from ..conv_activations import ACTIVATIONS
-from ..conv_choice import FORWARD, PHASES, Conv
-from ..conv_kernels import DEPTHWISE, WHY_NOT, WINOGRAD, Plan, convolve, convolve_with_stats, plan
+from ..conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
+from ..conv_kernels import Plan, convolve, convolve_with_stats, plan
 from ..depthwise_conv import depthwise_conv
 from ..winograd import winograd_conv
 from ..winograd_weights import Norm
@@ -100,10 +100,7 @@ def _own_why_not(call: Call, kernels: str) -> str | None:
     assert geometry is not None
     if call.residual is not None and not call.residual_fits():
         return "the residual is not like the output"
-    if call.wants_grad:
-        reasons = [WHY_NOT[kernels](geometry, phase) for phase in PHASES]
-        return None if None in reasons else reasons[0]
-    return WHY_NOT[kernels](geometry, FORWARD)
+    return call_why_not(kernels, geometry, PHASES if call.wants_grad else (FORWARD,))
 
 
 class Prepared(NamedTuple):

@@ -1,0 +1,167 @@
+"""``pooling-ext tune``: measures our convolutions of the CPU beside PyTorch's, for ops/conv_speeds.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .memory import reuse_cpu_memory
+from .ops import conv_speeds
+from .ops.conv_choice import DEPTHWISE, PHASES, WINOGRAD, Conv
+from .ops.conv_kernels import Plan, _aten_gradients, _gradients
+from .ops.depthwise_conv import depthwise_conv
+from .ops.winograd import winograd_conv, winograd_weight
+from .testing.conv_shapes import DEPTHWISE_LAYERS, RESNET, TORCHVISION, VGG
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCHES = (1, 16)
+#: Seconds for both rivals of a phase, and turns at most.
+BUDGET, TURNS = 0.12, 25
+
+
+def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
+    """Convolutions to measure, and the kernels that are to do them."""
+    dense = tuple(dict.fromkeys((*RESNET, *VGG[:5])))
+    if not quick:
+        dense += tuple(shape for shape in TORCHVISION if shape.side < 112)
+    seen = set()
+    for batch in BATCHES:
+        for shape in dense:
+            padding = (shape.padding,) * 4
+            conv = Conv(
+                batch, shape.channels, shape.side, shape.side, shape.features, (3, 3), (1, 1), padding,
+                (1, 1), shape.groups, dtype, True,
+            )  # fmt: skip
+            if conv not in seen:
+                seen.add(conv)
+                yield WINOGRAD, conv
+        for channels, kernel, stride, side in DEPTHWISE_LAYERS[:: 5 if quick else 1]:
+            for channels_last in (True, False):
+                yield DEPTHWISE, Conv(
+                    batch, channels, side, side, channels, (kernel, kernel), (stride, stride),
+                    (kernel // 2,) * 4, (1, 1), channels, dtype, channels_last,
+                )  # fmt: skip
+
+
+def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
+    """PyTorch's call and ours for each phase. Weights of inference are prepared beforehand."""
+    generator = torch.Generator().manual_seed(0)
+    format = torch.channels_last if conv.channels_last else torch.contiguous_format
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(conv.dtype).contiguous(memory_format=format)
+
+    x = normal(conv.batch, conv.channels, conv.height, conv.width)
+    weight = normal(conv.features, conv.channels // conv.groups, *conv.kernel)
+    top, left, *_ = conv.padding
+    plan = Plan(kernels, conv.stride, (top, left), conv.groups, conv.channels_last, (True, True, True))
+    padding, sides = plan.padding, plan.sides
+    grad = torch.conv2d(x, weight, None, conv.stride, padding, 1, conv.groups)
+    if kernels == WINOGRAD:
+        transformed = winograd_weight(weight, conv.groups, False)
+
+        def forward() -> Tensor:
+            return winograd_conv(x, transformed, None, None, sides, conv.features, conv.groups, 0, 0.0)
+
+    else:
+
+        def forward() -> Tensor:
+            return depthwise_conv(x, weight, None, conv.stride, padding, 0, 0.0)
+
+    def both(*wanted: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return (
+            lambda: _aten_gradients(grad, x, weight, plan, wanted),
+            lambda: _gradients(grad, x, weight, plan, wanted),
+        )
+
+    theirs = lambda: torch.conv2d(x, weight, None, conv.stride, padding, 1, conv.groups)  # noqa: E731
+    return [(theirs, forward), both(True, False, False), both(False, True, False)]
+
+
+def ratio(theirs: Callable[[], Any], ours: Callable[[], Any]) -> float:
+    """Their time over ours: medians of calls in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    theirs(), ours()
+    end = time.perf_counter() + BUDGET
+    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < TURNS):
+        for call, found in zip((theirs, ours), times, strict=True):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+@torch.no_grad()
+def measure(dtypes: Sequence[str], quick: bool, tell: Callable[[str], None]) -> dict[str, list[list[float]]]:
+    """The speed-ups, by kind, as a file has them."""
+    found: dict[str, list[list[float]]] = {}
+    for name in dtypes:
+        for kernels, conv in problems(DTYPES[name], quick):
+            ratios = [round(ratio(*pair), 2) for pair in rivals(kernels, conv)]
+            kind = conv_speeds.kind(kernels, conv)
+            text = " ".join(map(str, (*kind[:2], "channels_last" if kind[2] else "contiguous", *kind[3:])))
+            sizes = conv_speeds.sizes(conv)
+            found.setdefault(text, []).append([*sizes, *ratios])
+            said = ", ".join(f"{phase} {value:.2f}x" for phase, value in zip(PHASES, ratios, strict=True))
+            tell(f"{text} {'x'.join(map(str, sizes))}: {said}")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: float32, bfloat16")
+    parser.add_argument("--quick", action="store_true", help="a few shapes alone")
+    parser.add_argument("--out", type=Path, help="the file to write; default: the one that is read here")
+
+
+def run(args: argparse.Namespace, cpu: str) -> int:
+    """Measure and write; 1 if there is nothing to measure."""
+    if _native.module is None:
+        print(f"pooling-ext tune: there are no compiled kernels: {_native.why_not}")
+        return 1
+    reuse_cpu_memory()
+    section = {
+        "processor": cpu,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "speedups": measure(args.dtype or ["float32", "bfloat16"], args.quick, print),
+    }
+    file = args.out or conv_speeds.user_file()
+    content = conv_speeds.read(file) | {_native.module.isa: section}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_name(f"{file.name}.{os.getpid()}")
+    written.write_text(_as_text(content))
+    written.replace(file)
+    conv_speeds.forget()
+    print(f"written to {file}")
+    return 0
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    """JSON with a line for each measurement."""
+    text = json.dumps(content, indent=1, sort_keys=True)
+    return "".join(_joined(text)) + "\n"
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Lists of numbers on one line."""
+    inside = False
+    for line in text.splitlines(keepends=True):
+        stripped = line.strip()
+        if inside:
+            yield stripped.replace(",", ", ") if not stripped.startswith("]") else stripped + "\n"
+            inside = not stripped.startswith("]")
+        elif stripped == "[":
+            inside = True
+            yield line.rstrip("\n")
+        else:
+            yield line
