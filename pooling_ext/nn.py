@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from . import functional as F
 from .errors import ArgumentError
@@ -304,7 +305,8 @@ class Conv2d(nn.Conv2d):
     _pooling_ext_stands_for = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor) and has_plain_weights(self):
+        # A trace by torch.jit gets PyTorch's operator, and no weight that was transformed for this call.
+        if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
             return run(Call(self, None, input))
         return super().forward(input)
 

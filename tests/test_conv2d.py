@@ -152,6 +152,14 @@ def test_transforms(kernels):
     torch.testing.assert_close(ours, TF.conv2d(tangent, weight, **options))
 
 
+def test_a_trace_has_pytorchs_operator():
+    conv, x = module(), torch.randn(1, 32, 12, 12)
+    traced = torch.jit.trace(conv, x)
+    assert "pooling_ext" not in str(traced.inlined_graph)
+    conv.weight.data.neg_()
+    assert off(traced(x), conv(x)) <= ERROR
+
+
 @KERNELS
 @BOTH_FORMATS
 def test_autocast(kernels, layout):

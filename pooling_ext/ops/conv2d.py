@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
 from . import winograd_weights
@@ -95,6 +96,8 @@ def _describe(
     reason = None
     if backends.forced() not in (None, "cpu"):
         reason = f"backend {backends.forced()!r} was asked for"
+    elif is_tracing():
+        reason = "torch.jit traces"
     elif transformed():
         reason = "torch.func or forward mode is at work"
     elif not all(map(_is_plain, (input, weight, bias))):
