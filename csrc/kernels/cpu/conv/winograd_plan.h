@@ -16,11 +16,14 @@ struct WinogradCosts {
     double input = 110, output = 90, grad_input = 150, grad = 120;  // transforms of a tile's vector
     double step = 0.5;                                              // one vector of products
     double byte = 0.15;
-    double fetched_byte = 0.03;    // of those fetched in time
+    double fetched_byte = 0.015;  // of those fetched in time
+    // Of transformed inputs when they are made and when a product reads them, and of products that
+    // are written and read back.
+    double write_byte = 0.025, row_byte = 0.012, product_byte = 0.3;
     double sums_byte = 0.006;      // of the sums of a weight's gradient
     double near_byte = 0.003;      // from the second-level cache
     double wake = 5000;            // for other workers to begin
-    double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
+    double rows = 14, tile = 0.2;  // a tile of registers, and what it costs beside its products
 };
 constexpr WinogradCosts kWinogradCosts{};
 // Tiles that may be taken at a time.
@@ -109,15 +112,17 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double p = double(parts.m_size() * m.element);
             const double blocks = double(ceil_div(tiles, block.tiles));
             const double passes = double(ceil_div(vectors, block.vectors));
-            // What does not fit is written to the far cache and read back.
+            // What does not fit is written to the far cache and read back: transformed inputs row
+            // by row, which the processor foresees, products at 36 places at a time.
             const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
-            const double spilled =
-                blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
+            const double beside = std::clamp(p / near - 0.2, 0.0, 1.0);
+            const double spilled = blocks * (v * (c.write_byte + passes * c.row_byte) +
+                                             p * passes * beside * c.product_byte);
             const double read = v + p + weight <= near ? weight : weight * blocks;
             const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
             const double work = products * c.step * (1 + c.tile / rows);
             const double cost = std::max(work, read * c.byte) + read * c.fetched_byte +
-                                weight * blocks * c.near_byte + over * spilled * c.byte;
+                                weight * blocks * c.near_byte + over * spilled;
             if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
                 least = cost;
                 best = block;
