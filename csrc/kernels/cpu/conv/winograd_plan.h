@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/cpu/conv/winograd.h"
 
@@ -14,7 +15,8 @@ namespace pooling_ext {
 // from beyond the second-level cache.
 struct WinogradCosts {
     double input = 110, output = 90, grad_input = 150, grad = 120;  // transforms of a tile's vector
-    double step = 0.5;                                              // one vector of products
+    double weight = 150;  // of a kernel's vector of features
+    double step = 0.5;    // one vector of products
     double byte = 0.15;
     double fetched_byte = 0.015;  // of those fetched in time
     // Of transformed inputs when they are made and when a product reads them, and of products that
@@ -58,30 +60,32 @@ struct WinogradGrid {
     }
 };
 
-// What a share costs: transforms, products, and reading its part of the weight.
+// What a share costs: transforms, products, and reading its part of the weight. With `weight` it
+// transforms that too.
 inline double winograd_cost(const WinogradShape& s, const WinogradMachine& m, int64_t tiles,
-                            int64_t vectors) {
+                            int64_t vectors, bool weight) {
     const WinogradCosts& c = kWinogradCosts;
     const double groups = double(ceil_div(vectors, winograd_vectors(s.features, m)));
     const double products = double(kWinogradPoints * s.channels);
     const double input = groups * double(winograd_vectors(s.channels, m)) * c.input;
     return double(tiles) * (input + double(vectors) * (products * c.step + c.output)) +
-           double(vectors) * products * double(m.lanes * m.element) * c.byte;
+           double(vectors) * products * double(m.lanes * m.element) * c.byte +
+           (weight ? double(vectors * s.channels) * c.weight : 0);
 }
 
 inline WinogradGrid winograd_grid(const WinogradShape& s, const WinogradMachine& m, bool stats,
-                                  int64_t workers) {
+                                  int64_t workers, bool weight = false) {
     WinogradGrid best;
     best.unit = stats ? kWinogradUnit : 1;
     const int64_t units = ceil_div(s.tiles(), best.unit);
     const int64_t vectors = s.groups * winograd_vectors(s.features, m);
-    double least = winograd_cost(s, m, s.tiles(), vectors);
+    double least = winograd_cost(s, m, s.tiles(), vectors, weight);
     for (int64_t v = 1; v <= std::min(vectors, workers); ++v) {
         const int64_t t = std::min(units, workers / v);
         if (t * v == 1) continue;
         const double cost =
             kWinogradCosts.wake +
-            winograd_cost(s, m, ceil_div(units, t) * best.unit, ceil_div(vectors, v));
+            winograd_cost(s, m, ceil_div(units, t) * best.unit, ceil_div(vectors, v), weight);
         if (cost < least) {
             least = cost;
             best.over_tiles = t, best.over_vectors = v;
@@ -132,6 +136,24 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
         if (some >= tiles) break;
     }
     return best;
+}
+
+// Where parts of a share's vectors begin, and the last ends, whose transformed weights stay in the
+// last cache. Parts end with a panel, but for the last.
+inline std::vector<int64_t> winograd_weight_parts(const WinogradShape& s, const WinogradMachine& m,
+                                                  const WinogradShare& share) {
+    constexpr int64_t kBytes = int64_t(8) << 20;
+    const int64_t vectors = share.last_vector - share.first_vector;
+    const WinogradPanels all(s, m, share.first_vector, share.last_vector);
+    const int64_t parts = std::clamp<int64_t>(ceil_div((all.end - all.begin) * m.element, kBytes),
+                                              1, ceil_div(vectors, 2));
+    std::vector<int64_t> begins = {share.first_vector};
+    for (int64_t part = 1; part < parts; ++part) {
+        const int64_t at = share.first_vector + part_begin(part, parts, vectors);
+        begins.push_back(at - at % winograd_vectors(s.features, m) % 2);
+    }
+    begins.push_back(share.last_vector);
+    return begins;
 }
 
 // --- the weight's gradient ---------------------------------------------------------------------
