@@ -267,6 +267,7 @@ def _convolution_samples():
     padding, grouping = [1, 1, 1, 1], (16, 1)
     yield "winograd_conv", ops.winograd_conv, (x, transformed, bias, output, padding, *grouping, 1, 0.0)
     yield "winograd_conv_stats", ops.winograd_conv_stats, (x, transformed, bias, padding, *grouping)
+    yield "winograd_input_grad", ops.winograd_input_grad, (output, weight, padding, 1)
     yield "winograd_weight_grad", ops.winograd_weight_grad, (x, output, padding, 1)
     weight, windows = torch.rand(16, 1, 3, 3), ([2, 1], [1, 1])
     grad = torch.rand(2, 16, 4, 8)

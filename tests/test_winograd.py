@@ -129,6 +129,43 @@ def test_padding_and_tails(height, width, padding, groups):
     assert off(winograd.winograd_weight_grad(x, grad, padding, groups), of_weight) <= 1e-5
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("features", "channels", "groups", "side"),
+    # The last takes its weight in several parts: with one block of tiles, and with several.
+    [(24, 20, 1, 9), (19, 23, 3, 5), (48, 16, 2, 4), (16, 48, 1, 7), (272, 288, 1, 6), (544, 560, 1, 40)],
+)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_plain_weights(dtype, features, channels, groups, side, layout):
+    """A weight of any strides that is transformed inside gives the bits of one that was before."""
+    if side == 40 and dtype != torch.float32:
+        pytest.skip("one dtype is enough for what takes long")
+    x = torch.randn(1, channels * groups, side, side).to(dtype)
+    weight = with_layout((torch.randn(features * groups, channels, 3, 3) / 13).to(dtype), layout)
+    bias = torch.randn(features * groups).to(dtype)
+    common = ONES, features * groups, groups
+    transformed = winograd.winograd_weight(weight.contiguous(), groups, False)
+    expected = winograd.winograd_conv(x, transformed, bias, None, *common, 1, 0.0)
+    assert torch.equal(winograd.winograd_conv(x, weight, bias, None, *common, 1, 0.0), expected)
+    for actual, wanted in zip(
+        winograd.winograd_conv_stats(x, weight, bias, *common),
+        winograd.winograd_conv_stats(x, transformed, bias, *common),
+        strict=True,
+    ):
+        assert torch.equal(actual, wanted)
+    grad = torch.randn_like(expected)
+    turned = winograd.winograd_weight(weight.contiguous(), groups, True)
+    assert torch.equal(
+        winograd.input_grad(grad, weight, ONES, groups), winograd.input_grad(grad, weight, ONES, groups, turned)
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3, 3), (24, 12, 3, 3), (24, 16, 5, 5), (1, 36, 16, 24)])
+def test_weights_that_do_not_fit(shape):
+    with pytest.raises(RuntimeError, match="weight must"):
+        winograd.winograd_conv(torch.randn(1, 16, 5, 5), torch.randn(shape), None, None, ONES, 24, 1, 0, 0.0)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("activation", winograd.ACTIVATIONS)
 def test_epilogue(activation, dtype):
@@ -269,6 +306,8 @@ def test_operators_are_registered_well():
         x = x.contiguous(memory_format=layout)
         opcheck(winograd.winograd_conv, (x, transformed, bias, None, ONES, 24, 1, 1, 0.0))
         opcheck(winograd.winograd_conv_stats, (x, transformed, bias, ONES, 24, 1))
+        opcheck(winograd.winograd_conv, (x, weight, bias, None, ONES, 24, 1, 1, 0.0))
+        opcheck(winograd.winograd_input_grad, (torch.randn(2, 24, 6, 7), weight, ONES, 1))
         opcheck(winograd.winograd_weight_grad, (x, torch.randn(2, 24, 6, 7), ONES, 1))
     opcheck(winograd.winograd_weight, (weight, 1, True))
 

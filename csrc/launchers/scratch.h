@@ -37,7 +37,7 @@ class LargeScratch {
     void* get() const { return memory_; }
 
   private:
-    static constexpr size_t kKeep = size_t(16) << 20, kPage = size_t(2) << 20;
+    static constexpr size_t kKeep = size_t(32) << 20, kPage = size_t(2) << 20;
 
     struct Free {
         void operator()(void* memory) const { std::free(memory); }

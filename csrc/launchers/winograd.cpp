@@ -69,11 +69,9 @@ WinogradShape shape_of(const Tensor& input, int64_t features, int64_t groups, co
     return s;
 }
 
-// The transformed weight: [groups, 36, channels, features rounded up], inside which each
-// instruction set has its own order.
-Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
-    const Ints sizes = sizes_of(weight),
-               strides = {weight.strides().begin(), weight.strides().end()};
+// The transform of a weight (out, in, 3, 3) of any strides; `result` is still to be set.
+WinogradWeightJob weight_job(const Tensor& weight, int64_t groups, bool transposed) {
+    const Ints sizes = sizes_of(weight);
     STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3 && groups > 0 &&
                         sizes[0] % groups == 0 && weight.numel() > 0,
                     "pooling_ext: weight must be (out, in, 3, 3)");
@@ -84,7 +82,14 @@ Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
     job.features = transposed ? sizes[1] : outs;
     job.transposed = transposed;
     job.weight = weight.data_ptr();
-    std::copy(strides.begin(), strides.end(), job.strides);
+    std::copy(weight.strides().begin(), weight.strides().end(), job.strides);
+    return job;
+}
+
+// The transformed weight: [groups, 36, channels, features rounded up], inside which each
+// instruction set has its own order.
+Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
+    WinogradWeightJob job = weight_job(weight, groups, transposed);
     const int64_t padded = ceil_div(job.features, kWinogradChannels) * kWinogradChannels;
     Tensor result = empty({groups, kWinogradPoints, job.channels, padded},
                           computed_in(weight.scalar_type()), false);
@@ -93,7 +98,7 @@ Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
     STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: weight must be floating-point");
     const int64_t vectors =
         groups * winograd_vectors(job.features, machine_of(weight.scalar_type()));
-    parallel_for(0, vectors, 1 + 256 / job.channels,
+    parallel_for(0, vectors, 2 + 256 / job.channels,
                  [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
     return result;
 }
@@ -142,21 +147,21 @@ struct ForwardCall {
     bool channels_last;
     Tensor input, output;
     WinogradJob job;
+    // Of a weight that is not transformed yet.
+    bool plain;
+    WinogradWeightJob weight_job;
     std::vector<Tensor> kept;
 
+    // `weight` is transformed, or as PyTorch has it, and then `transposed` says for what.
     ForwardCall(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                const MaybeTensor& residual, const Ints& padding, int64_t features, int64_t groups)
+                const MaybeTensor& residual, const Ints& padding, int64_t features, int64_t groups,
+                bool transposed = false)
         : channels_last(suggests_channels_last(x, 2)), input(dense(x, true)), output(x) {
         job.shape = shape_of(x, features, groups, padding);
         const WinogradShape& s = job.shape;
         const ScalarType wide = computed_in(x.scalar_type());
-        const int64_t padded = ceil_div(s.features, kWinogradChannels) * kWinogradChannels;
-        STD_TORCH_CHECK(
-            weight.scalar_type() == wide && weight.is_contiguous() &&
-                sizes_of(weight) == (Ints{groups, kWinogradPoints, s.channels, padded}),
-            "pooling_ext: weight must be a winograd_weight for these channels and dtype");
         job.x = input.data_ptr();
-        job.weight = weight.data_ptr();
+        set_weight(weight, transposed);
         if (bias) {
             STD_TORCH_CHECK(bias->numel() == features,
                             "pooling_ext: bias must have a value per output channel");
@@ -179,20 +184,76 @@ struct ForwardCall {
     void run() {
         const WinogradShape& s = job.shape;
         if (s.batch == 0) return;
-        const auto kernel = kernels().winograd(dtype_of(input)).forward;
-        STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: input must be floating-point");
+        const WinogradKernels table = kernels().winograd(dtype_of(input));
+        STD_TORCH_CHECK(table.forward != nullptr, "pooling_ext: input must be floating-point");
         const WinogradMachine m = machine_of(input.scalar_type());
-        const WinogradGrid grid = winograd_grid(s, m, job.stats != nullptr, workers());
+        const WinogradGrid grid = winograd_grid(s, m, job.stats != nullptr, workers(), plain);
         in_parallel(grid.tasks(), [&](int64_t task) {
+            const WinogradShare share = grid.share(task, s, m);
+            if (plain) return run_plain(table, m, share);
             WinogradJob own = job;
-            own.share = grid.share(task, s, m);
-            own.block = winograd_block(s, m, own.share);
+            own.share = share;
+            own.block = winograd_block(s, m, share);
             const size_t bytes = size_t(WinogradScratch(s, m, own.block).bytes(m));
-            kernel(own, LargeScratch(bytes).get());
+            table.forward(own, LargeScratch(bytes).get());
         });
     }
 
     Tensor result() const { return dense(output, channels_last); }
+
+  private:
+    void set_weight(const Tensor& weight, bool transposed) {
+        const WinogradShape& s = job.shape;
+        const Ints sizes = sizes_of(weight);
+        plain = sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3;
+        if (plain) {
+            const int64_t outs = s.groups * (transposed ? s.channels : s.features);
+            STD_TORCH_CHECK(sizes[0] == outs &&
+                                sizes[1] == (transposed ? s.features : s.channels) &&
+                                weight.scalar_type() == input.scalar_type(),
+                            "pooling_ext: weight must fit the channels and dtype");
+            weight_job = pooling_ext::weight_job(weight, s.groups, transposed);
+            return;
+        }
+        const int64_t padded = ceil_div(s.features, kWinogradChannels) * kWinogradChannels;
+        STD_TORCH_CHECK(
+            !transposed && weight.scalar_type() == computed_in(input.scalar_type()) &&
+                weight.is_contiguous() &&
+                sizes == (Ints{s.groups, kWinogradPoints, s.channels, padded}),
+            "pooling_ext: weight must be a winograd_weight for these channels and dtype");
+        job.weight = weight.data_ptr();
+    }
+
+    // Transforms the weight in parts that the last cache holds, each just before it is used.
+    void run_plain(const WinogradKernels& table, const WinogradMachine& m,
+                   const WinogradShare& share) const {
+        const WinogradShape& s = job.shape;
+        const std::vector<int64_t> parts = winograd_weight_parts(s, m, share);
+        WinogradJob own = job;
+        own.share = share;
+        int64_t bytes = 0, most = 0;
+        for (size_t i = 0; i + 1 < parts.size(); ++i) {
+            const WinogradPanels panels(s, m, parts[i], parts[i + 1]);
+            bytes = std::max(bytes, ceil_div((panels.end - panels.begin) * m.element, 64) * 64);
+            most = std::max(most, parts[i + 1] - parts[i]);
+        }
+        // Blocks are the same for all parts, so that the transformed input may stay.
+        own.share.last_vector = share.first_vector + most;
+        own.block = winograd_block(s, m, own.share);
+        const bool one_block = share.last_tile - share.first_tile <= own.block.tiles;
+        const LargeScratch scratch(size_t(bytes + WinogradScratch(s, m, own.block).bytes(m)));
+        char* const memory = static_cast<char*>(scratch.get());
+        WinogradWeightJob weight = weight_job;
+        for (size_t i = 0; i + 1 < parts.size(); ++i) {
+            own.share.first_vector = parts[i], own.share.last_vector = parts[i + 1];
+            // As if all panels were there.
+            weight.result = memory - WinogradPanels(s, m, parts[i], parts[i + 1]).begin * m.element;
+            own.weight = weight.result;
+            table.weight(weight, parts[i], parts[i + 1]);
+            own.input_is_there = i > 0 && s.groups == 1 && one_block;
+            table.forward(own, memory + bytes);
+        }
+    }
 };
 
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
@@ -220,6 +281,18 @@ std::tuple<Tensor, Tensor> winograd_conv_stats(const Tensor& input, const Tensor
     call.job.stats = units.data();
     call.run();
     return {call.result(), merged(s, units)};
+}
+
+// The gradient of a convolution's input, from the weight as PyTorch has it.
+Tensor winograd_input_grad(const Tensor& grad, const Tensor& weight, const Ints& padding,
+                           int64_t groups) {
+    STD_TORCH_CHECK(weight.dim() == 4, "pooling_ext: weight must be (out, in, 3, 3)");
+    check_padding(padding);
+    Ints turned = padding;
+    for (int64_t& side : turned) side = 2 - side;
+    ForwardCall call(grad, weight, {}, {}, turned, sizes_of(weight)[1] * groups, groups, true);
+    call.run();
+    return call.result();
 }
 
 Tensor winograd_weight_grad(const Tensor& input, const Tensor& grad, const Ints& padding,
@@ -281,5 +354,6 @@ STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
     m.impl("winograd_weight", TORCH_BOX(&pooling_ext::winograd_weight));
     m.impl("winograd_conv", TORCH_BOX(&pooling_ext::winograd_conv));
     m.impl("winograd_conv_stats", TORCH_BOX(&pooling_ext::winograd_conv_stats));
+    m.impl("winograd_input_grad", TORCH_BOX(&pooling_ext::winograd_input_grad));
     m.impl("winograd_weight_grad", TORCH_BOX(&pooling_ext::winograd_weight_grad));
 }

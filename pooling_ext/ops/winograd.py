@@ -86,7 +86,9 @@ winograd_weight = _library.define(
     vmap=False,
 )
 
-#: ``activation(conv(input, weight) + bias + residual)``, rounded once; without what is not given.
+#: ``activation(conv(input, weight) + bias + residual)``, rounded once; without what is not given. ``weight`` is
+#: a :data:`winograd_weight`, or ``(out, in / groups, 3, 3)`` of the input's dtype, which is then transformed in
+#: memory that is used again: that is faster where a weight is used once, and slower where it can be kept.
 #: ``activation`` is an index of :data:`ACTIVATIONS`, ``slope`` that of a leaky ReLU.
 winograd_conv = _library.define(
     "winograd_conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] padding, "
@@ -96,12 +98,22 @@ winograd_conv = _library.define(
     vmap=False,
 )
 
-#: ``conv(input, weight) + bias`` and its statistics, as ``batch_norm_stats`` has them.
+#: ``conv(input, weight) + bias`` and its statistics, as ``batch_norm_stats`` has them; ``weight`` is as above.
 winograd_conv_stats = _library.define(
     "winograd_conv_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[] padding, SymInt out_channels, "
     "SymInt groups)",
     "(Tensor, Tensor)",
     _stats_fake,
+    vmap=False,
+)
+
+#: The gradient of the input from the weight ``(out, in / groups, 3, 3)``; ``padding`` is the convolution's.
+winograd_input_grad = _library.define(
+    "winograd_input_grad(Tensor grad, Tensor weight, SymInt[] padding, SymInt groups)",
+    "Tensor",
+    lambda grad, weight, padding, groups: _conv_fake(
+        grad, weight, None, None, [2 - side for side in padding], weight.shape[1] * groups
+    ),
     vmap=False,
 )
 
@@ -198,9 +210,10 @@ def input_grad(
         padding: the convolution's, (top, left, bottom, right).
         transformed: ``winograd_weight(weight, groups, True)`` where it is at hand.
     """
-    turned = winograd_weight(weight, groups, True) if transformed is None else transformed
+    if transformed is None:
+        return winograd_input_grad(grad, weight, padding, groups)
     return winograd_conv(
-        grad, turned, None, None, [2 - side for side in padding], weight.shape[1] * groups, groups, 0, 0.0
+        grad, transformed, None, None, [2 - side for side in padding], weight.shape[1] * groups, groups, 0, 0.0
     )
 
 
@@ -211,8 +224,7 @@ class Conv3x3(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], groups: int
     ) -> Tensor:
-        transformed = winograd_weight(weight, groups, False)
-        return winograd_conv(x, transformed, bias, None, padding, weight.shape[0], groups, 0, 0.0)
+        return winograd_conv(x, weight, bias, None, padding, weight.shape[0], groups, 0, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

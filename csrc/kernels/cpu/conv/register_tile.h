@@ -31,35 +31,48 @@ struct RowTiles {
     }
 };
 
-// The rows of a matrix, of which addresses are made out of two registers and odd multiples of the
-// stride: compilers run out of registers with a pointer for each.
+// One column after the other of some rows of a matrix. Addresses are made out of two pointers and
+// odd multiples of the stride in bytes, which processors multiply by 2, 4 or 8 for nothing:
+// compilers run out of registers with a pointer for each row, and with a register for each multiple
+// too, unless they are told anew for each column.
 template <class T>
 struct RowPointers {
-    const T *first, *second;
+    const char *first, *second;
     int64_t one, three, five;
 
     POOLING_EXT_INLINE RowPointers(const T* a, int64_t stride)
-        : first(a), second(a + 7 * stride), one(stride), three(3 * stride), five(5 * stride) {}
+        : first(reinterpret_cast<const char*>(a)),
+          second(reinterpret_cast<const char*>(a + 7 * stride)),
+          one(stride * int64_t(sizeof(T))),
+          three(3 * one),
+          five(5 * one) {}
 
-    POOLING_EXT_INLINE T at(int row, int64_t k) const {
-        const T* const base = (row < 7 ? first : second) + k;
+    POOLING_EXT_INLINE void next() {
+        first += sizeof(T), second += sizeof(T);
+        asm("" : "+r"(first), "+r"(second), "+r"(one), "+r"(three), "+r"(five));
+    }
+    POOLING_EXT_INLINE T operator[](int row) const {
+        const char* const base = row < 7 ? first : second;
         switch (row % 7) {
             case 0:
-                return base[0];
+                return at(base);
             case 1:
-                return base[one];
+                return at(base + one);
             case 2:
-                return base[2 * one];
+                return at(base + 2 * one);
             case 3:
-                return base[three];
+                return at(base + three);
             case 4:
-                return base[4 * one];
+                return at(base + 4 * one);
             case 5:
-                return base[five];
+                return at(base + five);
             default:
-                return base[2 * three];
+                return at(base + 2 * three);
         }
     }
+
+  private:
+    static POOLING_EXT_INLINE T at(const char* from) { return *reinterpret_cast<const T*>(from); }
 };
 
 // Two runs of memory that are needed soon, of which each step of a product fetches so many bytes:
@@ -75,19 +88,19 @@ void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64
                   int64_t c_stride, Ahead ahead) {
     using L = Lanes<T>;
     using X = typename L::X;
-    const RowPointers<T> rows(a, a_stride);
+    RowPointers<T> rows(a, a_stride);
     X sums[kRows][kVectors] = {};
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k, rows.next(), b += b_stride) {
         __builtin_prefetch(ahead.first, 0, 2);
         __builtin_prefetch(ahead.second, 0, 2);
         ahead.first += ahead.first_step;
         ahead.second += ahead.second_step;
         X factor[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + k * b_stride + v * L::kSize);
+        for (int v = 0; v < kVectors; ++v) factor[v] = L::own(b + v * L::kSize);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
-            const T number = rows.at(i, k);
+            const T number = rows[i];
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) sums[i][v] += number * factor[v];
         }

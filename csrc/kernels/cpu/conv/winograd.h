@@ -62,6 +62,9 @@ struct WinogradJob {
     double* stats = nullptr;
     WinogradShare share;
     WinogradBlock block;
+    // The scratch memory has the share's input, transformed for other vectors: it is one block of
+    // tiles and of one group.
+    bool input_is_there = false;
 };
 
 // Transforms kernels: for vectors [begin, end) of the output's channels, counted over the groups.
@@ -148,6 +151,28 @@ struct WinogradPanel {
 POOLING_EXT_INLINE int64_t winograd_weight_size(int64_t channels, int64_t features) {
     return kWinogradPoints * channels * ceil_div(features, kWinogradChannels) * kWinogradChannels;
 }
+
+// Where the panels of vectors [first, last), counted over the groups, begin and end.
+struct WinogradPanels {
+    int64_t begin, end;
+    POOLING_EXT_INLINE WinogradPanels(const WinogradShape& s, const WinogradMachine& m,
+                                      int64_t first, int64_t last)
+        : begin(place(s, m, first)), end(place(s, m, last - 1) + size(s, m, last - 1)) {}
+
+  private:
+    static POOLING_EXT_INLINE int64_t place(const WinogradShape& s, const WinogradMachine& m,
+                                            int64_t index) {
+        const int64_t vectors = winograd_vectors(s.features, m), even = index % vectors / 2 * 2;
+        return index / vectors * winograd_weight_size(s.channels, s.features) +
+               WinogradPanel(even, vectors, s.channels, m.lanes).offset;
+    }
+    static POOLING_EXT_INLINE int64_t size(const WinogradShape& s, const WinogradMachine& m,
+                                           int64_t index) {
+        const int64_t vectors = winograd_vectors(s.features, m);
+        return WinogradPanel(index % vectors, vectors, s.channels, m.lanes).width * s.channels *
+               kWinogradPoints;
+    }
+};
 
 // The scratch memory of the forward pass: a block's transformed input, its products, and a row of
 // zeros for what lies outside the input.

@@ -241,9 +241,10 @@ void forward(const WinogradJob& job, void* scratch) {
                                 group * winograd_weight_size(s.channels, s.features);
         for (int64_t tile = share.first_tile; tile < share.last_tile; tile += job.block.tiles) {
             const int64_t last_tile = smaller(tile + job.block.tiles, share.last_tile);
-            transform_inputs<In>(s, static_cast<const In*>(job.x), tile, last_tile,
-                                 group * s.channels, s.channels, v, blocks.v_row, blocks.v_point,
-                                 zeros);
+            if (!job.input_is_there)
+                transform_inputs<In>(s, static_cast<const In*>(job.x), tile, last_tile,
+                                     group * s.channels, s.channels, v, blocks.v_row,
+                                     blocks.v_point, zeros);
             for (int64_t vector = begin; vector < end; vector += job.block.vectors) {
                 const int64_t last = smaller(vector + job.block.vectors, end);
                 // Once for a block: where it is written, and what the next one reads.

@@ -110,16 +110,21 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
     using T = Accumulator<In>;
     using X = typename L::X;
     constexpr WinogradMachine m = machine_of<In>();
-    constexpr int64_t kTogether = 16;  // channels, whose results lie together
+    constexpr int64_t kTogether = L::kSize;  // channels, whose results lie together
     const int64_t channels = region.channels(), wide = region.vectors() * m.lanes;
     const int64_t size = region.size(m.lanes);
+    const bool dense = job.strides[1] == 9 && job.strides[2] == 3 && job.strides[3] == 1;
+    alignas(64) T taps[kTogether * 9][L::kSize];
     for (int64_t some = 0; some < channels; some += kTogether)
         for (int64_t vector = 0; vector < region.vectors(); ++vector) {
             const int64_t feature = (region.first_vector + vector) * m.lanes;
             const int64_t lanes = smaller(m.lanes, job.shape.features - feature);
-            for (int64_t k = some; k < smaller(some + kTogether, channels); ++k) {
-                const T* const from = static_cast<const T*>(sums) + k * wide + vector * m.lanes;
+            const int64_t count = smaller(kTogether, channels - some);
+            for (int64_t k = 0; k < count; ++k) {
+                const T* const from =
+                    static_cast<const T*>(sums) + (some + k) * wide + vector * m.lanes;
                 X half[3][6];
+#pragma GCC unroll 6
                 for (int b = 0; b < 6; ++b) {
                     X u[6];
 #pragma GCC unroll 6
@@ -130,23 +135,37 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
                     }
                     weight_grad_points(u[0], u[1], u[2], u[3], u[4], u[5], &half[0][b], 6, T(0));
                 }
-                alignas(64) T taps[9][L::kSize];
+#pragma GCC unroll 3
                 for (int a = 0; a < 3; ++a) {
                     X row[3];
                     weight_grad_points(half[a][0], half[a][1], half[a][2], half[a][3], half[a][4],
                                        half[a][5], row, 1, T(0));
-                    for (int b = 0; b < 3; ++b) L::keep(taps[a * 3 + b], row[b]);
+#pragma GCC unroll 3
+                    for (int b = 0; b < 3; ++b) L::keep(taps[k * 9 + a * 3 + b], row[b]);
                 }
-                In* const to = static_cast<In*>(job.result) +
-                               (region.group * job.shape.features + feature) * job.strides[0] +
-                               (region.first_channel + k) * job.strides[1];
-                for (int64_t lane = 0; lane < lanes; ++lane)
-                    for (int64_t tap = 0; tap < 9; ++tap)
-                        POOLING_EXT_ISA::put(to,
-                                             lane * job.strides[0] + tap / 3 * job.strides[2] +
-                                                 tap % 3 * job.strides[3],
-                                             narrow<In>(taps[tap][lane]));
             }
+            In* const to = static_cast<In*>(job.result) +
+                           (region.group * job.shape.features + feature) * job.strides[0] +
+                           (region.first_channel + some) * job.strides[1];
+            if (dense && count == kTogether) {
+                // A feature's channels and their taps lie together.
+                for (int64_t piece = 0; piece < 9; ++piece) {
+                    X rows[L::kSize];
+#pragma GCC unroll 16
+                    for (int64_t i = 0; i < L::kSize; ++i)
+                        rows[i] = L::own(taps[piece * L::kSize + i]);
+                    L::transpose(rows);
+                    for (int64_t lane = 0; lane < lanes; ++lane)
+                        L::put(to + lane * job.strides[0] + piece * L::kSize, rows[lane]);
+                }
+                continue;
+            }
+            for (int64_t i = 0; i < count * 9; ++i)
+                for (int64_t lane = 0; lane < lanes; ++lane)
+                    POOLING_EXT_ISA::put(to,
+                                         lane * job.strides[0] + i / 9 * job.strides[1] +
+                                             i % 9 / 3 * job.strides[2] + i % 3 * job.strides[3],
+                                         narrow<In>(taps[i][lane]));
         }
 }
 

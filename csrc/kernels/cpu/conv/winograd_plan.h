@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/cpu/conv/winograd.h"
 
@@ -13,14 +14,19 @@ namespace pooling_ext {
 // Relative costs in cycles, measured on processors with two FMA units; bytes are those that come
 // from beyond the second-level cache.
 struct WinogradCosts {
-    double input = 110, output = 90, grad_input = 150, grad = 120;  // transforms of a tile's vector
-    double step = 0.5;                                              // one vector of products
+    double input = 110, output = 90, grad_input = 170, grad = 160;  // transforms of a tile's vector
+    double weight = 150;  // of a kernel's vector of features
+    double step = 0.5;    // one vector of products
     double byte = 0.15;
-    double fetched_byte = 0.03;    // of those fetched in time
-    double sums_byte = 0.006;      // of the sums of a weight's gradient
+    double fetched_byte = 0.015;  // of those fetched in time
+    // Of transformed inputs when they are made and when a product reads them, and of products that
+    // are written and read back.
+    double write_byte = 0.025, row_byte = 0.012, product_byte = 0.3;
+    // In a weight's gradient: of transformed inputs and gradients, and of sums.
+    double spilled_byte = 0.055, sums_byte = 0.042, memory = 5;
     double near_byte = 0.003;      // from the second-level cache
     double wake = 5000;            // for other workers to begin
-    double rows = 14, tile = 1.5;  // a tile of registers, and what it costs beside its products
+    double rows = 14, tile = 0.2;  // a tile of registers, and what it costs beside its products
 };
 constexpr WinogradCosts kWinogradCosts{};
 // Tiles that may be taken at a time.
@@ -55,30 +61,32 @@ struct WinogradGrid {
     }
 };
 
-// What a share costs: transforms, products, and reading its part of the weight.
+// What a share costs: transforms, products, and reading its part of the weight. With `weight` it
+// transforms that too.
 inline double winograd_cost(const WinogradShape& s, const WinogradMachine& m, int64_t tiles,
-                            int64_t vectors) {
+                            int64_t vectors, bool weight) {
     const WinogradCosts& c = kWinogradCosts;
     const double groups = double(ceil_div(vectors, winograd_vectors(s.features, m)));
     const double products = double(kWinogradPoints * s.channels);
     const double input = groups * double(winograd_vectors(s.channels, m)) * c.input;
     return double(tiles) * (input + double(vectors) * (products * c.step + c.output)) +
-           double(vectors) * products * double(m.lanes * m.element) * c.byte;
+           double(vectors) * products * double(m.lanes * m.element) * c.byte +
+           (weight ? double(vectors * s.channels) * c.weight : 0);
 }
 
 inline WinogradGrid winograd_grid(const WinogradShape& s, const WinogradMachine& m, bool stats,
-                                  int64_t workers) {
+                                  int64_t workers, bool weight = false) {
     WinogradGrid best;
     best.unit = stats ? kWinogradUnit : 1;
     const int64_t units = ceil_div(s.tiles(), best.unit);
     const int64_t vectors = s.groups * winograd_vectors(s.features, m);
-    double least = winograd_cost(s, m, s.tiles(), vectors);
+    double least = winograd_cost(s, m, s.tiles(), vectors, weight);
     for (int64_t v = 1; v <= std::min(vectors, workers); ++v) {
         const int64_t t = std::min(units, workers / v);
         if (t * v == 1) continue;
         const double cost =
             kWinogradCosts.wake +
-            winograd_cost(s, m, ceil_div(units, t) * best.unit, ceil_div(vectors, v));
+            winograd_cost(s, m, ceil_div(units, t) * best.unit, ceil_div(vectors, v), weight);
         if (cost < least) {
             least = cost;
             best.over_tiles = t, best.over_vectors = v;
@@ -109,15 +117,17 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double p = double(parts.m_size() * m.element);
             const double blocks = double(ceil_div(tiles, block.tiles));
             const double passes = double(ceil_div(vectors, block.vectors));
-            // What does not fit is written to the far cache and read back.
+            // What does not fit is written to the far cache and read back: transformed inputs row
+            // by row, which the processor foresees, products at 36 places at a time.
             const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
-            const double spilled =
-                blocks * (v * (1 + passes) + (p > near / 4 ? 2 * p * passes : 0));
+            const double beside = std::clamp(p / near - 0.2, 0.0, 1.0);
+            const double spilled = blocks * (v * (c.write_byte + passes * c.row_byte) +
+                                             p * passes * beside * c.product_byte);
             const double read = v + p + weight <= near ? weight : weight * blocks;
             const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
             const double work = products * c.step * (1 + c.tile / rows);
             const double cost = std::max(work, read * c.byte) + read * c.fetched_byte +
-                                weight * blocks * c.near_byte + over * spilled * c.byte;
+                                weight * blocks * c.near_byte + over * spilled;
             if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
                 least = cost;
                 best = block;
@@ -127,6 +137,28 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
         if (some >= tiles) break;
     }
     return best;
+}
+
+// Where parts of a share's vectors begin, and the last ends, whose transformed weights stay in the
+// last cache. Parts end with a panel, but for the last. They are smaller where the transformed
+// input can stay, else it is made anew for each.
+inline std::vector<int64_t> winograd_weight_parts(const WinogradShape& s, const WinogradMachine& m,
+                                                  const WinogradShare& share) {
+    const int64_t tiles = share.last_tile - share.first_tile;
+    const int64_t input = tiles * winograd_row(s.channels, m) * kWinogradPoints * m.element;
+    const bool stays = s.groups == 1 && input <= m.far * 3 / 4;
+    const int64_t bytes = int64_t(stays ? 6 : 24) << 20;
+    const int64_t vectors = share.last_vector - share.first_vector;
+    const WinogradPanels all(s, m, share.first_vector, share.last_vector);
+    const int64_t parts = std::clamp<int64_t>(ceil_div((all.end - all.begin) * m.element, bytes), 1,
+                                              ceil_div(vectors, 2));
+    std::vector<int64_t> begins = {share.first_vector};
+    for (int64_t part = 1; part < parts; ++part) {
+        const int64_t at = share.first_vector + part_begin(part, parts, vectors);
+        begins.push_back(at - at % winograd_vectors(s.features, m) % 2);
+    }
+    begins.push_back(share.last_vector);
+    return begins;
 }
 
 // --- the weight's gradient ---------------------------------------------------------------------
@@ -172,18 +204,20 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     const double v = double((parts.v_size() + parts.d_size()) * m.element);
     const double sums = double(region.size(m.lanes) * m.element);
     const double blocks = double(ceil_div(tiles, block));
-    double bytes = splits > 1 ? 2 * sums : 0;
-    // What is larger than a worker's share of the last cache goes to memory.
-    if (v > double(m.near)) bytes += 2 * blocks * v * (v + sums > double(m.far) ? 4 : 1);
-    // Sums that are little more than the near cache holds are fetched in time.
-    const double fetched = v + sums > double(m.near) ? (2 * blocks - 1) * sums : 0;
-    const double sums_byte = sums > 2 * double(m.near) ? c.byte : c.sums_byte;
+    const double bytes = splits > 1 ? 2 * sums : 0, near = double(m.near);
+    // Blocks that the near cache does not hold are written and read back, through memory where they
+    // fill a worker's share of the last cache. So are sums, for each block and at the end.
+    const double far = double(m.far) * 3 / 4;
+    const double spilled =
+        std::clamp(v / near - 1, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
+    const double over = std::clamp(((v + sums) / near - 1) / 2, 0.0, 1.0);
+    const double fetched = over * 2 * blocks * sums * (sums > far ? 2 : 1);
     const double products = double(kWinogradPoints * region.channels() * out);
     // A register tile's sums are read and written for each block.
     const double depth = double(block) / double(block + 6);
     return double(tiles) *
                (double(in) * c.grad_input + double(out) * c.grad + products * c.step / depth) +
-           bytes * c.byte + fetched * sums_byte +
+           bytes * c.byte + spilled * c.spilled_byte + fetched * c.sums_byte +
            double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
 }
 

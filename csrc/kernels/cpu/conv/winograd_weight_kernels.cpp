@@ -1,4 +1,8 @@
 // The transform of a 3x3 kernel for Winograd's convolution, compiled once for each instruction set.
+//
+// A panel of the result is 36 runs of memory that lie far apart, often at the same places of every
+// cache. So some channels of a panel are transformed into a small buffer, and written from there in
+// pieces of some kilobytes.
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
 
@@ -6,47 +10,177 @@ namespace pooling_ext::POOLING_EXT_ISA {
 namespace conv {
 namespace {
 
+// Reads a kernel's taps, in any strides, into vectors of features.
+template <class In>
+class Taps {
+  public:
+    using L = Lanes<In>;
+    using T = Accumulator<In>;
+    using X = typename L::X;
+    static constexpr int64_t kChannels = L::kSize;  // read at once
+
+    explicit Taps(const WinogradWeightJob& job)
+        : job_(job),
+          feature_(job.strides[job.transposed]),
+          channel_(job.strides[!job.transposed]),
+          row_(job.strides[2]),
+          column_(job.strides[3]) {}
+
+    // Of features [first, first + lanes) and channels [channel, channel + count) of a group.
+    void read(int64_t group, int64_t first, int64_t lanes, int64_t channel, int64_t count) {
+        // The given weight's first dimension runs over the groups.
+        const int64_t outs = job_.transposed ? job_.channels : job_.features;
+        const In* const from = static_cast<const In*>(job_.weight) +
+                               group * outs * job_.strides[0] + first * feature_ +
+                               channel * channel_;
+        const bool together = row_ == 3 && column_ == 1;
+        if (lanes < L::kSize)
+            one_by_one(from, lanes, count);
+        else if (feature_ == 1)
+            along_features(from, count);
+        else if (count < kChannels)
+            one_by_one(from, lanes, count);
+        else if (channel_ == 1)
+            along_channels(from);
+        else if (together && channel_ == 9)
+            along_both(from);
+        else if (together && feature_ == 9 && L::kSize > 2)
+            along_taps(from);
+        else
+            one_by_one(from, lanes, count);
+    }
+
+    // Tap `tap` of the i-th channel.
+    POOLING_EXT_INLINE X at(int64_t i, int64_t tap) const { return L::own(taps_[i][tap]); }
+
+  private:
+    // The gradient of an input is a convolution with the turned kernel.
+    POOLING_EXT_INLINE int64_t turned(int64_t tap) const { return job_.transposed ? 8 - tap : tap; }
+    POOLING_EXT_INLINE int64_t offset(int64_t tap) const {
+        return tap / 3 * row_ + tap % 3 * column_;
+    }
+
+    void one_by_one(const In* from, int64_t lanes, int64_t count) {
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t tap = 0; tap < 9; ++tap)
+                for (int64_t lane = 0; lane < L::kSize; ++lane)
+                    taps_[k][turned(tap)][lane] =
+                        lane < lanes ? widen(from[lane * feature_ + k * channel_ + offset(tap)])
+                                     : T(0);
+    }
+
+    void along_features(const In* from, int64_t count) {
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t tap = 0; tap < 9; ++tap)
+                L::keep(taps_[k][turned(tap)], L::get(from + k * channel_ + offset(tap)));
+    }
+
+    void along_channels(const In* from) {
+        for (int64_t tap = 0; tap < 9; ++tap)
+            transposed(from + offset(tap), feature_,
+                       [&](int64_t k) { return taps_[k][turned(tap)]; });
+    }
+
+    // A feature's channels and their taps lie together.
+    void along_both(const In* from) {
+        for (int64_t piece = 0; piece < 9; ++piece)
+            transposed(from + piece * kChannels, feature_, [&](int64_t i) {
+                const int64_t at = piece * kChannels + i;
+                return taps_[at / 9][turned(at % 9)];
+            });
+    }
+
+    // A channel's features and their taps lie together. What is read beyond the taps of a feature
+    // are others, but for those of the last, which may be the end of the weight.
+    void along_taps(const In* from) {
+        constexpr int64_t kRead = L::kSize > 9 ? 9 : L::kSize > 3 ? 3 : 1, kPieces = 9 / kRead;
+        alignas(64) T beyond[L::kSize];
+        for (int64_t k = 0; k < kChannels; ++k)
+            for (int64_t piece = 0; piece < kPieces; ++piece) {
+                const In* const taps = from + k * channel_ + piece * kRead;
+                X rows[L::kSize];
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < L::kSize - 1; ++i) rows[i] = L::get(taps + i * 9);
+                rows[L::kSize - 1] = L::get(taps + (L::kSize - 1) * 9, kRead);
+                L::transpose(rows);
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < L::kSize; ++i)
+                    L::keep(i < kRead ? taps_[k][turned(piece * kRead + i)] : beyond, rows[i]);
+            }
+    }
+
+    // Element i of each feature's run as a vector, at to(i).
+    template <class To>
+    POOLING_EXT_INLINE void transposed(const In* from, int64_t stride, const To& to) {
+        X rows[L::kSize];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L::kSize; ++i) rows[i] = L::get(from + i * stride);
+        L::transpose(rows);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L::kSize; ++i) L::keep(to(i), rows[i]);
+    }
+
+    const WinogradWeightJob& job_;
+    const int64_t feature_, channel_, row_, column_;  // strides
+    alignas(64) T taps_[kChannels][9][L::kSize];
+};
+
+// Calls keep(point, vector) for the transform of a channel's taps.
+template <class In, class Keep>
+POOLING_EXT_INLINE void transform_weight(const Taps<In>& taps, int64_t k, const Keep& keep) {
+    using T = Accumulator<In>;
+    using X = typename Lanes<In>::X;
+    X half[6][3];
+#pragma GCC unroll 3
+    for (int b = 0; b < 3; ++b)
+        weight_points(taps.at(k, b), taps.at(k, 3 + b), taps.at(k, 6 + b), &half[0][b], 3, T(0));
+#pragma GCC unroll 6
+    for (int a = 0; a < 6; ++a) {
+        X row[6];
+        weight_points(half[a][0], half[a][1], half[a][2], row, 1, T(0));
+#pragma GCC unroll 6
+        for (int b = 0; b < 6; ++b) keep(a * 6 + b, row[b]);
+    }
+}
+
 template <class In>
 void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end) {
     using L = Lanes<In>;
     using T = Accumulator<In>;
     using X = typename L::X;
     constexpr WinogradMachine m = machine_of<In>();
+    constexpr int64_t kChannels = Taps<In>::kChannels;
     const int64_t vectors = winograd_vectors(job.features, m);
-    // Strides of a feature and of a channel of the convolution that the result is for.
-    const int64_t feature = job.strides[job.transposed], channel = job.strides[!job.transposed];
-    for (int64_t index = begin; index < end; ++index) {
+    Taps<In> taps(job);
+    // A vector more for each point, so that points do not all fall on the same places of a cache.
+    alignas(64) T buffer[kWinogradPoints][2 * kChannels + 1][L::kSize];
+    for (int64_t index = begin; index < end;) {
         const int64_t group = index / vectors, vector = index % vectors;
-        const int64_t first = vector * L::kSize, lanes = smaller(L::kSize, job.features - first);
-        // The given weight's first dimension runs over the groups.
-        const int64_t outs = job.transposed ? job.channels : job.features;
-        const In* const from =
-            static_cast<const In*>(job.weight) + group * outs * job.strides[0] + first * feature;
         const WinogradPanel panel(vector, vectors, job.channels, L::kSize);
+        // Both vectors of a panel, so that its rows are written whole.
+        const int64_t many = vector % 2 == 0 && vector + 1 < vectors && index + 1 < end ? 2 : 1;
         T* const to = static_cast<T*>(job.result) +
                       group * winograd_weight_size(job.channels, job.features) + panel.offset;
-        for (int64_t k = 0; k < job.channels; ++k) {
-            alignas(64) T taps[9][L::kSize] = {};
-            for (int64_t lane = 0; lane < lanes; ++lane)
-                for (int64_t tap = 0; tap < 9; ++tap) {
-                    const int64_t at = job.transposed ? 8 - tap : tap;
-                    taps[tap][lane] =
-                        widen(from[lane * feature + k * channel + at / 3 * job.strides[2] +
-                                   at % 3 * job.strides[3]]);
-                }
-            X half[6][3];
-#pragma GCC unroll 3
-            for (int b = 0; b < 3; ++b)
-                weight_points(L::own(taps[b]), L::own(taps[3 + b]), L::own(taps[6 + b]),
-                              &half[0][b], 3, T(0));
-#pragma GCC unroll 6
-            for (int a = 0; a < 6; ++a) {
-                X row[6];
-                weight_points(half[a][0], half[a][1], half[a][2], row, 1, T(0));
-                for (int b = 0; b < 6; ++b)
-                    L::keep(to + ((a * 6 + b) * job.channels + k) * panel.width, row[b]);
+        for (int64_t channel = 0; channel < job.channels; channel += kChannels) {
+            const int64_t count = smaller(kChannels, job.channels - channel);
+            for (int64_t v = 0; v < many; ++v) {
+                const int64_t first = (vector + v) * L::kSize;
+                taps.read(group, first, smaller(L::kSize, job.features - first), channel, count);
+                for (int64_t k = 0; k < count; ++k)
+                    transform_weight(taps, k, [&](int64_t point, X x) POOLING_EXT_INLINE_LAMBDA {
+                        L::keep(buffer[point][k * many + v], x);
+                    });
+            }
+            // Of a panel of which one vector is wanted, every other vector of the result is left.
+            const int64_t step = panel.width / many;
+            T* row = to + channel * panel.width;
+            for (int64_t point = 0; point < kWinogradPoints; ++point) {
+                for (int64_t i = 0; i < count * many; ++i)
+                    L::keep(row + i * step, L::own(buffer[point][i]));
+                row += job.channels * panel.width;
             }
         }
+        index += many;
     }
 }
 
