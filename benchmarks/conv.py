@@ -35,8 +35,8 @@ _METHOD = (
     "Both run in one process, in turn, on the same tensors in channels_last, after our results were "
     "compared with float64's; times are medians of a call. Forward is with bias and ReLU; oneDNN's "
     "weight is reordered and ours transformed beforehand (`torch.ops.mkldnn._convolution_pointwise`, "
-    "`winograd_conv`), and ours is for the input's gradient too. Gradients are those of "
-    "`convolution_backward`. Rates count the direct convolution's operations. Memory is reused "
+    "`winograd_conv`). Gradients are those of `convolution_backward`, and transform the weight. "
+    "Rates count the direct convolution's operations. Memory is reused "
     "(`pooling_ext.reuse_cpu_memory()`), so neither pays for fresh pages."
 )
 
@@ -70,7 +70,6 @@ class ConvCase:
         reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, ones, ones, ones, 1, list(x.shape))
         pointwise = torch.ops.mkldnn._convolution_pointwise.default
         transformed = winograd.winograd_weight(weight, 1, False)
-        turned = winograd.winograd_weight(weight, 1, True)
         sides = [1, 1, 1, 1]
 
         def backward(x: Tensor, grad: Tensor, weight: Tensor, which: int) -> Tensor:
@@ -88,7 +87,7 @@ class ConvCase:
             },
             INPUT_GRAD: {
                 "torch": lambda: backward(x, grad, weight, 0),
-                "ours": lambda: winograd.input_grad(grad, weight, sides, 1, turned),
+                "ours": lambda: winograd.winograd_input_grad(grad, weight, sides, 1),
             },
             WEIGHT_GRAD: {
                 "torch": lambda: backward(x, grad, weight, 1),

@@ -12,11 +12,10 @@ from conv_cases import ACTIVATIONS, LEAKY_SLOPE
 from helpers import FLOATS, LAYOUTS, dtype_id, run_python, with_layout
 from test_isa import NEEDS, cpu_flags
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from pooling_ext import ArgumentError, _native
-from pooling_ext.ops import winograd
+from pooling_ext import _native
+from pooling_ext.ops import conv_choice, conv_speeds, winograd
 from pooling_ext.ops.batch_norm_statistics import batch_stats
 from pooling_ext.testing.conv_shapes import RESNET, TORCHVISION, VGG, ConvShape
 
@@ -70,7 +69,7 @@ def ours(shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Ten
     padding = [shape.padding] * 4
     return (
         convolved(x, weight, None, padding, shape.groups),
-        winograd.input_grad(grad, weight, padding, shape.groups),
+        winograd.winograd_input_grad(grad, weight, padding, shape.groups),
         winograd.winograd_weight_grad(x, grad, padding, shape.groups),
     )
 
@@ -125,7 +124,7 @@ def test_padding_and_tails(height, width, padding, groups):
     grad = torch.randn(expected.shape)
     of_x, of_weight = torch.autograd.grad(expected, wide, grad.double())
     assert off(convolved(x, weight, None, padding, groups), expected) <= 1e-5
-    assert off(winograd.input_grad(grad, weight, padding, groups), of_x) <= 1e-5
+    assert off(winograd.winograd_input_grad(grad, weight, padding, groups), of_x) <= 1e-5
     assert off(winograd.winograd_weight_grad(x, grad, padding, groups), of_weight) <= 1e-5
 
 
@@ -156,7 +155,8 @@ def test_plain_weights(dtype, features, channels, groups, side, layout):
     grad = torch.randn_like(expected)
     turned = winograd.winograd_weight(weight.contiguous(), groups, True)
     assert torch.equal(
-        winograd.input_grad(grad, weight, ONES, groups), winograd.input_grad(grad, weight, ONES, groups, turned)
+        winograd.winograd_input_grad(grad, weight, ONES, groups),
+        winograd.winograd_conv(grad, turned, None, None, ONES, x.shape[1], groups, 0, 0.0),
     )
 
 
@@ -258,27 +258,6 @@ def test_shares_of_64_workers_in_training(shape):
         )
 
 
-@pytest.mark.parametrize(("padding", "groups"), [((1, 1), 1), ((0, 1, 2, 0), 1), ((1, 0), 2)])
-def test_gradients(padding, groups):
-    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 4 // groups, 3, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return winograd.conv2d_3x3(x, weight, bias, padding, groups)
-
-    assert gradcheck(function, (x, weight, bias))
-    assert gradgradcheck(function, (x, weight, bias))
-
-
-def test_gradients_are_made_where_they_are_wanted():
-    x, weight = torch.randn(1, 16, 5, 5), torch.randn(16, 16, 3, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(winograd.conv2d_3x3(x, weight).sum(), weight)
-    wanted = weight.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference(x.double(), wanted).sum(), wanted)
-    assert off(grad, expected) <= 1e-5
-
-
 def test_empty_batch():
     x, weight = torch.randn(0, 16, 5, 5), torch.randn(24, 16, 3, 3)
     output, stats = winograd.winograd_conv_stats(
@@ -312,43 +291,34 @@ def test_operators_are_registered_well():
     opcheck(winograd.winograd_weight, (weight, 1, True))
 
 
-FEW_TILES = {"x": torch.randn(1, 512, 7, 7), "weight": torch.randn(512, 512, 3, 3)}
+def facts(batch: int, channels: int, side: int, **changes) -> conv_choice.Conv:
+    pair, sides = (1, 1), (1, 1, 1, 1)
+    found = conv_choice.Conv(
+        batch, channels, side, side, channels, (3, 3), pair, sides, pair, 1, torch.float32, True
+    )
+    return found._replace(**changes)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("conv", "reason"),
     [
-        ({}, None),
-        ({"x": torch.randn(2, 32, 8, 8).int()}, "floating-point"),
-        ({"x": torch.randn(2, 32, 8, 8, device="meta")}, "on meta"),
-        ({"weight": torch.randn(32, 32, 3, 3).double()}, "torch.float64"),
-        ({"weight": torch.randn(32, 32, 5, 5)}, "5x5"),
-        ({"stride": (2, 2)}, "stride"),
-        ({"dilation": (1, 2)}, "dilation"),
-        ({"padding": "same"}, "padding"),
-        ({"groups": 4, "weight": torch.randn(32, 8, 3, 3)}, "8 channels"),
-        (FEW_TILES, "36 MiB would be read for 4 tiles"),
-        (FEW_TILES | {"x": torch.randn(2, 512, 7, 7)}, None),
-        (FEW_TILES | {"x": torch.randn(1, 512, 14, 14)}, None),
-        (FEW_TILES | {"x": torch.randn(1, 512, 8, 8), "padding": (2, 2, 2, 2)}, None),
-        ({"x": torch.randn(1, 32, 7, 7)}, None),
+        (facts(2, 32, 8), None),
+        (facts(2, 32, 8, dtype=torch.int32), "torch.int32"),
+        (facts(2, 32, 8, kernel=(5, 5)), "5x5"),
+        (facts(2, 32, 8, stride=(2, 2)), "stride"),
+        (facts(2, 32, 8, dilation=(1, 2)), "dilation"),
+        (facts(2, 32, 8, padding=(0, 0, 0, -1)), "negative"),
+        (facts(2, 32, 1, padding=(0, 0, 0, 0)), "does not fit"),
+        (facts(2, 32, 2), "2x2 leave so much"),
+        (facts(2, 32, 8, groups=4), "8 channels"),
+        (facts(1, 512, 7), "36 MiB would be read for 4 tiles"),
+        (facts(2, 512, 7), None),
+        (facts(1, 512, 14), None),
+        (facts(1, 512, 8, padding=(2, 2, 2, 2)), None),
+        (facts(1, 32, 7), None),
     ],
 )
-def test_why_not(change, reason):
-    call = {"x": torch.randn(2, 32, 8, 8), "weight": torch.randn(32, 32, 3, 3), "stride": (1, 1)}
-    call |= {"padding": (1, 1), "dilation": (1, 1), "groups": 1} | change
-    found = winograd.why_not(**call)
+def test_why_not(conv, reason, monkeypatch):
+    monkeypatch.setattr(conv_speeds, "speedup", lambda *_: None)
+    found = conv_choice.winograd_why_not(conv)
     assert found is None if reason is None else found is not None and reason in found
-
-
-@pytest.mark.parametrize(
-    ("x", "weight", "match"),
-    [
-        ((2, 16, 5, 5), (16, 16, 5, 5), "5x5"),
-        ((2, 16, 5, 5), (16, 12, 3, 3), "weight must be"),
-        ((16, 5, 5), (16, 16, 3, 3), "dimensions"),
-    ],
-)
-def test_errors(x, weight, match):
-    with pytest.raises(ArgumentError, match=match):
-        winograd.conv2d_3x3(torch.randn(x), torch.randn(weight))

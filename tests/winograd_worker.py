@@ -60,7 +60,7 @@ def results(case: tuple, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     var, mean = torch.var_mean(stored, (0, 2, 3), correction=0)
     yield output, expected.detach()
     yield stats, torch.stack((mean, var))
-    yield winograd.input_grad(grad, weight, padding, groups), of_x
+    yield winograd.winograd_input_grad(grad, weight, padding, groups), of_x
     yield winograd.winograd_weight_grad(x, grad, padding, groups), of_weight
 
 

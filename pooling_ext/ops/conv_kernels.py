@@ -112,10 +112,9 @@ def _forward(
     if plan.channels_last and not suggests_channels_last(x):
         x = x.contiguous(memory_format=torch.channels_last)
     features, groups = weight.shape[0], plan.groups
-    transformed = winograd.winograd_weight(weight, groups, False)
     if stats:
-        return winograd.winograd_conv_stats(x, transformed, bias, plan.sides, features, groups)
-    return winograd.winograd_conv(x, transformed, bias, None, plan.sides, features, groups, 0, 0.0), None
+        return winograd.winograd_conv_stats(x, weight, bias, plan.sides, features, groups)
+    return winograd.winograd_conv(x, weight, bias, None, plan.sides, features, groups, 0, 0.0), None
 
 
 def _aten_gradients(
@@ -143,7 +142,7 @@ def _gradients(
         found = list(_aten_gradients(grad, input, weight, plan, theirs))
     if plan.kernels == WINOGRAD:
         if own_input:
-            found[0] = winograd.input_grad(grad, weight, plan.sides, plan.groups)
+            found[0] = winograd.winograd_input_grad(grad, weight, plan.sides, plan.groups)
         if own_weight:
             found[1] = winograd.winograd_weight_grad(input, grad, plan.sides, plan.groups)
         return tuple(found)
