@@ -37,7 +37,8 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
     seen = set()
     for batch in BATCHES:
         for shape in dense:
-            padding = (shape.padding,) * 4
+            side = shape.padding
+            padding = side, side, side, side
             conv = Conv(
                 batch, shape.channels, shape.side, shape.side, shape.features, (3, 3), (1, 1), padding,
                 (1, 1), shape.groups, dtype, True,
@@ -47,9 +48,10 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
                 yield WINOGRAD, conv
         for channels, kernel, stride, side in DEPTHWISE_LAYERS[:: 5 if quick else 1]:
             for channels_last in (True, False):
+                half = kernel // 2
                 yield DEPTHWISE, Conv(
                     batch, channels, side, side, channels, (kernel, kernel), (stride, stride),
-                    (kernel // 2,) * 4, (1, 1), channels, dtype, channels_last,
+                    (half, half, half, half), (1, 1), channels, dtype, channels_last,
                 )  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
 def ratio(theirs: Callable[[], Any], ours: Callable[[], Any]) -> float:
     """Their time over ours: medians of calls in turn."""
     times: tuple[list[float], list[float]] = ([], [])
-    theirs(), ours()
+    theirs()
+    ours()
     end = time.perf_counter() + BUDGET
     while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < TURNS):
         for call, found in zip((theirs, ours), times, strict=True):

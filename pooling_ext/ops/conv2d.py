@@ -126,8 +126,12 @@ def _describe(
     if reason is not None:
         return {WINOGRAD: reason, DEPTHWISE: reason}, None
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+    batch, channels, height, width = input.shape
     conv = Conv(
-        *input.shape,
+        batch,
+        channels,
+        height,
+        width,
         weight.shape[0],
         kernel,  # type: ignore[arg-type]
         strides,  # type: ignore[arg-type]

@@ -259,6 +259,6 @@ def _rebuild(version: Any, *args: Any) -> Any:
             f"this patched model was saved by a newer version of pooling_ext (format {version}, and this one "
             f"reads up to {FORMAT})"
         )
-    key, exact, base, *args = args
+    key, exact, base, *given = args
     cls = _classes.get(key) or _restored_class(base, exact)
-    return cls.__new__(cls, *args)
+    return cls.__new__(cls, *given)

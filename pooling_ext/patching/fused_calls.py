@@ -106,7 +106,7 @@ class BatchNormChain:
         if pool is not None or self.pool is not None:
             return self._pooled(conv, bn, relu, pool, input)
         deferred = input if type(input) is Deferred else None
-        value = input if deferred is None else deferred.output
+        value: Any = input if deferred is None else deferred.output
         if conv is not None and not (isinstance(value, Tensor) and is_plain(conv)):
             value = conv(input if deferred is None else deferred.computed())
             conv = deferred = None

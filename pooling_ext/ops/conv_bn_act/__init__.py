@@ -58,7 +58,8 @@ def conv_bn_act(
         return run(Call(None, bn, input, residual, relu, checked=True))
     if not plain or input.dim() != 4:
         _check_batch(conv, input, input)
-        bn._check_input_dim(input)
+        checked: Any = bn
+        checked._check_input_dim(input)
     return run(Call(conv, bn, input, residual, relu, checked=True))
 
 

@@ -120,6 +120,11 @@ class Call:
         trains: whether the batch norm uses the statistics of the batch.
     """
 
+    conv: Any
+    bn: Any
+    input: Tensor
+    residual: Any
+
     __slots__ = (
         "add",
         "bn",
@@ -249,8 +254,12 @@ class Call:
             sides = (top, left, bottom, right)
         else:
             sides = (padding[0], padding[1], padding[0], padding[1])
+        batch, channels, height, width = input.shape
         return Conv(
-            *input.shape,
+            batch,
+            channels,
+            height,
+            width,
             weight.shape[0],
             conv.kernel_size,
             conv.stride,

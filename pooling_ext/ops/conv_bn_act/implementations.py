@@ -137,7 +137,9 @@ def from_size(elements: int, keep: Sequence[str] = (), fold_ratio: int | None = 
     """
     global _small
     before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO
-    LEAST_ELEMENTS.update({how: (elements,) * 4 for how in LEAST_ELEMENTS if how not in keep})
+    LEAST_ELEMENTS.update(
+        {how: (elements, elements, elements, elements) for how in LEAST_ELEMENTS.keys() - keep}
+    )
     cpu.FOLD_RATIO = cpu.FOLD_RATIO if fold_ratio is None else fold_ratio
     _small = min(elements, _SMALL)
     _chosen.clear()
