@@ -19,12 +19,14 @@ from .peers import PEERS, Case
 from .suite import DTYPES
 from .timing import measure
 
-MODELS, QUICK_MODELS = ("resnet50", "resnet18"), ("resnet18",)
+MODELS, QUICK_MODELS = ("resnet50", "resnet18", "vgg16"), ("resnet18",)
 #: Other engines take minutes to compile, so without --all they are timed on these only.
-COMPARED_MODELS = ("resnet50",)
+COMPARED_MODELS = MODELS
 #: With ``--all`` these too.
 MORE_MODELS = ("mobilenet_v3_large", "efficientnet_b0", "densenet121")
 BATCHES, QUICK_BATCHES = (1, 16), (1,)
+#: Models whose large batch is another.
+LARGE_BATCH = {"vgg16": 8}
 #: Seconds for each rival of one measurement.
 BUDGET, QUICK_BUDGET = 3.0, 1.0
 #: Errors, over the largest output, that pass in any case; else twice eager's in the same dtype.
@@ -37,13 +39,17 @@ def measure_part(models: Models, args: argparse.Namespace, console: Console) -> 
     setups = [
         Setup(INFERENCE, FORWARD, case.name, batch, dtype, "NHWC")
         for case in suite.choose(model_zoo.known(), names, args)
-        for batch in args.batch or (QUICK_BATCHES if args.quick else BATCHES)
+        for batch in args.batch or (QUICK_BATCHES if args.quick else _batches(case.name))
         for dtype in args.dtypes
     ]
     with suite.steps(console, len(setups)) as begin:
         for setup in setups:
             begin(str(setup))
             _measure(models, setup, args)
+
+
+def _batches(name: str) -> tuple[int, ...]:
+    return *BATCHES[:-1], LARGE_BATCH.get(name, BATCHES[-1])
 
 
 def _measure(models: Models, setup: Setup, args: argparse.Namespace) -> None:

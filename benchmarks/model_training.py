@@ -24,7 +24,10 @@ from .model_results import COMPILED, EAGER, PATCHED, STEP, TRAINING, Entry, Memo
 from .suite import DTYPES
 from .timing import measure
 
-MODELS, QUICK_MODELS = ("resnet50", "resnet18"), ("resnet18",)
+MOBILE = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0", "convnext_tiny")
+MODELS, QUICK_MODELS = ("resnet50", "resnet18", "vgg11_bn", *MOBILE), ("resnet18",)
+#: In which these are trained in float32 besides: it is PyTorch's default, where depthwise gradients are slow.
+MORE_LAYOUTS = dict.fromkeys(MOBILE, ("NCHW",))
 BATCH = 16
 #: Seconds for each rival of one measurement.
 BUDGET, QUICK_BUDGET = 5.0, 1.0
@@ -113,10 +116,11 @@ def measure_part(models: Models, args: argparse.Namespace, console: Console) -> 
     """Add the training steps that ``args`` ask for to ``models``."""
     cases = suite.choose(model_zoo.known(), QUICK_MODELS if args.quick else MODELS, args)
     setups = [
-        Setup(TRAINING, STEP, case.name, batch, dtype, "NHWC")
+        Setup(TRAINING, STEP, case.name, batch, dtype, layout)
         for case in cases
         for batch in args.batch or [BATCH]
         for dtype in args.dtypes
+        for layout in ("NHWC", *(MORE_LAYOUTS.get(case.name, ()) if dtype == "float32" else ()))
     ]
     with suite.steps(console, len(setups)) as begin:
         for setup in setups:
@@ -149,7 +153,7 @@ def _measure(models: Models, setup: Setup, args: argparse.Namespace, begin: Any)
         more = compiling if rival == COMPILED else (None, None)
         error = errors.get(rival)
         models.entries.append(Entry(setup, rival, "", timing.ms, timing.spread, error, *more))
-    if not args.quick:
+    if not args.quick and setup.layout == "NHWC":
         models.memory += [_memory(setup, rival) for rival in (EAGER, PATCHED)]
 
 

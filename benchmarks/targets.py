@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,9 +146,9 @@ def _training(theirs: str, model: str, **wanted: Any) -> Callable[[Models], floa
     return lambda models: models.least(PATCHED, theirs, part=parts.TRAINING, model=model, batch=16, **wanted)
 
 
-def _inference(theirs: str | None, **wanted: Any) -> Callable[[Models], float | None]:
-    """The frozen ResNet-50's least speed-up over ``theirs``, or over the best of the other engines."""
-    return lambda models: models.least(FROZEN, theirs, part=parts.INFERENCE, model="resnet50", **wanted)
+def _inference(theirs: str | None, model: str, **wanted: Any) -> Callable[[Models], float | None]:
+    """A frozen model's least speed-up over ``theirs``, or over the best of the other engines."""
+    return lambda models: models.least(FROZEN, theirs, part=parts.INFERENCE, model=model, **wanted)
 
 
 def _live(models: Models) -> float | None:
@@ -160,27 +160,70 @@ def _rss(models: Models) -> float | None:
     return max((ours.rss / theirs.rss for theirs, ours in pairs if ours.rss and theirs.rss), default=None)
 
 
+#: Training steps of batch 16: dtype and layout, and the goal of each model over eager in the same layout.
+_STEPS = {
+    ("float32", "NHWC"): {
+        "resnet18": 1.8,
+        "resnet50": 1.3,
+        "vgg11_bn": 2.5,
+        "mobilenet_v3_large": 1.05,
+        "efficientnet_b0": 1.12,
+        "mnasnet1_0": 1.12,
+    },
+    ("bfloat16", "NHWC"): {
+        "resnet18": 1.25,
+        "resnet50": 1.12,
+        "vgg11_bn": 1.3,
+        "mobilenet_v2": 1.5,
+        "mobilenet_v3_large": 1.8,
+        "efficientnet_b0": 1.8,
+        "mnasnet1_0": 2.0,
+        "convnext_tiny": 1.2,
+    },
+    ("float32", "NCHW"): {
+        "mobilenet_v3_large": 1.5,
+        "efficientnet_b0": 1.45,
+        "mnasnet1_0": 1.5,
+        "convnext_tiny": 1.15,
+    },
+}
+#: Frozen models in float32: batch, and the goals over eager channels_last and over the best other engine.
+_FROZEN: dict[str, dict[int, tuple[float | None, float]]] = {
+    "resnet18": {16: (2.2, 1.9), 1: (None, 1.4)},
+    "resnet50": {16: (1.6, 1.3), 1: (None, 1.15)},
+    "vgg16": {8: (2.7, 2.5), 1: (None, 2.2)},
+}
+
+
+def _frozen_targets() -> Iterator[Target]:
+    for model, batches in _FROZEN.items():
+        for batch, (over_eager, over_best) in batches.items():
+            what = f"{model} inference, frozen, float32, batch {batch}"
+            wanted = {"dtype": "float32", "batch": batch}
+            if over_eager is not None:
+                yield Target(what, over_eager, _inference(EAGER, model, **wanted))
+            yield Target(f"{what}, over the best other engine", over_best, _inference(None, model, **wanted))
+
+
 MODEL: tuple[Target, ...] = (
-    Target("ResNet-50 training step, patched, bfloat16", 1.4, _training(EAGER, "resnet50", dtype="bfloat16")),
-    Target("ResNet-50 training step, patched, float32", 1.2, _training(EAGER, "resnet50", dtype="float32")),
-    Target(
-        "ResNet-18 training step, patched, bfloat16", 1.25, _training(EAGER, "resnet18", dtype="bfloat16")
+    *(
+        Target(
+            f"{model} training step, patched, {dtype} {layout}",
+            goal,
+            _training(EAGER, model, dtype=dtype, layout=layout),
+        )
+        for (dtype, layout), goals in _STEPS.items()
+        for model, goal in goals.items()
     ),
-    Target("ResNet-18 training step, patched, float32", 1.15, _training(EAGER, "resnet18", dtype="float32")),
-    Target("ResNet-50 training step, patched, over torch.compile", 1, _training(COMPILED, "resnet50")),
+    *_frozen_targets(),
+    Target("resnet50 training step, patched, over torch.compile", 1, _training(COMPILED, "resnet50")),
     Target("training step, live bytes over eager's", 1, _live, at_least=False),
     Target("training step, process's memory over eager's", 1, _rss, at_least=False),
-    Target("ResNet-50 inference, frozen, bfloat16", 1.8, _inference(EAGER, dtype="bfloat16")),
-    Target("ResNet-50 inference, frozen, float32", 1.25, _inference(EAGER, dtype="float32")),
+    Target("resnet50 inference, frozen, bfloat16", 1.8, _inference(EAGER, "resnet50", dtype="bfloat16")),
     Target(
-        "ResNet-50 inference, frozen, over the best other engine, bfloat16",
+        "resnet50 inference, frozen, bfloat16, over the best other engine",
         1,
-        _inference(None, dtype="bfloat16"),
-    ),
-    Target(
-        "ResNet-50 inference, frozen, over the best other engine, float32",
-        1,
-        _inference(None, dtype="float32"),
+        _inference(None, "resnet50", dtype="bfloat16"),
     ),
     Target(
         "slowest patched model of torchvision's families",

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 import pooling_ext
+from benchmarks import targets
+from benchmarks.conv import ConvCase
 from pooling_ext import _native, cli, conv_tuning
 from pooling_ext.ops import conv_choice, conv_speeds
 from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, WINOGRAD, Conv
+from pooling_ext.testing.conv_shapes import RESNET
 
 pytestmark = pytest.mark.native
 
@@ -140,3 +143,30 @@ def test_patched_layers_heed_it(speeds):
     pooling_ext.patch(model)
     names = [decision.backend for decision in pooling_ext.explain(model, x).decisions]
     assert WINOGRAD not in names
+
+
+@pytest.mark.timing
+@pytest.mark.no_poison
+@pytest.mark.parametrize("shape", RESNET, ids=lambda shape: shape.name)
+def test_the_layers_of_resnets_stay_fast(shape):
+    """Not below two thirds of what the benchmarks set out to reach, on processors that these are for."""
+    if _native.module.isa != "avx512":
+        pytest.skip(f"the goals are for AVX-512, and this is {_native.module.isa}")
+    rivals, _ = ConvCase(shape, 4).rivals(torch.float32)
+    goals = {target.what: target.goal for target in targets.CONV}
+    small = shape.output_side < 14
+    wanted = {
+        "forward": goals[
+            "3x3 forward, 7x7 planes" if small else "3x3 forward, batch 16, float32, slowest layer"
+        ],
+        "input gradient": goals["3x3 input gradient, slowest layer"],
+        "weight gradient": goals["3x3 weight gradient, slowest layer"],
+    }
+    for phase, goal in wanted.items():
+        allowed = goal * (0.4 if small else 0.66)
+        ratios = []
+        for _ in range(5):  # a busy machine does not decide
+            ratios.append(conv_tuning.ratio(*rivals[phase].values()))
+            if ratios[-1] >= allowed:
+                break
+        assert max(ratios) >= allowed, f"{phase}: {ratios}"
