@@ -79,7 +79,7 @@ def _over(entry: Entry | None, others: Iterable[Entry | None]) -> str:
 
 
 def training(models: Models) -> Grid:
-    header = ("model", "batch", "dtype", "eager, ms", "patched, ms", "over eager")
+    header = ("model", "batch", "dtype", "layout", "eager, ms", "patched, ms", "over eager")
     header += ("torch.compile, ms", "over torch.compile", "compile, s", "images/s")
     rows = []
     for setup, rivals in models.best(part=TRAINING).items():
@@ -90,6 +90,7 @@ def training(models: Models) -> Grid:
                 setup.model,
                 str(setup.batch),
                 setup.dtype,
+                setup.layout,
                 _ms(eager),
                 _ms(patched),
                 _over(patched, [eager]),
@@ -99,7 +100,7 @@ def training(models: Models) -> Grid:
                 f"{setup.batch / patched.ms * 1e3:.1f}" if patched else "",
             )
         )
-    return Grid("Training step", header, rows, left=3)
+    return Grid("Training step", header, rows, left=4)
 
 
 def memory(models: Models) -> Grid:
