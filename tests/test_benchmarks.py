@@ -109,13 +109,13 @@ def test_targets_of_blocks_are_on_the_slowest_shape():
 
 def test_targets_of_models():
     found = verdicts(targets.MODEL, models())
-    assert found["ResNet-50 training step, patched, float32"] == (pytest.approx(1800 / 1400), True)
-    assert found["ResNet-50 training step, patched, bfloat16"] == (pytest.approx(700 / 600), False)
-    assert found["ResNet-50 training step, patched, over torch.compile"] == (pytest.approx(590 / 600), False)
+    assert found["resnet50 training step, patched, float32 NHWC"] == (pytest.approx(1800 / 1400), False)
+    assert found["resnet50 training step, patched, bfloat16 NHWC"] == (pytest.approx(700 / 600), True)
+    assert found["resnet50 training step, patched, over torch.compile"] == (pytest.approx(590 / 600), False)
     assert found["training step, live bytes over eager's"] == (0.9, True)
     assert "training step, process's memory over eager's" not in found
-    assert found["ResNet-50 inference, frozen, float32"] == (2.0, True)
-    assert found["ResNet-50 inference, frozen, over the best other engine, float32"] == (28 / 25, True)
+    assert found["resnet50 inference, frozen, float32, batch 1, over the best other engine"] == (28 / 25, False)
+    assert "resnet50 inference, frozen, float32, batch 16" not in found
     assert found["slowest patched model of torchvision's families"] == (pytest.approx(10 / 10.2), True)
 
 
