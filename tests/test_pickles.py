@@ -16,12 +16,13 @@ from pooling_ext.patching import codegen
 DATA = Path(__file__).parent / "data"
 
 
-def load(name: str):
-    return torch.load(DATA / f"version_0_{name}.pickle", weights_only=False)
+def load(name: str, version: int = 0):
+    return torch.load(DATA / f"version_{version}_{name}.pickle", weights_only=False)
 
 
-def test_a_patched_model_of_version_0_loads_and_is_fused():
-    model, values = load("patched"), load("values")
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_patched_model_of_an_earlier_version_loads_and_is_fused(version):
+    model, values = load("patched", version), load("values")
     with torch.no_grad():
         torch.testing.assert_close(model(values["input"]), values["expected"])
     assert codegen.base_class(type(model)) is nn.Sequential
@@ -31,6 +32,13 @@ def test_a_patched_model_of_version_0_loads_and_is_fused():
 def test_a_frozen_model_of_version_0_is_refused_with_the_reason():
     with pytest.raises(pooling_ext.ArgumentError, match=r"format 0, .* reads 1\); freeze the model again"):
         load("frozen")
+
+
+def test_a_frozen_model_of_version_1_loads():
+    """It was written before layers had a choice of ways, and runs as it did."""
+    values = load("values")
+    frozen = load("frozen", 1)
+    torch.testing.assert_close(frozen(values["input"]), values["expected"], rtol=1e-4, atol=1e-5)
 
 
 def test_formats_of_the_future_are_refused(monkeypatch):
