@@ -209,8 +209,8 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     // fill a worker's share of the last cache. So are sums, for each block and at the end.
     const double far = double(m.far) * 3 / 4;
     const double spilled =
-        std::clamp(v / near - 1, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
-    const double over = std::clamp(((v + sums) / near - 1) / 2, 0.0, 1.0);
+        std::clamp((v / near - 1) / 2, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
+    const double over = std::clamp(((v + sums) / near - 1) / 4, 0.0, 1.0);
     const double fetched = over * 2 * blocks * sums * (sums > far ? 2 : 1);
     const double products = double(kWinogradPoints * region.channels() * out);
     // A register tile's sums are read and written for each block.
