@@ -86,8 +86,8 @@ winograd_weight = _library.define(
     vmap=False,
 )
 
-#: ``activation(conv(input, weight) + bias + residual)``, rounded once; without what is not given. ``weight`` is
-#: a :data:`winograd_weight`, or ``(out, in / groups, 3, 3)`` of the input's dtype, which is then transformed in
+#: ``activation(conv(input, weight) + bias + residual)``, rounded once; without what is not given. ``weight``
+#: is a :data:`winograd_weight`, or ``(out, in / groups, 3, 3)`` of the input's dtype, which is transformed in
 #: memory that is used again: that is faster where a weight is used once, and slower where it can be kept.
 #: ``activation`` is an index of :data:`ACTIVATIONS`, ``slope`` that of a leaky ReLU.
 winograd_conv = _library.define(
@@ -98,7 +98,7 @@ winograd_conv = _library.define(
     vmap=False,
 )
 
-#: ``conv(input, weight) + bias`` and its statistics, as ``batch_norm_stats`` has them; ``weight`` is as above.
+#: ``conv(input, weight) + bias`` and its statistics, as ``batch_norm_stats`` has them; ``weight`` as above.
 winograd_conv_stats = _library.define(
     "winograd_conv_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[] padding, SymInt out_channels, "
     "SymInt groups)",
@@ -212,9 +212,8 @@ def input_grad(
     """
     if transformed is None:
         return winograd_input_grad(grad, weight, padding, groups)
-    return winograd_conv(
-        grad, transformed, None, None, [2 - side for side in padding], weight.shape[1] * groups, groups, 0, 0.0
-    )
+    turned = [2 - side for side in padding]
+    return winograd_conv(grad, transformed, None, None, turned, weight.shape[1] * groups, groups, 0, 0.0)
 
 
 class Conv3x3(torch.autograd.Function):
