@@ -207,8 +207,9 @@ struct ForwardCall {
     bool streams() const {
         constexpr int64_t kLeast = int64_t(32) << 20, kLine = 64;
         const WinogradShape& s = job.shape;
-        const int64_t pixel = s.groups * s.features * input.element_size();
-        return s.pixels() * pixel >= kLeast && pixel % kLine == 0 && uintptr_t(job.y) % kLine == 0;
+        const int64_t run = s.features * input.element_size();  // of a group's pixel
+        return s.pixels() * s.groups * run >= kLeast && run % kLine == 0 &&
+               uintptr_t(job.y) % kLine == 0;
     }
 
     void set_weight(const Tensor& weight, bool transposed) {

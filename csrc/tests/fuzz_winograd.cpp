@@ -159,7 +159,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     if (c.stats) job.stats = stats.data();
     job.activation = c.activation, job.slope = 0.125;
     job.streams =
-        r.chance(2) && channels * c.format.bytes % 64 == 0 && uintptr_t(y.data()) % 64 == 0;
+        r.chance(2) && s.features * c.format.bytes % 64 == 0 && uintptr_t(y.data()) % 64 == 0;
     const int64_t unit = c.stats ? kWinogradUnit : 1,
                   vectors = s.groups * winograd_vectors(s.features, m);
     const int64_t tile = std::min(r.pick(0, s.tiles() / unit) * unit, s.tiles());

@@ -66,7 +66,7 @@ struct WinogradJob {
     // tiles and of one group.
     bool input_is_there = false;
     // The output goes past the cache, where a vector is a whole line of it: every pixel's channels
-    // begin with a line.
+    // of a group begin with a line.
     bool streams = false;
 };
 
