@@ -114,7 +114,10 @@ def test_targets_of_models():
     assert found["resnet50 training step, patched, over torch.compile"] == (pytest.approx(590 / 600), False)
     assert found["training step, live bytes over eager's"] == (0.9, True)
     assert "training step, process's memory over eager's" not in found
-    assert found["resnet50 inference, frozen, float32, batch 1, over the best other engine"] == (28 / 25, False)
+    assert found["resnet50 inference, frozen, float32, batch 1, over the best other engine"] == (
+        28 / 25,
+        False,
+    )
     assert "resnet50 inference, frozen, float32, batch 16" not in found
     assert found["slowest patched model of torchvision's families"] == (pytest.approx(10 / 10.2), True)
 

@@ -72,7 +72,7 @@ CHOICES = [
     (conv(16, 16, 5), (2, 16, 8, 8), "prepacked", "the kernel is 5x5, not 3x3"),
     (conv(8, 16), (2, 8, 8, 8), "prepacked", "8 channels"),
     (conv(16, 16), (8, 16, 2, 2), "prepacked", "2x2 leave so much of a tile empty"),
-    (conv(256, 256), (1, 256, 7, 7), "prepacked", "would be read for 4 tiles"),
+    (conv(256, 256), (1, 256, 4, 4), "prepacked", "would be read for 1 tiles"),
     (conv(16, 16, groups=16), (2, 16, 7, 7), "depthwise", "a group has 1 channels"),
     (
         conv(16, 16, groups=16),

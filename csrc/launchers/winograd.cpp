@@ -187,6 +187,7 @@ struct ForwardCall {
         const WinogradKernels table = kernels().winograd(dtype_of(input));
         STD_TORCH_CHECK(table.forward != nullptr, "pooling_ext: input must be floating-point");
         const WinogradMachine m = machine_of(input.scalar_type());
+        job.streams = streams();
         const WinogradGrid grid = winograd_grid(s, m, job.stats != nullptr, workers(), plain);
         in_parallel(grid.tasks(), [&](int64_t task) {
             const WinogradShare share = grid.share(task, s, m);
@@ -202,6 +203,15 @@ struct ForwardCall {
     Tensor result() const { return dense(output, channels_last); }
 
   private:
+    // What no cache holds is not to drive out the rest, nor to be read before it is written.
+    bool streams() const {
+        constexpr int64_t kLeast = int64_t(32) << 20, kLine = 64;
+        const WinogradShape& s = job.shape;
+        const int64_t run = s.features * input.element_size();  // of a group's pixel
+        return s.pixels() * s.groups * run >= kLeast && run % kLine == 0 &&
+               uintptr_t(job.y) % kLine == 0;
+    }
+
     void set_weight(const Tensor& weight, bool transposed) {
         const WinogradShape& s = job.shape;
         const Ints sizes = sizes_of(weight);

@@ -110,38 +110,56 @@ WinogradMachine machine_of(const Case& c, const WinogradKernels& table) {
     return m;
 }
 
-// The transformed weight of a shape's convolution, from one in the contiguous format.
-void transform(const Case& c, const WinogradShape& s, const Elements& weight, bool transposed,
-               const WinogradKernels& table, const Array& result) {
+// A weight in memory, its elements in one of the orders that are read in their own ways.
+struct PlainWeight {
+    Array array;
     WinogradWeightJob job;
-    job.groups = s.groups, job.channels = s.channels, job.features = s.features;
-    job.transposed = transposed, job.weight = weight.data();
-    const int64_t inner = transposed ? s.features : s.channels;
-    const int64_t strides[] = {inner * 9, 9, 3, 1};
-    std::copy(strides, strides + 4, job.strides);
-    job.result = result.data.get();
-    const int64_t vectors = s.groups * winograd_vectors(s.features, machine_of(c, table));
-    table.weight(job, 0, vectors / 2);
-    table.weight(job, vectors / 2, vectors);
-}
+
+    PlainWeight(const Case& c, const WinogradShape& s, const Elements& weight, bool transposed,
+                Random& r)
+        : array(s.groups * s.channels * s.features * 9, c.format.bytes) {
+        job.groups = s.groups, job.channels = s.channels, job.features = s.features;
+        job.transposed = transposed, job.weight = array.data.get();
+        const int64_t inner = transposed ? s.features : s.channels;
+        const int64_t outs = s.groups * (transposed ? s.channels : s.features);
+        const int64_t orders[][4] = {{inner * 9, 9, 3, 1},
+                                     {inner * 9, 1, inner * 3, inner},
+                                     {1, outs * 9, outs * 3, outs},
+                                     {inner * 9, 9, 1, 3}};
+        const int64_t* const strides = orders[r.pick(0, 3)];
+        std::copy(strides, strides + 4, job.strides);
+        for (int64_t i = 0; i < outs * inner * 9; ++i)
+            array.set(i / 9 / inner * strides[0] + i / 9 % inner * strides[1] +
+                          i % 9 / 3 * strides[2] + i % 3 * strides[3],
+                      weight.array.get(i));
+    }
+    // Panels of vectors [first, last) to `result`, as if all were there.
+    void transform(int64_t first, int64_t last, void* result, const WinogradKernels& table) {
+        job.result = result;
+        const int64_t between = (first + last) / 2;
+        table.weight(job, first, between);
+        table.weight(job, between, last);
+    }
+};
 
 // As forward convolutions, of the shape as it is or of the one that makes the input's gradient.
 void check_forward(const Case& c, const WinogradShape& s, const Elements& x, const Elements& weight,
                    bool transposed, const Numbers& sums, double size, const WinogradKernels& table,
                    Random& r) {
-    const Array turned(s.groups * winograd_weight_size(s.channels, s.features), c.element());
-    transform(c, s, weight, transposed, table, turned);
+    PlainWeight plain(c, s, weight, transposed, r);
     const WinogradMachine m = machine_of(c, table);
     const int64_t channels = s.groups * s.features, n = s.pixels() * channels;
     const Format& wide = kFormats[c.is_double() ? 1 : 0];
     const Elements bias(wide, channels, r), residual(c.format, n, r), y(c.format, n);
     std::vector<double> stats(size_t(c.stats ? s.units() * 2 * channels : 0), NAN);
     WinogradJob job;
-    job.shape = s, job.x = x.data(), job.weight = turned.data.get(), job.y = y.data();
+    job.shape = s, job.x = x.data(), job.y = y.data();
     if (c.bias) job.bias = bias.data();
     if (c.residual) job.residual = residual.data();
     if (c.stats) job.stats = stats.data();
     job.activation = c.activation, job.slope = 0.125;
+    job.streams =
+        r.chance(2) && s.features * c.format.bytes % 64 == 0 && uintptr_t(y.data()) % 64 == 0;
     const int64_t unit = c.stats ? kWinogradUnit : 1,
                   vectors = s.groups * winograd_vectors(s.features, m);
     const int64_t tile = std::min(r.pick(0, s.tiles() / unit) * unit, s.tiles());
@@ -154,8 +172,23 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         job.share = share;
         job.block = {r.pick(1, 4) * (c.stats ? kWinogradUnit : r.pick(1, 8)), r.pick(1, 4)};
         progress->counted[kSeveralBlocks] += share.last_tile - share.first_tile > job.block.tiles;
+        if (share.first_vector >= share.last_vector) continue;
         Array scratch(WinogradScratch(s, m, job.block).bytes(m), 1, r.chance(2) ? 0xff : 0x4b);
-        table.forward(job, scratch.data.get());
+        const auto some = [&](int64_t first, int64_t last) {
+            const WinogradPanels panels(s, m, first, last);
+            Array transformed(panels.end - panels.begin, c.element());
+            char* const begin = reinterpret_cast<char*>(transformed.data.get());
+            char* const result = begin - panels.begin * c.element();
+            plain.transform(first, last, result, table);
+            job.weight = result;
+            job.share.first_vector = first, job.share.last_vector = last;
+            table.forward(job, scratch.data.get());
+        };
+        const int64_t middle = r.pick(share.first_vector + 1, share.last_vector);
+        some(share.first_vector, middle);
+        job.input_is_there = s.groups == 1 && share.last_tile - share.first_tile <= job.block.tiles;
+        if (middle < share.last_vector) some(middle, share.last_vector);
+        job.input_is_there = false;
     }
     std::vector<double> counts(size_t(s.units()), 0.0);
     Numbers mean(stats.size()), square(stats.size()), largest(stats.size());

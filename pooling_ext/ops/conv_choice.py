@@ -30,10 +30,9 @@ STRIDES = (1, 2)
 LEAST_CHANNELS = 16
 #: With fewer tiles than this, a transformed weight of more bytes than a second-level cache has makes
 #: Winograd slower than the direct convolution: it is four times as large, and reading it takes longer than
-#: the arithmetic that is saved. 512 channels at 7x7 in a batch of 1 (4 tiles, 38 MB) run at 0.67 times
-#: oneDNN's speed. At 12 GB/s and 110 GFLOP/s, about what a core does, both take the same time for 4.6 full
-#: tiles, of any channels.
-FEWEST_TILES, SMALL_WEIGHT = 6, 2 << 20
+#: the arithmetic that is saved. 512 channels at 7x7 in a batch of 1 (4 tiles, 38 MB) run at 1.5 times the
+#: speed of oneDNN's prepacked convolution.
+FEWEST_TILES, SMALL_WEIGHT = 4, 2 << 20
 #: With fewer multiplications of the direct way, some 20 us of a core, to ask takes longer than it gains;
 #: for those who ask at every call.
 LEAST_WORK = 1 << 20

@@ -65,6 +65,9 @@ struct WinogradJob {
     // The scratch memory has the share's input, transformed for other vectors: it is one block of
     // tiles and of one group.
     bool input_is_there = false;
+    // The output goes past the cache, where a vector is a whole line of it: every pixel's channels
+    // of a group begin with a line.
+    bool streams = false;
 };
 
 // Transforms kernels: for vectors [begin, end) of the output's channels, counted over the groups.

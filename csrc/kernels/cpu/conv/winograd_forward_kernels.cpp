@@ -1,6 +1,7 @@
 // Winograd's convolution F(4x4, 3x3), compiled once for each instruction set: input transform,
 // products and output transform of a block of tiles after the other, with what follows a
 // convolution in the output transform.
+#include "cpu/vector.h"
 #include "kernels/cpu/conv/activation.h"
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
@@ -74,6 +75,9 @@ struct Epilogue {
     using T = Accumulator<In>;
     using X = typename L::X;
 
+    // Parts of a line must not go past the cache one by one.
+    static constexpr bool kWholeLines = std::is_same_v<In, T> && kVectorBytes == 64;
+
     const WinogradJob& job;
     int64_t channel, lanes;  // of all groups; how many
     X bias;
@@ -104,7 +108,12 @@ struct Epilogue {
         }
         activate<T>(tile, 16, job.activation, T(job.slope));
         In* const to = static_cast<In*>(job.y) + start;
-        if (lanes == L::kSize)
+        if (kWholeLines && job.streams && lanes == L::kSize)
+            each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
+                stream_register(to + at, tile[i]);
+                seen(i);
+            });
+        else if (lanes == L::kSize)
             each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
                 L::put(to + at, tile[i]);
                 seen(i);
@@ -250,7 +259,9 @@ void forward(const WinogradJob& job, void* scratch) {
                 // Once for a block: where it is written, and what the next one reads.
                 const bool first_pass = vector == begin && s.groups == 1;
                 const int64_t next = smaller(last_tile + job.block.tiles, share.last_tile);
-                const Stretch written(first_pass ? job.y : nullptr, y_size, tile, last_tile, tiles);
+                const bool streams = Epilogue<In>::kWholeLines && job.streams;
+                const Stretch written(first_pass && !streams ? job.y : nullptr, y_size, tile,
+                                      last_tile, tiles);
                 const Stretch read(first_pass ? job.x : nullptr, x_size, last_tile, next, tiles);
                 multiply(s, blocks, last_tile - tile, v, weight, vector, last, products, written,
                          read);
@@ -258,6 +269,7 @@ void forward(const WinogradJob& job, void* scratch) {
             }
         }
     }
+    if (job.streams) end_streaming();
 }
 
 }  // namespace

@@ -18,13 +18,13 @@ struct WinogradCosts {
     double weight = 150;  // of a kernel's vector of features
     double step = 0.5;    // one vector of products
     double byte = 0.15;
-    double fetched_byte = 0.015;  // of those fetched in time
+    double fetched_byte = 0.005;  // of those fetched in time, three times that from memory
     // Of transformed inputs when they are made and when a product reads them, and of products that
     // are written and read back.
     double write_byte = 0.025, row_byte = 0.012, product_byte = 0.3;
     // In a weight's gradient: of transformed inputs and gradients, and of sums.
     double spilled_byte = 0.055, sums_byte = 0.042, memory = 5;
-    double near_byte = 0.003;      // from the second-level cache
+    double near_byte = 0.001;      // from the second-level cache
     double wake = 5000;            // for other workers to begin
     double rows = 14, tile = 0.2;  // a tile of registers, and what it costs beside its products
 };
@@ -126,7 +126,8 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double read = v + p + weight <= near ? weight : weight * blocks;
             const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
             const double work = products * c.step * (1 + c.tile / rows);
-            const double cost = std::max(work, read * c.byte) + read * c.fetched_byte +
+            const double fetched = read * c.fetched_byte * (weight > 2 * double(m.far) ? 3 : 1);
+            const double cost = std::max(work, read * c.byte) + fetched +
                                 weight * blocks * c.near_byte + over * spilled;
             if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
                 least = cost;
@@ -209,8 +210,8 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     // fill a worker's share of the last cache. So are sums, for each block and at the end.
     const double far = double(m.far) * 3 / 4;
     const double spilled =
-        std::clamp(v / near - 1, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
-    const double over = std::clamp(((v + sums) / near - 1) / 2, 0.0, 1.0);
+        std::clamp((v / near - 1) / 2, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
+    const double over = std::clamp(((v + sums) / near - 1) / 4, 0.0, 1.0);
     const double fetched = over * 2 * blocks * sums * (sums > far ? 2 : 1);
     const double products = double(kWinogradPoints * region.channels() * out);
     // A register tile's sums are read and written for each block.
