@@ -27,7 +27,7 @@ from .timing import measure
 MOBILE = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0", "convnext_tiny")
 MODELS, QUICK_MODELS = ("resnet50", "resnet18", "vgg11_bn", *MOBILE), ("resnet18",)
 #: In which these are trained in float32 besides: it is PyTorch's default, where depthwise gradients are slow.
-MORE_LAYOUTS = dict.fromkeys(MOBILE, ("NCHW",))
+MORE_LAYOUTS: dict[str, tuple[str, ...]] = dict.fromkeys(MOBILE, ("NCHW",))
 BATCH = 16
 #: Seconds for each rival of one measurement.
 BUDGET, QUICK_BUDGET = 5.0, 1.0

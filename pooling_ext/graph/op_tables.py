@@ -12,7 +12,7 @@ import torch.nn.functional as TF
 from torch import fx, nn
 
 from .. import functional as F
-from ..ops.conv_bn_act.call import STANDS_FOR
+from ..ops.conv_choice import STANDS_FOR
 from .proxies import IN_PLACE_FUNCTIONS, expect_length
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

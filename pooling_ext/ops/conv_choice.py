@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _native
@@ -42,6 +43,16 @@ SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
 _amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
 #: Whether the processor multiplies bfloat16 matrices by instructions of their own.
 HAS_AMX = bool(_amx is not None and _amx())
+
+
+#: The attribute of a class of ours that names the one of torch.nn whose place it takes.
+STANDS_FOR = "_pooling_ext_stands_for"
+
+
+def stands_for_conv2d(module: Any) -> bool:
+    """Whether the class of ``module`` is torch.nn's Conv2d, or ours in its place."""
+    cls = type(module)
+    return cls is nn.Conv2d or cls.__dict__.get(STANDS_FOR) is nn.Conv2d
 
 
 class Conv(NamedTuple):

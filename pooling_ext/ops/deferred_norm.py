@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from .batch_norm_act import (
@@ -25,6 +25,7 @@ from .batch_norm_act import (
     needs_grad,
     weight_grad,
 )
+from .conv_choice import stands_for_conv2d
 from .tuned_conv import Geometry, Way, choose, conv_input_grad, conv_stats
 
 
@@ -57,9 +58,9 @@ class Deferred(NamedTuple):
             return _NormConvStats.apply(*self, weight, bias, geometry)
         return conv_stats(self.output, weight, bias, geometry, *self[1:])
 
-    def pays(self, conv: nn.Module) -> bool:
+    def pays(self, conv: Any) -> bool:
         """Whether ``conv``, which comes next, is faster with this than with :meth:`computed`."""
-        if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        if not stands_for_conv2d(conv) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             return False
         if conv.groups != 1 or conv.in_channels != self.output.shape[1]:
             return False

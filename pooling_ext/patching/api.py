@@ -10,8 +10,7 @@ from ..errors import ArgumentError
 from ..graph.guards import Untraceable
 from ..graph.report import FusionEntry, FusionReport
 from ..nn import REPLACES, Conv2d
-from ..ops.conv_bn_act.call import stands_for_conv2d
-from ..ops.conv_choice import may_be_ours
+from ..ops.conv_choice import may_be_ours, stands_for_conv2d
 from .codegen import Fusion, plan
 from .patterns import base_class, worth_fusing
 

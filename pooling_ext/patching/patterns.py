@@ -28,7 +28,7 @@ from ..graph.op_tables import (
     replace_pool,
     unchanged_class,
 )
-from ..ops.conv_bn_act.call import STANDS_FOR
+from ..ops.conv_choice import STANDS_FOR
 from .fused_calls import (
     ADDS,
     AVG_POOLS,

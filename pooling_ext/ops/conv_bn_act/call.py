@@ -13,10 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ... import backends
 from .._library import suggests_channels_last
 from ..batch_norm_act import transformed
-from ..conv_choice import Conv
-
-#: The attribute of a class of ours that names the one of torch.nn whose place it takes.
-STANDS_FOR = "_pooling_ext_stands_for"
+from ..conv_choice import Conv, stands_for_conv2d
 
 #: The reason of those on the list that do no batch norm by itself.
 NO_CONVOLUTION = "there is no convolution"
@@ -44,12 +41,6 @@ def least_elements(how: str, input: Tensor) -> int:
     least = LEAST_ELEMENTS[how][2 * (input.element_size() == 2) + contiguous]
     # A compiler's trace holds for any number of threads.
     return least * (1 if is_compiling() else torch.get_num_threads())
-
-
-def stands_for_conv2d(module: Any) -> bool:
-    """Whether the class of ``module`` is torch.nn's Conv2d, or ours in its place."""
-    cls = type(module)
-    return cls is nn.Conv2d or cls.__dict__.get(STANDS_FOR) is nn.Conv2d
 
 
 def calls_only_forward(module: Any) -> bool:
