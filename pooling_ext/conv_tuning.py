@@ -26,7 +26,7 @@ from .testing.conv_shapes import DEPTHWISE_LAYERS, RESNET, TORCHVISION, VGG
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES = (1, 16)
 #: Seconds for both rivals of a phase, and turns at most.
-BUDGET, TURNS = 0.12, 25
+BUDGET, TURNS = 0.08, 25
 
 
 def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
