@@ -217,12 +217,38 @@ def check_conv_bn_act(functional: Any, dtype: torch.dtype, layout: str) -> None:
             parameter.uniform_(0.5, 1.5)
     conv, bn = conv.to(dtype), bn.to(dtype if dtype == torch.float64 else torch.float32)
     wide_conv, wide_bn = (copy.deepcopy(module).double() for module in (conv, bn))
+    from pooling_ext.ops.conv_bn_act.implementations import from_size
+
     for training in (False, True):
-        with torch.no_grad():
+        with torch.no_grad(), from_size(0, fold_ratio=0):
             output = functional.conv_bn_act(conv, bn.train(training), x)
             expected = F.relu(wide_bn.train(training)(wide_conv(x.double())))
             near(output, expected, dtype, f"conv_bn_act, {training=}")
     near(bn.running_var, wide_bn.running_var, dtype, "running_var")
+
+
+#: Channels, features and groups of what Winograd's kernels do, and of a depthwise convolution.
+CONVOLUTIONS = ((48, 64, 1), (40, 40, 40))
+
+
+def check_conv2d(functional: Any, dtype: torch.dtype, layout: str) -> None:
+    """Without gradients, where weights are kept, and both gradients."""
+    for channels, features, groups in CONVOLUTIONS:
+        torch.manual_seed(0)
+        format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        x = torch.randn(2, channels, 18, 17).to(dtype).contiguous(memory_format=format)
+        weight, bias = torch.randn(features, channels // groups, 3, 3) / 8, torch.randn(features)
+        given = x, weight.to(dtype), bias.to(dtype)
+        with torch.no_grad():
+            alone = functional.conv2d(*given, padding=1, groups=groups)
+        results = []
+        for function, wide in ((functional.conv2d, False), (F.conv2d, True)):
+            leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in given]
+            output = function(*leaves, padding=1, groups=groups)
+            results.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves)])
+        near(alone, results[1][0], dtype, "conv2d without gradients")
+        for name, actual, expected in zip(("output", "input", "weight", "bias"), *results, strict=True):
+            near(actual, expected, dtype, f"conv2d, {name}")
 
 
 def release(version: str) -> str:
@@ -282,13 +308,14 @@ def main() -> int:
         try:
             if case is None:
                 check_conv_bn_act(pooling_ext.functional, dtype, layout)
+                check_conv2d(pooling_ext.functional, dtype, layout)
             else:
                 ours = getattr(pooling_ext.functional, case.op)
                 took = pooling_ext.explain(ours, **case.tensors(dtype, layout), **case.options)
                 assert took.backend == backend, f"expected backend {backend!r}, but got: {took}"
                 check_fused(case, ours, dtype, layout)
         except Exception as error:
-            name = f"{case.op}({case.options})" if case else "conv_bn_act"
+            name = f"{case.op}({case.options})" if case else "conv_bn_act or conv2d"
             print(f"{name} of {dtype}, {layout}, failed", file=sys.stderr)
             raise error
         checked += 1
