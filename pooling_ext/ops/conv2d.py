@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
-from . import winograd_weights
+from . import conv_choice, winograd_weights
 from ._dispatch import public
 from ._library import suggests_channels_last
 from .batch_norm_act import needs_grad, transformed
@@ -54,6 +54,8 @@ def conv2d(
         >>> conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
         tensor([4., 6., 6., 4.])
     """
+    if _is_others(input, weight, bias, groups):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
     x, w, b = _as_autocast(input, weight, bias)
     why_not, conv = _describe(x, w, b, stride, padding, dilation, groups)
     if conv is not None:
@@ -73,6 +75,16 @@ def conv2d(
                 )
     backends.record("conv2d", backends.ATEN.name, why_not)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _is_others(input: Tensor, weight: Any, bias: Any, groups: Any) -> bool:
+    """Whether a first look shows that PyTorch's operator is to do a call; explain has all reasons."""
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        return True
+    if groups != 1 or is_compiling() or backends.recording():
+        return False
+    work = input.numel() * weight.shape[0] * 9 if weight.dim() == 4 else 0
+    return work < conv_choice.LEAST_WORK or weight.shape[2:] != (3, 3)
 
 
 def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:

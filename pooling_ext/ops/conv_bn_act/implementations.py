@@ -73,7 +73,6 @@ class _Choice:
 _chosen: dict[tuple[Any, ...], _Choice] = {}
 _MOST = 1 << 13
 
-
 #: With gradients nothing pays for fewer elements than this, of input and output, be there a convolution.
 _SMALL = 1 << 14
 _small = _SMALL
@@ -136,7 +135,7 @@ def from_size(elements: int, keep: Sequence[str] = (), fold_ratio: int | None = 
         fold_ratio: in the place of cpu.FOLD_RATIO.
     """
     global _small
-    before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO
+    before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO, _small
     LEAST_ELEMENTS.update(
         {how: (elements, elements, elements, elements) for how in LEAST_ELEMENTS.keys() - keep}
     )
@@ -147,6 +146,5 @@ def from_size(elements: int, keep: Sequence[str] = (), fold_ratio: int | None = 
         yield
     finally:
         LEAST_ELEMENTS.update(before[0])
-        cpu.FOLD_RATIO = before[1]
-        _small = _SMALL
+        cpu.FOLD_RATIO, _small = before[1:]
         _chosen.clear()
