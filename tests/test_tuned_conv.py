@@ -124,7 +124,7 @@ def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path)
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(backends, "_PLAIN_TENSORS", (torch.Tensor, OnGpu))
+    monkeypatch.setattr(backends, "PLAIN_TENSORS", (torch.Tensor, OnGpu))
     x = torch.randn(1, channels, 28, 28).bfloat16().to(memory_format=torch.channels_last).as_subclass(OnGpu)
     weight = (torch.randn(128, channels, 3, 3) / 8).bfloat16().to(memory_format=torch.channels_last)
     expected = F.conv2d(x.as_subclass(torch.Tensor).double(), weight.double(), None, *GEOMETRY)

@@ -7,6 +7,7 @@ of a pooling window are as good as equal, a correct result may fall to the other
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import _pytree as pytree
 
 import pooling_ext
@@ -110,6 +112,8 @@ def _check(source: Source, seed: int, layout: bool, sides: tuple[str, ...]) -> V
     verdict = Verdict()
     with source.model(seed) as model:
         run = _Runs(source, model, seed, layout, verdict)
+        if run.normalizes_a_constant():
+            raise Rejected("a batch norm is given the same value everywhere, so gradients are all rounding")
         try:
             expected = run.expected()
         except Exception as error:
@@ -152,6 +156,25 @@ class _Runs:
         if self.flags:
             self.stages["other flags"] = lambda net: _evaluate(_flip(net, self.flags).eval(), self.calls[:1])
         return {name: stage(copy.deepcopy(self.model)) for name, stage in self.stages.items()}
+
+    def normalizes_a_constant(self) -> bool:
+        """Whether a channel that a batch norm sees in training is constant.
+
+        Its gradients, which should cancel, are multiplied by the inverse square root of eps.
+        """
+        found: list[bool] = []
+
+        def note(_: nn.Module, args: tuple) -> None:
+            x = args[0].detach().double().transpose(0, 1).flatten(1)
+            found.append(bool((x.var(1, correction=0) <= 1e-12 * (1 + x.square().mean(1))).any()))
+
+        net = copy.deepcopy(self.model).train()
+        for module in net.modules():
+            if isinstance(module, BatchNorm):
+                module.register_forward_pre_hook(note)
+        with torch.no_grad(), contextlib.suppress(Exception):  # eager's own errors come to light later
+            net(*(x.clone() for x in self.inputs))
+        return any(found)
 
     # --- patch ---------------------------------------------------------------------------------
 
