@@ -19,6 +19,7 @@ from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F
+from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 META = torch.ones(4, device="meta")
@@ -156,11 +157,12 @@ def test_tensors_on_another_device_are_refused(name, training):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
 @pytest.mark.parametrize("size", [6, 64], ids=["small", "folded"])
-def test_blocks_refuse_vectors_on_another_device(name, size):
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["together", "one by one"])
+def test_blocks_refuse_vectors_on_another_device(name, size, least):
     block = pooling_ext.ConvBNAct2d(4, 4, 3).eval().requires_grad_(False)
     value = nn.Parameter(META, requires_grad=False) if name in ("weight", "bias") else META
     setattr(block.bn, name, value)
-    with pytest.raises(RuntimeError, match=name):
+    with from_size(least), pytest.raises(RuntimeError, match=name):
         block(torch.randn(2, 4, size, size))
 
 

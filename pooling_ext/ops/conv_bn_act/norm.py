@@ -125,12 +125,22 @@ def run_eager(call: Call, _: None = None) -> Any:
     if call.bn is not None:
         if call.checked:
             call.bn._check_input_dim(output)
+            _check_devices(call.bn, output)
         output = _batch_norm(call.bn, output)
     if call.checked and call.residual is not None:
         _check_residual(call.residual, output)
     if call.residual is not None or call.add is not None:
         output = output + call.residual if call.add is None else call.add(output, call.residual)
     return output if call.relu is None else call.relu(output)
+
+
+def _check_devices(bn: Any, output: Tensor) -> None:
+    """Require the vectors of a batch norm to be where ``output`` is; PyTorch's error names none of them."""
+    for vectors in (bn._buffers, bn._parameters):
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            value = vectors.get(name)
+            if value is not None and value.device != output.device:
+                check_device(name, value, output)
 
 
 def _check_residual(residual: Any, output: Tensor) -> None:
