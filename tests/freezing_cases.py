@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pooling_ext
+from pooling_ext.freezing.conv_allotment import convolutions as convolutions
 from pooling_ext.ops import conv_choice, conv_speeds
 
 
@@ -128,6 +129,15 @@ def is_whole(frozen: Any) -> bool:
 def norms_left(frozen: nn.Module) -> list[nn.Module]:
     """Batch norms that a frozen model still runs."""
     return [module for module in frozen.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def ways(frozen: nn.Module) -> list[str]:
+    return [layer.way for layer in convolutions(frozen)]
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
 
 
 def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None:

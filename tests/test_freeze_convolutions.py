@@ -7,7 +7,18 @@ import copy
 import pytest
 import torch
 import torchvision
-from freezing_cases import assert_close, assert_frozen, conv, is_whole, network, norm, set_winograd
+from freezing_cases import (
+    assert_close,
+    assert_frozen,
+    conv,
+    convolutions,
+    is_whole,
+    network,
+    norm,
+    run,
+    set_winograd,
+    ways,
+)
 from helpers import strides
 from torch import Tensor, nn
 
@@ -27,19 +38,6 @@ LARGEST_ERROR = 5e-5
 def without_amx(monkeypatch):
     """With which bfloat16 would be oneDNN's."""
     set_winograd(monkeypatch)
-
-
-def convolutions(frozen: nn.Module) -> list[PackedConv]:
-    return [module for module in frozen.modules() if isinstance(module, PackedConv)]
-
-
-def ways(frozen: nn.Module) -> list[str]:
-    return [layer.way for layer in convolutions(frozen)]
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def error(actual: Tensor, model: nn.Module, x: Tensor) -> float:

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from freezing_cases import assert_close, conv, images, is_whole, network, norm, set_winograd
+from freezing_cases import (
+    assert_close,
+    conv,
+    convolutions,
+    images,
+    is_whole,
+    network,
+    norm,
+    run,
+    set_winograd,
+    ways,
+)
 from torch import Tensor, nn
 
 import pooling_ext
@@ -28,19 +39,6 @@ LIMIT = "POOLING_EXT_WINOGRAD_MIB"
 @pytest.fixture(autouse=True)
 def winograd(monkeypatch):
     set_winograd(monkeypatch)
-
-
-def convolutions(frozen: nn.Module) -> list[PackedConv]:
-    return [module for module in frozen.modules() if isinstance(module, PackedConv)]
-
-
-def ways(frozen: nn.Module) -> list[str]:
-    return [layer.way for layer in convolutions(frozen)]
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def transformed(frozen: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ._dispatch import public
 from ._library import suggests_channels_last
 from .batch_norm_act import needs_grad, transformed
 from .conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
-from .conv_kernels import convolve, plan
+from .conv_kernels import convolve, in_format, plan
 from .winograd import winograd_conv
 
 
@@ -89,10 +89,8 @@ def _is_others(input: Tensor, weight: Any, bias: Any, groups: Any) -> bool:
 
 def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
     transformed_weight, bias = winograd_weights.transformed(weight, bias, None, conv.groups)
-    if conv.channels_last and not suggests_channels_last(input):
-        input = input.contiguous(memory_format=torch.channels_last)
     rest = conv.padding, conv.features, conv.groups
-    return winograd_conv(input, transformed_weight, bias, None, *rest, 0, 0.0)
+    return winograd_conv(in_format(input, conv.channels_last), transformed_weight, bias, None, *rest, 0, 0.0)
 
 
 def _describe(

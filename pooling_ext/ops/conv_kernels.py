@@ -51,6 +51,13 @@ def plan(kernels: str, conv: Conv) -> Plan:
     return Plan(kernels, conv.stride, (top, left), conv.groups, conv.channels_last, ours)
 
 
+def in_format(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` in the format that the output is to have, where the operators follow their input's."""
+    if channels_last and not suggests_channels_last(x):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """``conv(input, weight) + bias``, differentiable any number of times.
 
@@ -108,9 +115,7 @@ def _forward(
         if stats:
             return depthwise.depthwise_conv_stats(input, weight, bias, stride, padding)
         return depthwise.depthwise_conv(input, weight, bias, stride, padding, 0, 0.0), None
-    x = input
-    if plan.channels_last and not suggests_channels_last(x):
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = in_format(input, plan.channels_last)
     features, groups = weight.shape[0], plan.groups
     if stats:
         return winograd.winograd_conv_stats(x, weight, bias, plan.sides, features, groups)

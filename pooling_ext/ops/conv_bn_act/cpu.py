@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import backends
-from .. import _library, batch_norm_running, winograd_weights
+from .. import batch_norm_running, winograd_weights
 from ..batch_norm_act import batch_norm_arguments, eps_of, in_training, transformed
 from ..conv_activations import ACTIVATIONS
 from ..conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
-from ..conv_kernels import Plan, convolve, convolve_with_stats, plan
+from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
 from ..depthwise_conv import depthwise_conv
 from ..winograd import winograd_conv
 from ..winograd_weights import Norm
@@ -134,7 +134,7 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
         return _run_planned(call, prepared.plan)
     transformed_weight, shift = winograd_weights.transformed(weight, bias, _constants(call), conv.groups)
     return winograd_conv(
-        _as_input(call, geometry.channels_last),
+        in_format(call.input.to(geometry.dtype), geometry.channels_last),
         transformed_weight,
         shift,
         call.residual,
@@ -167,16 +167,6 @@ def _constants(call: Call) -> Norm | None:
         return None
     running, own = bn._buffers, bn._parameters
     return Norm(running["running_mean"], running["running_var"], own["weight"], own["bias"], eps_of(bn))
-
-
-def _as_input(call: Call, channels_last: bool) -> Tensor:
-    """The input in the dtype to compute in, and in the memory format that the output is to have."""
-    x = call.input
-    if x.dtype != call.dtype:
-        x = x.to(call.dtype)
-    if channels_last and not _library.suggests_channels_last(x):
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def _run_planned(call: Call, plan: Plan) -> Any:
