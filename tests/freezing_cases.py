@@ -131,6 +131,22 @@ def norms_left(frozen: nn.Module) -> list[nn.Module]:
     return [module for module in frozen.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+#: That layers take in, or that follow them.
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.Hardtanh(-0.5, 0.7),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.SiLU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.LeakyReLU(0.2),
+    nn.Sigmoid(),
+    nn.Tanh(),
+]
+
+
 def ways(frozen: nn.Module) -> list[str]:
     return [layer.way for layer in convolutions(frozen)]
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torchvision
+from freezing_cases import ACTIVATIONS
 from torch import nn
 
 import pooling_ext
@@ -191,21 +192,6 @@ def test_memory_formats_and_sizes():
     for shape in ((1, 3, 20, 14), (5, 3, 12, 12), (0, 3, 12, 12)):
         given = torch.randn(shape)
         torch.testing.assert_close(run(frozen, given), run(model, given))
-
-
-ACTIVATIONS = [
-    nn.ReLU(),
-    nn.ReLU6(),
-    nn.Hardtanh(-0.5, 0.7),
-    nn.Hardswish(),
-    nn.Hardsigmoid(),
-    nn.SiLU(),
-    nn.GELU(),
-    nn.GELU("tanh"),
-    nn.LeakyReLU(0.2),
-    nn.Sigmoid(),
-    nn.Tanh(),
-]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
