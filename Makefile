@@ -35,7 +35,7 @@ CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo finetune test test-quick bench gpu lint format abi oldest clang cuda sanitize sanitize-cpu \
-        sanitize-cuda setup clean distclean FORCE
+        sanitize-cuda arm arm-tools setup clean distclean FORCE
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | \
@@ -161,11 +161,13 @@ clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test 
 FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_winograd build/fuzz_depthwise
 KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp csrc/kernels/cpu/*/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+NEEDED_BY_FUZZERS := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) \
+                     $(FUZZERS:build/%=csrc/tests/%.cpp)
 # Runs what follows on each word that it is given, on as many at a time as there are cores.
 AT_ONCE  := tr ' ' '\n' | xargs -P $$(nproc) -I{}
 
 # The kernels once for all programs.
-build/sanitized/objects: $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) $(FUZZERS:build/%=csrc/tests/%.cpp)
+build/sanitized/objects: $(NEEDED_BY_FUZZERS)
 	@mkdir -p build/sanitized
 	echo $(KERNELS:.cpp=) $(FUZZERS:build/%=csrc/tests/%) | \
 	    $(AT_ONCE) sh -c '$(SANITIZE) -c {}.cpp -o build/sanitized/$$(basename {}).o'
@@ -185,6 +187,35 @@ sanitize-cuda: | $(PACKAGE)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 POOLING_EXT_CUDA_ON_CPU=build/cuda_on_cpu_sanitized.so \
 	    $(BIN)/python tests/gpu_smoke.py --on-cpu
+
+# --- arm64 ---------------------------------------------------------------------------------------
+
+# From Debian's packages g++-aarch64-linux-gnu and qemu-user.
+ARM_CXX   ?= aarch64-linux-gnu-g++
+QEMU_ARM  ?= qemu-aarch64
+# setup.py compiles with -O3, which takes three times as long.
+ARM_LEVEL ?= -O1
+ARM       := $(ARM_CXX) -std=c++20 $(ARM_LEVEL) -pthread -fno-trapping-math -fno-math-errno -Wno-psabi -Icsrc
+ARM_FUZZERS := $(FUZZERS:build/%=build/arm/%)
+
+arm: arm-tools $(ARM_FUZZERS) ## cross-compile the CPU kernels for arm64 and fuzz them under qemu-user (ARGS: jobs)
+	echo $(ARM_FUZZERS) | $(AT_ONCE) $(QEMU_ARM) {} $(ARGS)
+
+arm-tools:
+	@for tool in $(ARM_CXX) $(QEMU_ARM); do command -v $$tool >/dev/null || { \
+	    echo "make arm: there is no $$tool; Debian has both in g++-aarch64-linux-gnu and qemu-user" >&2; exit 1; }; done
+
+# Convolutions alone have products and sums fused, as in setup.py.
+build/arm/objects: $(NEEDED_BY_FUZZERS) | arm-tools
+	@mkdir -p build/arm
+	echo $(KERNELS:.cpp=) $(FUZZERS:build/%=csrc/tests/%) | $(AT_ONCE) sh -c \
+	    'case {} in */conv/*) fuse=fast ;; *) fuse=off ;; esac; \
+	    $(ARM) -ffp-contract=$$fuse -c {}.cpp -o build/arm/$$(basename {}).o'
+	@touch $@
+
+# Static, so that qemu needs no libraries of arm64.
+$(ARM_FUZZERS): build/arm/%: build/arm/objects
+	$(ARM) -static build/arm/$*.o $(patsubst %.cpp,build/arm/%.o,$(notdir $(KERNELS))) -o $@
 
 # --- cleaning ------------------------------------------------------------------------------------
 
