@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from . import _native, cuda, triton
 from .errors import ArgumentError
@@ -177,6 +177,9 @@ def choose(op: str, input: torch.Tensor) -> Backend:
         backend = _decisions.get(key)
         if backend is not None:
             return backend
+    if is_exporting() and _forced is None and input.requires_grad and torch.is_grad_enabled():
+        # Of an autograd Function the program would have the forward alone, and lose gradients silently.
+        return ATEN
     backend, declined = _decide(Call(op, input.device, input.dtype, input.layout, type(input)))
     if is_compiling():
         return backend

@@ -14,7 +14,7 @@ from .. import backends
 from ..errors import ArgumentError
 from . import _library
 from ._dispatch import public
-from .batch_norm_act import FLOATS, alike, check_device, distinct, like, needs_grad, transformed
+from .batch_norm_act import FLOATS, alike, check_device, distinct, like, loses_grad, needs_grad, transformed
 from .global_pool import global_avg_pool2d
 
 backends.register("add_relu_global_avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
@@ -73,7 +73,8 @@ def add_relu_global_avg_pool(input: Tensor, residual: Tensor, keepdim: bool = Tr
             f"residual must have input's shape {tuple(input.shape)}, but got {tuple(residual.shape)}"
         )
     ours = backends.choose("add_relu_global_avg_pool", input) is not backends.ATEN
-    if not ours or transformed() or not alike(input, residual) or input.dim() != 4 or input.numel() == 0:
+    ours = ours and not (transformed() or loses_grad(input, residual))
+    if not ours or not alike(input, residual) or input.dim() != 4 or input.numel() == 0:
         return global_avg_pool2d(F.relu(input + residual), keepdim)
     if is_compiling():
         input, residual = distinct(input, residual)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import backends
 from ..arguments import as_bool, as_float
@@ -303,7 +303,12 @@ def batch_norm_act(
     )
     relu = activation == "relu"
     backend = backends.choose("batch_norm_act", input)
-    if backend is backends.ATEN or transformed() or (residual is not None and not alike(input, residual)):
+    if (
+        backend is backends.ATEN
+        or transformed()
+        or (residual is not None and not alike(input, residual))
+        or loses_grad(input, weight, bias, residual)
+    ):
         return _aten_batch_norm_act(
             input,
             running_mean,
@@ -443,6 +448,11 @@ def distinct(*tensors: Any) -> list[Any]:
 
 def needs_grad(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def loses_grad(*inputs: Tensor | None) -> bool:
+    """Whether gradients are wanted of an exported program, which has an autograd Function's forward alone."""
+    return is_exporting() and needs_grad(*inputs)
 
 
 def _aten_batch_norm_act(

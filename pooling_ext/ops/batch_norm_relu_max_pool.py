@@ -24,6 +24,7 @@ from .batch_norm_act import (
     check,
     distinct,
     like,
+    loses_grad,
     needs_grad,
     transformed,
     weight_grad,
@@ -167,7 +168,7 @@ def batch_norm_relu_max_pool(
     momentum, eps = check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
-    if aten or transformed() or input.dim() != 4 or not _usual(windows):
+    if aten or transformed() or input.dim() != 4 or not _usual(windows) or loses_grad(input, weight, bias):
         output = batch_norm_act(
             input,
             running_mean,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..graph.op_tables import is_global, unchanged_class
@@ -131,6 +132,7 @@ class BatchNormChain:
         if (
             isinstance(input, Tensor)
             and input.dim() == 4
+            and not is_exporting()  # as in the list of implementations
             and self._is_fused(bn, relu, pool)
             # PyTorch's own is for GPUs, so ours takes it at any size.
             and (input.numel() >= least_elements(POOLED, input) or type(bn) is nn.SyncBatchNorm)

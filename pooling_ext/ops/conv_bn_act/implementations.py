@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from ... import backends
 from . import cpu, gpu, norm
@@ -79,8 +79,13 @@ _small = _SMALL
 
 
 def run(call: Call) -> Any:
-    """Do ``call`` in the first way that can."""
-    if call.wants_grad and _is_small(call):  # around small operators a look at the list shows
+    """Do ``call`` in the first way that can.
+
+    An exported program has PyTorch's operators. It is for every size of a batch, where the list asks
+    for sizes; and it can be trained, where of an autograd Function it would have the forward alone.
+    """
+    # Around small operators a look at the list shows.
+    if is_exporting() or (call.wants_grad and _is_small(call)):
         if call.conv is not None:
             call.continue_with(cpu.convolved(call))
         return norm.run_eager(call)
