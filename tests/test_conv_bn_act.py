@@ -13,6 +13,7 @@ from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F
+from pooling_ext.ops.conv_bn_act import cpu
 from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 CONVOLUTIONS = {
@@ -115,7 +116,8 @@ def residual_for(conv, x, layout, present):
 @pytest.mark.parametrize("conv", [name for name in CONVOLUTIONS if name not in ("same", "reflect")])
 @LAYOUT
 def test_folding(layout, conv, bn, activation, dtype):
-    """Whether it pays or not."""
+    """Whether it pays or not, if oneDNN has the dtype on this processor; the depthwise kernels have any."""
+    folds = dtype == torch.float32 or conv == "depthwise" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     convolution, norm = (module.eval() for module in modules(conv, bn, dtype))
     x = with_layout(torch.randn(4, 8, 12, 14).to(dtype), layout)
     before = torch.get_num_threads()
@@ -125,7 +127,18 @@ def test_folding(layout, conv, bn, activation, dtype):
             compare_folded(convolution, norm, x, activation)
     finally:
         torch.set_num_threads(before)
-    assert "pooling_ext::fold_batch_norm" in {event.key for event in profile.key_averages()}
+    assert folds == ("pooling_ext::fold_batch_norm" in {event.key for event in profile.key_averages()})
+
+
+@pytest.mark.native
+def test_a_processor_without_bfloat16_folds_none(monkeypatch):
+    monkeypatch.setattr(cpu, "_has_bfloat16", lambda: False)
+    conv, norm = (module.eval() for module in modules("3x3", "usual", torch.bfloat16))
+    x = torch.randn(4, 8, 12, 14).bfloat16()
+    with from_size(0, fold_ratio=0), torch.no_grad():
+        found = pooling_ext.explain(F.conv_bn_act, conv, norm, x).decisions[0]
+    assert found.backend != "oneDNN, folded"
+    assert found.declined["oneDNN, folded"] == "oneDNN has no bfloat16 on this processor"
 
 
 def compare_folded(conv, bn, x, activation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -195,6 +196,12 @@ def _run_planned(call: Call, plan: Plan) -> Any:
 # --- oneDNN's, with the batch norm folded in --------------------------------------------------------------
 
 
+@cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN's convolutions take it, for which they need more than AVX2; they raise otherwise."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def folded_why_not(call: Call) -> str | None:
     """Why not to fold the statistics into the weights for oneDNN.
 
@@ -220,6 +227,8 @@ def folded_why_not(call: Call) -> str | None:
         return reason
     if call.dtype not in _FOLDED:
         return f"oneDNN does not rectify {call.dtype}"
+    if call.dtype == torch.bfloat16 and not _has_bfloat16():
+        return "oneDNN has no bfloat16 on this processor"
     made, weights = outputs(conv, input), conv._parameters["weight"].numel()
     if made < FOLD_RATIO * weights:
         return f"the output is not {FOLD_RATIO} times as large as the weight, which is folded at each call"
