@@ -1,8 +1,10 @@
-"""reuse_cpu_memory: in a process of its own, since it cannot be undone."""
+"""reuse_cpu_memory, and what a training step holds: in processes of their own, as neither can be undone."""
 
 from __future__ import annotations
 
+import json
 import platform
+from pathlib import Path
 
 import pytest
 from helpers import run_python
@@ -44,3 +46,44 @@ def test_other_c_libraries(monkeypatch, library):
     result = pooling_ext.reuse_cpu_memory()
     assert not result and not result.enabled
     assert "glibc" in result.reason
+
+
+STEP = """
+import json, sys, torch, torchvision
+sys.path[:0] = [{root!r}, {tests!r}]
+import pooling_ext
+from benchmarks.memory import peak_bytes, resident
+from benchmarks.model_training import Trainer
+from training_cases import preferring_ours, ran
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+if {patched}:
+    pooling_ext.patch(model)
+step = Trainer(model, torch.randn(8, 3, 112, 112).to(memory_format=torch.channels_last), "float32")
+with preferring_ours():
+    before = resident()
+    step()
+    step()
+    process = None if before is None else resident(peak=True) - before
+    live, (_, kernels) = peak_bytes(step), ran(step)
+print(json.dumps([live, process, kernels]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.native
+def test_a_training_step_holds_no_more_than_eagers():
+    """ResNet-18 with all of its 3x3 convolutions by Winograd, whose scratch memory only the process shows."""
+    tests = Path(__file__).parent
+    found = []
+    for patched in (False, True):
+        result = run_python(STEP.format(root=str(tests.parent), tests=str(tests), patched=patched))
+        assert result.returncode == 0, result.stderr[-4000:]
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    (live, process, none), (our_live, our_process, kernels) = found
+    assert not none and kernels["winograd_conv_stats"] == kernels["winograd_weight_grad"] == 13
+    assert our_live <= live
+    if process is not None:
+        assert our_process <= 1.05 * process
