@@ -17,11 +17,12 @@ from torch import Tensor
 from . import _native
 from .memory import reuse_cpu_memory
 from .ops import conv_speeds
+from .ops._library import memory_format
 from .ops.conv_choice import DEPTHWISE, PHASES, WINOGRAD, Conv
 from .ops.conv_kernels import Plan, _aten_gradients, _gradients
 from .ops.depthwise_conv import depthwise_conv
 from .ops.winograd import winograd_conv, winograd_weight
-from .testing.conv_shapes import DEPTHWISE_LAYERS, RESNET, TORCHVISION, VGG
+from .testing.conv_shapes import DEPTHWISE_LAYERS, RESNET, STRIDED_LAYERS, TORCHVISION, VGG
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES = (1, 16)
@@ -40,17 +41,34 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
             side = shape.padding
             padding = side, side, side, side
             conv = Conv(
-                batch, shape.channels, shape.side, shape.side, shape.features, (3, 3), (1, 1), padding,
+                batch, shape.channels, (shape.side, shape.side), shape.features, (3, 3), (1, 1), padding,
                 (1, 1), shape.groups, dtype, True,
             )  # fmt: skip
             if conv not in seen:
                 seen.add(conv)
                 yield WINOGRAD, conv
+        for channels, features, side in STRIDED_LAYERS[:: 3 if quick else 1]:
+            yield (
+                WINOGRAD,
+                Conv(
+                    batch,
+                    channels,
+                    (side, side),
+                    features,
+                    (3, 3),
+                    (2, 2),
+                    (1, 1, 1, 1),
+                    (1, 1),
+                    1,
+                    dtype,
+                    True,
+                ),
+            )
         for channels, kernel, stride, side in DEPTHWISE_LAYERS[:: 5 if quick else 1]:
             for channels_last in (True, False):
                 half = kernel // 2
                 yield DEPTHWISE, Conv(
-                    batch, channels, side, side, channels, (kernel, kernel), (stride, stride),
+                    batch, channels, (side, side), channels, (kernel, kernel), (stride, stride),
                     (half, half, half, half), (1, 1), channels, dtype, channels_last,
                 )  # fmt: skip
 
@@ -58,22 +76,27 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
 def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
     """PyTorch's call and ours for each phase. Weights of inference are prepared beforehand."""
     generator = torch.Generator().manual_seed(0)
-    format = torch.channels_last if conv.channels_last else torch.contiguous_format
+    format = memory_format(conv.rank, conv.channels_last)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(conv.dtype).contiguous(memory_format=format)
 
-    x = normal(conv.batch, conv.channels, conv.height, conv.width)
+    x = normal(conv.batch, conv.channels, *conv.size)
     weight = normal(conv.features, conv.channels // conv.groups, *conv.kernel)
-    top, left, *_ = conv.padding
-    plan = Plan(kernels, conv.stride, (top, left), conv.groups, conv.channels_last, (True, True, True))
-    padding, sides = plan.padding, plan.sides
-    grad = torch.conv2d(x, weight, None, conv.stride, padding, 1, conv.groups)
+    padding, all_ours = conv.padding[: conv.rank], (True, True, True)
+    plan = Plan(kernels, conv.stride, padding, conv.dilation, conv.groups, conv.channels_last, all_ours)
+
+    def theirs() -> Tensor:
+        rest = conv.dilation, False, [0] * conv.rank, conv.groups
+        return torch.convolution(x, weight, None, conv.stride, padding, *rest)
+
+    grad = theirs()
     if kernels == WINOGRAD:
-        transformed = winograd_weight(weight, conv.groups, False)
+        transformed = winograd_weight(weight, conv.groups, False, conv.stride[-1])
+        rest = plan.sides, conv.features, conv.groups, 0, 0.0, conv.stride, conv.dilation
 
         def forward() -> Tensor:
-            return winograd_conv(x, transformed, None, None, sides, conv.features, conv.groups, 0, 0.0)
+            return winograd_conv(x, transformed, None, None, *rest)
 
     else:
 
@@ -86,7 +109,6 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
             lambda: _gradients(grad, x, weight, plan, wanted),
         )
 
-    theirs = lambda: torch.conv2d(x, weight, None, conv.stride, padding, 1, conv.groups)  # noqa: E731
     return [(theirs, forward), both(True, False, False), both(False, True, False)]
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "AvgPool3d",
     "BatchNormAct2d",
     "Conv2d",
+    "Conv3d",
     "ConvBNAct2d",
     "GlobalAvgPool2d",
     "GlobalLPPool2d",
@@ -309,6 +310,25 @@ class Conv2d(nn.Conv2d):
         if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
             return run(Call(self, None, input))
         return super().forward(input)
+
+
+class Conv3d(nn.Conv3d):
+    """:class:`torch.nn.Conv3d`; see :func:`pooling_ext.functional.conv3d` for what it does differently.
+
+    Transformed weights are kept as :class:`Conv2d` does.
+    """
+
+    _pooling_ext_stands_for = nn.Conv3d
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
+            geometry = self.stride, self.padding, self.dilation, self.groups
+            return F.conv3d(input, self.weight, self.bias, *geometry)
+        return super().forward(input)
+
+
+#: Convolutions of ours, by torch.nn's.
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
 class BatchNormAct2d(nn.BatchNorm2d):

@@ -164,7 +164,7 @@ def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None
     monkeypatch.setattr(
         conv_speeds,
         "speedup",
-        lambda kernels, conv, phase: (0.5, True) if kernels == "depthwise" and conv.height >= 28 else None,
+        lambda kernels, conv, phase: (0.5, True) if kernels == "depthwise" and conv.size[0] >= 28 else None,
     )
     monkeypatch.delenv("POOLING_EXT_WINOGRAD_MIB", raising=False)
     for name, value in (

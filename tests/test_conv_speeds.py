@@ -21,7 +21,7 @@ pytestmark = pytest.mark.native
 
 def conv(batch=16, channels=64, side=56, **changes) -> Conv:
     pair, sides = (1, 1), (1, 1, 1, 1)
-    found = Conv(batch, channels, side, side, channels, (3, 3), pair, sides, pair, 1, torch.float32, True)
+    found = Conv(batch, channels, (side, side), channels, (3, 3), pair, sides, pair, 1, torch.float32, True)
     return found._replace(**changes)
 
 

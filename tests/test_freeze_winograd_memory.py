@@ -43,7 +43,7 @@ def winograd(monkeypatch):
 
 def transformed(frozen: nn.Module) -> list[Tensor]:
     winograd = [layer for layer in convolutions(frozen) if layer.way == "Winograd"]
-    return [conv_engines.transformed(layer.weight, layer.groups) for layer in winograd]
+    return [conv_engines.transformed(layer.weight, layer.groups, layer.stride[-1]) for layer in winograd]
 
 
 def count(frozen: nn.Module) -> int:

@@ -1,4 +1,7 @@
-"""Winograd's convolution with 3x3 kernels of stride 1, and its gradients."""
+"""Winograd's convolution with 3x3 kernels of stride 1, and its gradients.
+
+test_winograd_geometry.py has strides, dilation and planes.
+"""
 
 from __future__ import annotations
 
@@ -308,7 +311,7 @@ def test_operators_are_registered_well():
 def facts(batch: int, channels: int, side: int, **changes) -> conv_choice.Conv:
     pair, sides = (1, 1), (1, 1, 1, 1)
     found = conv_choice.Conv(
-        batch, channels, side, side, channels, (3, 3), pair, sides, pair, 1, torch.float32, True
+        batch, channels, (side, side), channels, (3, 3), pair, sides, pair, 1, torch.float32, True
     )
     return found._replace(**changes)
 
@@ -320,7 +323,8 @@ def facts(batch: int, channels: int, side: int, **changes) -> conv_choice.Conv:
         (facts(2, 32, 8, dtype=torch.int32), "torch.int32"),
         (facts(2, 32, 8, kernel=(5, 5)), "5x5"),
         (facts(2, 32, 8, stride=(2, 2)), "stride"),
-        (facts(2, 32, 8, dilation=(1, 2)), "dilation"),
+        (facts(2, 32, 8, dilation=(1, 2)), None),
+        (facts(2, 32, 8, dilation=(6, 6), padding=(6, 6, 6, 6)), "8x8 leave so much"),
         (facts(2, 32, 8, padding=(0, 0, 0, -1)), "negative"),
         (facts(2, 32, 1, padding=(0, 0, 0, 0)), "does not fit"),
         (facts(2, 32, 2), "2x2 leave so much"),

@@ -42,6 +42,7 @@ struct StemJob;
 using StemKernel = void (*)(const StemJob& job, int64_t begin, int64_t end, void* scratch);
 
 // See kernels/cpu/conv/winograd.h.
+enum class WinogradKind;
 struct WinogradKernels;
 // See kernels/cpu/conv/depthwise.h.
 enum class DepthwiseStep;
@@ -59,7 +60,7 @@ struct Kernels {
     BatchNormKernel (*batch_norm)(DType, Step);
     BatchNormKernel (*add_relu_mean)(DType, bool backward);
     StemKernel (*stem)(DType, StemStep);
-    WinogradKernels (*winograd)(DType);
+    WinogradKernels (*winograd)(DType, WinogradKind);
     DepthwiseKernel (*depthwise)(DType, DepthwiseStep);
 };
 

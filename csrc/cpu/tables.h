@@ -16,7 +16,7 @@ Kernel lp_pool(DType);
 BatchNormKernel batch_norm(DType, Step);
 BatchNormKernel add_relu_mean(DType, bool backward);
 StemKernel stem(DType, StemStep);
-WinogradKernels winograd(DType);
+WinogradKernels winograd(DType, WinogradKind);
 DepthwiseKernel depthwise(DType, DepthwiseStep);
 
 // Calls `make` with a value of the floating type that `dtype` names.

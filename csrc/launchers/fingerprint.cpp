@@ -35,7 +35,7 @@ uint64_t fingerprint_of(const char* bytes, int64_t size) {
 }
 
 uint64_t fingerprint_of(const Tensor& given) {
-    const bool last = suggests_channels_last(given, 2);
+    const bool last = suggests_channels_last(given, given.dim() - 2);
     const Tensor x = dense(given, last);
     const int64_t size = x.numel() * int64_t(x.element_size());
     const char* const bytes = static_cast<const char*>(x.data_ptr());

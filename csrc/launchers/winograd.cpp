@@ -1,37 +1,12 @@
 // Launchers of Winograd's convolution on the CPU. The operators are defined in
 // pooling_ext/ops/winograd.py.
-#include <unistd.h>
+#include "launchers/winograd.h"
 
-#include "cpu/batch_norm_launch.h"
-#include "kernels/cpu/conv/winograd_plan.h"
 #include "launchers/activation.h"
 #include "launchers/scratch.h"
 
 namespace pooling_ext {
 namespace {
-
-int64_t cache_size(int level, int64_t otherwise) {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    const long size = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return size;
-#endif
-    return otherwise;
-}
-
-WinogradMachine machine_of(ScalarType dtype) {
-    static const int64_t second = cache_size(2, 1 << 20), third = cache_size(3, 0);
-    WinogradMachine m;
-    m.element = dtype == ScalarType::Double ? 8 : 4;
-    m.lanes = kernels().winograd(m.element == 8 ? DType::Float64 : DType::Float32).lanes;
-    m.near = second / 8 * 5;
-    // Of the last cache a worker has a share, which no system tells.
-    m.far = third > 0 ? std::clamp(third / 8, second, 8 * second) : second;
-    return m;
-}
-
-ScalarType computed_in(ScalarType dtype) {
-    return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 int64_t workers() { return int64_t(torch::stable::get_num_threads()); }
 
@@ -46,60 +21,39 @@ void in_parallel(int64_t tasks, const Run& run) {
         parallel_for(0, tasks, 1, some);
 }
 
-void check_padding(const Ints& padding) {
-    STD_TORCH_CHECK(padding.size() == 4, "pooling_ext: padding must be (top, left, bottom, right)");
+int64_t padded_features(const WinogradShape& s) {
+    return ceil_div(s.features, kWinogradChannels) * kWinogradChannels;
 }
 
-WinogradShape shape_of(const Tensor& input, int64_t features, int64_t groups, const Ints& padding) {
-    STD_TORCH_CHECK(input.dim() == 4, "pooling_ext: input must be (N, C, H, W)");
-    check_padding(padding);
-    const Ints sizes = sizes_of(input);
-    STD_TORCH_CHECK(groups > 0 && sizes[1] % groups == 0 && features % groups == 0 &&
-                        sizes[1] > 0 && features > 0,
-                    "pooling_ext: groups must divide the channels");
-    WinogradShape s;
-    s.batch = sizes[0], s.groups = groups;
-    s.channels = sizes[1] / groups, s.features = features / groups;
-    s.height = sizes[2], s.width = sizes[3];
-    s.pad_top = padding[0], s.pad_left = padding[1];
-    s.out_height = s.height + padding[0] + padding[2] - 2;
-    s.out_width = s.width + padding[1] + padding[3] - 2;
-    STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0,
-                    "pooling_ext: a window of 3x3 must fit into input with its padding");
-    return s;
+Ints transformed_size(const WinogradShape& s) {
+    return {s.groups, s.tile().weight_points(), s.planes, s.channels, padded_features(s)};
 }
 
-// The transform of a weight (out, in, 3, 3) of any strides; `result` is still to be set.
-WinogradWeightJob weight_job(const Tensor& weight, int64_t groups, bool transposed) {
+// The transformed weight of a convolution of stride 1 or 2: [groups, points, planes, channels,
+// features rounded up], inside which each instruction set has its own order.
+Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed, int64_t stride) {
     const Ints sizes = sizes_of(weight);
-    STD_TORCH_CHECK(sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3 && groups > 0 &&
-                        sizes[0] % groups == 0 && weight.numel() > 0,
-                    "pooling_ext: weight must be (out, in, 3, 3)");
+    WinogradShape s;
+    s.kind = stride == 2 ? WinogradKind::Strided : WinogradKind::Dense;
+    s.planes = planes_of(sizes);
+    STD_TORCH_CHECK(groups > 0 && sizes[0] % groups == 0 && weight.numel() > 0,
+                    "pooling_ext: groups must divide the channels");
     const int64_t outs = sizes[0] / groups;
-    WinogradWeightJob job;
-    job.groups = groups;
-    job.channels = transposed ? outs : sizes[1];
-    job.features = transposed ? sizes[1] : outs;
-    job.transposed = transposed;
-    job.weight = weight.data_ptr();
-    std::copy(weight.strides().begin(), weight.strides().end(), job.strides);
-    return job;
-}
-
-// The transformed weight: [groups, 36, channels, features rounded up], inside which each
-// instruction set has its own order.
-Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed) {
-    WinogradWeightJob job = weight_job(weight, groups, transposed);
-    const int64_t padded = ceil_div(job.features, kWinogradChannels) * kWinogradChannels;
-    Tensor result = empty({groups, kWinogradPoints, job.channels, padded},
-                          computed_in(weight.scalar_type()), false);
+    s.groups = groups;
+    s.channels = transposed ? outs : sizes[1], s.features = transposed ? sizes[1] : outs;
+    WinogradWeightJob job = weight_job(weight, s, transposed);
+    Tensor result = empty(transformed_size(s), computed_in(weight.scalar_type()), false);
     job.result = result.data_ptr();
-    const auto kernel = kernels().winograd(dtype_of(weight)).weight;
-    STD_TORCH_CHECK(kernel != nullptr, "pooling_ext: weight must be floating-point");
-    const int64_t vectors =
-        groups * winograd_vectors(job.features, machine_of(weight.scalar_type()));
-    parallel_for(0, vectors, 2 + 256 / job.channels,
+    const auto kernel = winograd_kernels(weight.scalar_type(), s.kind).weight;
+    const WinogradMachine m = machine_of(weight.scalar_type());
+    const int64_t vectors = winograd_vectors(s.features, m);
+    parallel_for(0, groups * vectors, 2 + 256 / s.inner(),
                  [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+    // What of the padding no vector reaches.
+    const int64_t size = s.weight_size(), used = size / padded_features(s) * vectors * m.lanes;
+    for (int64_t group = 0; group < groups && used < size; ++group)
+        std::memset(static_cast<char*>(job.result) + (group * size + used) * m.element, 0,
+                    size_t((size - used) * m.element));
     return result;
 }
 
@@ -108,10 +62,9 @@ Tensor merged(const WinogradShape& s, const std::vector<double>& units) {
     const int64_t channels = s.groups * s.features, count = s.units();
     std::vector<double> sizes(count, 0.0);
     for (int64_t tile = 0; tile < s.tiles(); ++tile) {
-        const int64_t x = tile % s.columns() * kWinogradOut;
-        const int64_t y = tile / s.columns() % s.rows() * kWinogradOut;
-        sizes[tile / kWinogradUnit] += double(std::min(kWinogradOut, s.out_height - y) *
-                                              std::min(kWinogradOut, s.out_width - x));
+        const WinogradPlace at = s.place(tile / s.columns() / s.rows(),
+                                         tile / s.columns() % s.rows(), tile % s.columns());
+        sizes[tile / kWinogradUnit] += double(s.rows_of(at) * s.columns_of(at));
     }
     Tensor stats = empty({2, channels}, ScalarType::Double, false);
     double* const mean = static_cast<double*>(stats.data_ptr());
@@ -153,12 +106,11 @@ struct ForwardCall {
     std::vector<Tensor> kept;
 
     // `weight` is transformed, or as PyTorch has it, and then `transposed` says for what.
-    ForwardCall(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                const MaybeTensor& residual, const Ints& padding, int64_t features, int64_t groups,
-                bool transposed = false)
-        : channels_last(suggests_channels_last(x, 2)), input(dense(x, true)), output(x) {
-        job.shape = shape_of(x, features, groups, padding);
-        const WinogradShape& s = job.shape;
+    ForwardCall(const WinogradShape& s, const Tensor& x, const Tensor& weight,
+                const MaybeTensor& bias, const MaybeTensor& residual, bool transposed = false)
+        : channels_last(suggests_channels_last(x, x.dim() - 2)), input(dense(x, true)), output(x) {
+        job.shape = s;
+        const int64_t features = s.groups * s.features;
         const ScalarType wide = computed_in(x.scalar_type());
         job.x = input.data_ptr();
         set_weight(weight, transposed);
@@ -169,7 +121,8 @@ struct ForwardCall {
             kept.push_back(vector_like(empty({0}, wide, false), values.data(), features));
             job.bias = kept.back().data_ptr();
         }
-        const Ints sizes = {s.batch, features, s.out_height, s.out_width};
+        Ints sizes = {s.batch, features, s.out_height, s.out_width};
+        if (x.dim() == 5) sizes.insert(sizes.begin() + 2, s.out_depth);
         if (residual) {
             STD_TORCH_CHECK(
                 sizes_of(*residual) == sizes && residual->scalar_type() == x.scalar_type(),
@@ -184,8 +137,7 @@ struct ForwardCall {
     void run() {
         const WinogradShape& s = job.shape;
         if (s.batch == 0) return;
-        const WinogradKernels table = kernels().winograd(dtype_of(input));
-        STD_TORCH_CHECK(table.forward != nullptr, "pooling_ext: input must be floating-point");
+        const WinogradKernels table = winograd_kernels(input.scalar_type(), s.kind);
         const WinogradMachine m = machine_of(input.scalar_type());
         job.streams = streams();
         const WinogradGrid grid = winograd_grid(s, m, job.stats != nullptr, workers(), plain);
@@ -215,22 +167,18 @@ struct ForwardCall {
     void set_weight(const Tensor& weight, bool transposed) {
         const WinogradShape& s = job.shape;
         const Ints sizes = sizes_of(weight);
-        plain = sizes.size() == 4 && sizes[2] == 3 && sizes[3] == 3;
+        const size_t dims = sizes.size();
+        plain = dims >= 4 && sizes[dims - 2] == 3 && sizes[dims - 1] == 3;
         if (plain) {
-            const int64_t outs = s.groups * (transposed ? s.channels : s.features);
-            STD_TORCH_CHECK(sizes[0] == outs &&
-                                sizes[1] == (transposed ? s.features : s.channels) &&
-                                weight.scalar_type() == input.scalar_type(),
-                            "pooling_ext: weight must fit the channels and dtype");
-            weight_job = pooling_ext::weight_job(weight, s.groups, transposed);
+            STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(),
+                            "pooling_ext: weight must be of input's dtype");
+            weight_job = pooling_ext::weight_job(weight, s, transposed);
             return;
         }
-        const int64_t padded = ceil_div(s.features, kWinogradChannels) * kWinogradChannels;
-        STD_TORCH_CHECK(
-            !transposed && weight.scalar_type() == computed_in(input.scalar_type()) &&
-                weight.is_contiguous() &&
-                sizes == (Ints{s.groups, kWinogradPoints, s.channels, padded}),
-            "pooling_ext: weight must be a winograd_weight for these channels and dtype");
+        STD_TORCH_CHECK(!transposed && weight.scalar_type() == computed_in(input.scalar_type()) &&
+                            weight.is_contiguous() && sizes == transformed_size(s),
+                        "pooling_ext: weight must be a winograd_weight for these channels, planes "
+                        "and dtype");
         job.weight = weight.data_ptr();
     }
 
@@ -266,10 +214,20 @@ struct ForwardCall {
     }
 };
 
+// The planes of a weight, transformed or not.
+int64_t given_planes(const Tensor& weight) {
+    const Ints sizes = sizes_of(weight);
+    const bool transformed = sizes.size() == 5 && sizes[4] != 3;
+    return transformed ? sizes[2] : planes_of(sizes);
+}
+
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                      const MaybeTensor& residual, const Ints& padding, int64_t features,
-                     int64_t groups, int64_t activation, double slope) {
-    ForwardCall call(input, weight, bias, residual, padding, features, groups);
+                     int64_t groups, int64_t activation, double slope, const Ints& stride,
+                     const Ints& dilation) {
+    const WinogradShape s =
+        shape_of(input, features, groups, given_planes(weight), {padding, stride, dilation});
+    ForwardCall call(s, input, weight, bias, residual);
     call.job.activation = activation_of(activation);
     call.job.slope = slope;
     call.run();
@@ -278,9 +236,11 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTenso
 
 std::tuple<Tensor, Tensor> winograd_conv_stats(const Tensor& input, const Tensor& weight,
                                                const MaybeTensor& bias, const Ints& padding,
-                                               int64_t features, int64_t groups) {
-    ForwardCall call(input, weight, bias, {}, padding, features, groups);
-    const WinogradShape& s = call.job.shape;
+                                               int64_t features, int64_t groups, const Ints& stride,
+                                               const Ints& dilation) {
+    const WinogradShape s =
+        shape_of(input, features, groups, given_planes(weight), {padding, stride, dilation});
+    ForwardCall call(s, input, weight, bias, {});
     if (s.batch == 0) {
         Tensor stats = empty({2, features}, ScalarType::Double, false);
         double* const data = static_cast<double*>(stats.data_ptr());
@@ -295,53 +255,60 @@ std::tuple<Tensor, Tensor> winograd_conv_stats(const Tensor& input, const Tensor
 
 // The gradient of a convolution's input, from the weight as PyTorch has it.
 Tensor winograd_input_grad(const Tensor& grad, const Tensor& weight, const Ints& padding,
-                           int64_t groups) {
-    STD_TORCH_CHECK(weight.dim() == 4, "pooling_ext: weight must be (out, in, 3, 3)");
-    check_padding(padding);
-    Ints turned = padding;
-    for (int64_t& side : turned) side = 2 - side;
-    ForwardCall call(grad, weight, {}, {}, turned, sizes_of(weight)[1] * groups, groups, true);
+                           int64_t groups, const Ints& stride, const Ints& dilation,
+                           const Ints& input_size) {
+    const WinogradShape s =
+        input_grad_shape(grad, sizes_of(weight), input_size, groups, {padding, stride, dilation});
+    ForwardCall call(s, grad, weight, {}, {}, true);
     call.run();
     return call.result();
 }
 
 Tensor winograd_weight_grad(const Tensor& input, const Tensor& grad, const Ints& padding,
-                            int64_t groups) {
-    STD_TORCH_CHECK(grad.dim() == 4, "pooling_ext: grad must be (N, C, H, W)");
+                            int64_t groups, const Ints& stride, const Ints& dilation,
+                            const Ints& weight_size) {
+    STD_TORCH_CHECK(grad.dim() == input.dim() && grad.dim() >= 4,
+                    "pooling_ext: grad must have input's rank");
     const int64_t features = sizes_of(grad)[1];
+    const int64_t planes = weight_size.empty() ? 1 : planes_of(weight_size);
     WinogradGradJob job;
-    job.shape = shape_of(input, features, groups, padding);
+    job.shape = shape_of(input, features, groups, planes, {padding, stride, dilation});
     const WinogradShape& s = job.shape;
-    STD_TORCH_CHECK(sizes_of(grad) == (Ints{s.batch, features, s.out_height, s.out_width}) &&
-                        grad.scalar_type() == input.scalar_type(),
+    Ints out = {s.batch, features, s.out_height, s.out_width};
+    if (input.dim() == 5) out.insert(out.begin() + 2, s.out_depth);
+    STD_TORCH_CHECK(sizes_of(grad) == out && grad.scalar_type() == input.scalar_type(),
                     "pooling_ext: grad must have the output's shape and input's dtype");
     const Tensor x = dense(input, true), dy = dense(grad, true);
-    Tensor result = empty({features, s.channels, 3, 3}, input.scalar_type(), false);
+    Ints result_size = {features, s.channels, 3, 3};
+    if (input.dim() == 5) result_size.insert(result_size.begin() + 2, planes);
+    STD_TORCH_CHECK(weight_size.empty() || weight_size == result_size,
+                    "pooling_ext: weight_size must fit input and grad");
+    Tensor result = empty(result_size, input.scalar_type(), false);
+    const WinogradWeightJob as_weight = weight_job(result, s, false);
     if (s.batch == 0) {
         std::memset(result.data_ptr(), 0, size_t(result.numel()) * result.element_size());
         return result;
     }
     job.x = x.data_ptr(), job.grad = dy.data_ptr(), job.result = result.data_ptr();
-    std::copy(result.strides().begin(), result.strides().end(), job.strides);
-    const WinogradKernels table = kernels().winograd(dtype_of(input));
-    STD_TORCH_CHECK(table.grad != nullptr, "pooling_ext: input must be floating-point");
+    std::copy(as_weight.strides, as_weight.strides + 5, job.strides);
+    const WinogradKernels table = winograd_kernels(input.scalar_type(), s.kind);
     const WinogradMachine m = machine_of(input.scalar_type());
     const WinogradGradGrid grid = winograd_grad_grid(s, m, workers());
     job.block = grid.block;
     const int64_t regions = grid.regions(s), splits = grid.splits;
-    const int64_t together = s.groups * s.channels * winograd_vectors(s.features, m) * m.lanes *
-                             kWinogradPoints * splits;
+    const int64_t together = s.groups * s.inner() * winograd_vectors(s.features, m) * m.lanes *
+                             s.tile().weight_points() * splits;
     // Where there is one split, a region's sums are transformed back while they are in the cache.
     const Tensor sums = empty({splits > 1 ? together : 0}, computed_in(input.scalar_type()), false);
     char* const base = static_cast<char*>(sums.data_ptr());
     std::vector<int64_t> offsets(size_t(regions) + 1, 0);
     for (int64_t i = 0; i < regions; ++i)
-        offsets[i + 1] = offsets[i] + grid.region(i, s, m).size(m.lanes) * splits * m.element;
+        offsets[i + 1] = offsets[i] + grid.region(i, s, m).size(s, m.lanes) * splits * m.element;
     in_parallel(splits * regions, [&](int64_t task) {
         const int64_t index = task / splits, split = task % splits;
         const WinogradRegion region = grid.region(index, s, m);
-        const int64_t size = region.size(m.lanes) * m.element;
-        const int64_t bytes = WinogradGradScratch(region, m, job.block).bytes(m);
+        const int64_t size = region.size(s, m.lanes) * m.element;
+        const int64_t bytes = WinogradGradScratch(s, region, m, job.block).bytes(m);
         const int64_t aligned = ceil_div(bytes, 64) * 64;
         const LargeScratch scratch(size_t(aligned + (splits > 1 ? 0 : size)));
         char* const memory = static_cast<char*>(scratch.get());

@@ -126,7 +126,7 @@ struct Expected {
 }
 
 // What the child process leaves for its parent to tell.
-constexpr int kCounters = 4;
+constexpr int kCounters = 8;
 struct Progress {
     char job[640];
     long long done, counted[kCounters];

@@ -16,7 +16,7 @@ namespace pooling_ext {
 namespace {
 
 constexpr int64_t kDefaultJobs = 1500;
-enum Counter { kForward, kSeveralBlocks, kSeveralSplits, kGroups };
+enum Counter { kForward, kSeveralBlocks, kSeveralSplits, kGroups, kStrided, kDilated, kPlanes };
 enum class Kind { Forward, InputGrad, WeightGrad };
 
 using Numbers = std::vector<double>;
@@ -30,6 +30,8 @@ struct Case {
 
     bool is_double() const { return format.dtype == DType::Float64; }
     int64_t element() const { return is_double() ? 8 : 4; }
+    int64_t stride() const { return shape.kind == WinogradKind::Strided ? 2 : 1; }
+    int64_t taps() const { return shape.planes * 9; }
     // Of a sum of products, beside their sizes.
     double roundoff() const { return 64 * (is_double() ? 0x1p-53 : 0x1p-24); }
 
@@ -42,7 +44,10 @@ struct Case {
              << format.name << " batch=" << s.batch << " groups=" << s.groups
              << " channels=" << s.channels << " features=" << s.features << " in=" << s.height
              << "x" << s.width << " out=" << s.out_height << "x" << s.out_width
-             << " pad=" << s.pad_top << "," << s.pad_left << " bias=" << bias
+             << " pad=" << s.pad_top << "," << s.pad_left << " stride=" << stride()
+             << " dilation=" << s.dilation_y << "," << s.dilation_x << " planes=" << s.planes
+             << " depth=" << s.depth << "->" << s.out_depth << " front=" << s.pad_front << " by "
+             << s.plane_stride << "," << s.plane_dilation << " bias=" << bias
              << " residual=" << residual << " stats=" << stats << " activation=" << int(activation);
         return text.str();
     }
@@ -58,11 +63,26 @@ Case make_case(Random& r) {
         s.channels = r.pick(1, r.chance(3) ? 70 : 20),
         s.features = r.pick(1, r.chance(3) ? 70 : 20);
         s.height = r.pick(1, r.chance(4) ? 24 : 11), s.width = r.pick(1, r.chance(4) ? 24 : 11);
-        s.pad_top = r.pick(-1, 3), s.pad_left = r.pick(-1, 3);
-        s.out_height = s.height + s.pad_top + r.pick(-1, 3) - 2;
-        s.out_width = s.width + s.pad_left + r.pick(-1, 3) - 2;
-    } while (s.out_height < 1 || s.out_width < 1 ||
-             s.pixels() * s.groups * s.channels * s.features > 400000);
+        s.kind = r.chance(3) ? WinogradKind::Strided : WinogradKind::Dense;
+        const bool odd = c.kind == Kind::InputGrad && c.stride() == 2;
+        s.pad_top = odd ? r.pick(0, 1) * 2 - 1 : r.pick(-1, 3);
+        s.pad_left = odd ? r.pick(0, 1) * 2 - 1 : r.pick(-1, 3);
+        s.dilation_y = s.dilation_x = 1;
+        if (c.stride() == 1 && r.chance(3))
+            s.dilation_y = r.pick(1, 4), s.dilation_x = r.pick(1, 4);
+        s.out_height = s.height + s.pad_top + r.pick(-1, 3) - 2 * s.dilation_y - 1;
+        s.out_width = s.width + s.pad_left + r.pick(-1, 3) - 2 * s.dilation_x - 1;
+        s.out_height = s.out_height < 0 ? 0 : s.out_height / c.stride() + 1;
+        s.out_width = s.out_width < 0 ? 0 : s.out_width / c.stride() + 1;
+        s.planes = s.depth = s.out_depth = s.plane_stride = s.plane_dilation = 1, s.pad_front = 0;
+        if (!r.chance(3)) continue;
+        s.planes = r.pick(1, 4), s.depth = r.pick(1, 5), s.pad_front = r.pick(-1, 3);
+        s.plane_stride = c.kind == Kind::InputGrad ? 1 : r.pick(1, 3);
+        s.plane_dilation = r.pick(1, 2);
+        s.out_depth = s.depth + s.pad_front + r.pick(-1, 3) - s.plane_dilation * (s.planes - 1) - 1;
+        s.out_depth = s.out_depth < 0 ? 0 : s.out_depth / s.plane_stride + 1;
+    } while (s.out_height < 1 || s.out_width < 1 || s.out_depth < 1 ||
+             s.pixels() * s.groups * s.inner() * s.features > 400000);
     c.bias = r.chance(2), c.residual = r.chance(3), c.stats = r.chance(3);
     if (r.chance(2)) c.activation = Activation(r.pick(0, kActivations - 1));
     return c;
@@ -85,19 +105,26 @@ struct Elements {
 template <class Use>
 void each_product(const WinogradShape& s, const Use& use) {
     const int64_t into = s.groups * s.channels, out = s.groups * s.features;
-    for (int64_t n = 0; n < s.batch; ++n)
-        for (int64_t y = 0; y < s.out_height; ++y)
-            for (int64_t x = 0; x < s.out_width; ++x)
-                for (int64_t tap = 0; tap < 9; ++tap) {
-                    const int64_t row = y - s.pad_top + tap / 3, column = x - s.pad_left + tap % 3;
-                    if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-                    const int64_t from = ((n * s.height + row) * s.width + column) * into;
-                    const int64_t to = ((n * s.out_height + y) * s.out_width + x) * out;
-                    for (int64_t f = 0; f < out; ++f)
-                        for (int64_t k = 0; k < s.channels; ++k)
-                            use(to + f, from + f / s.features * s.channels + k,
-                                (f * s.channels + k) * 9 + tap);
-                }
+    const int64_t stride = s.kind == WinogradKind::Strided ? 2 : 1, taps = s.planes * 9;
+    for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
+        const int64_t x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
+        const int64_t image = pixel / s.out_width / s.out_height;
+        const int64_t n = image / s.out_depth, z = image % s.out_depth;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t plane = z * s.plane_stride - s.pad_front + tap / 9 * s.plane_dilation;
+            const int64_t row = y * stride - s.pad_top + tap % 9 / 3 * s.dilation_y;
+            const int64_t column = x * stride - s.pad_left + tap % 3 * s.dilation_x;
+            if (plane < 0 || plane >= s.depth || row < 0 || row >= s.height || column < 0 ||
+                column >= s.width)
+                continue;
+            const int64_t from =
+                (((n * s.depth + plane) * s.height + row) * s.width + column) * into;
+            for (int64_t f = 0; f < out; ++f)
+                for (int64_t k = 0; k < s.channels; ++k)
+                    use(pixel * out + f, from + f / s.features * s.channels + k,
+                        (f * s.channels + k) * taps + tap);
+        }
+    }
 }
 
 void check(const char* what, int64_t at, double found, double expected, double slack) {
@@ -117,21 +144,23 @@ struct PlainWeight {
 
     PlainWeight(const Case& c, const WinogradShape& s, const Elements& weight, bool transposed,
                 Random& r)
-        : array(s.groups * s.channels * s.features * 9, c.format.bytes) {
-        job.groups = s.groups, job.channels = s.channels, job.features = s.features;
+        : array(s.groups * s.inner() * s.features * 9, c.format.bytes) {
+        job.shape = s;
         job.transposed = transposed, job.weight = array.data.get();
-        const int64_t inner = transposed ? s.features : s.channels;
+        const int64_t inner = transposed ? s.features : s.channels, taps = c.taps();
         const int64_t outs = s.groups * (transposed ? s.channels : s.features);
-        const int64_t orders[][4] = {{inner * 9, 9, 3, 1},
-                                     {inner * 9, 1, inner * 3, inner},
-                                     {1, outs * 9, outs * 3, outs},
-                                     {inner * 9, 9, 1, 3}};
+        const int64_t orders[][5] = {{inner * taps, taps, 9, 3, 1},
+                                     {inner * taps, 1, 9 * inner, inner * 3, inner},
+                                     {1, outs * taps, outs * 9, outs * 3, outs},
+                                     {inner * taps, taps, 9, 1, 3}};
         const int64_t* const strides = orders[r.pick(0, 3)];
-        std::copy(strides, strides + 4, job.strides);
-        for (int64_t i = 0; i < outs * inner * 9; ++i)
-            array.set(i / 9 / inner * strides[0] + i / 9 % inner * strides[1] +
-                          i % 9 / 3 * strides[2] + i % 3 * strides[3],
+        std::copy(strides, strides + 5, job.strides);
+        for (int64_t i = 0; i < outs * inner * taps; ++i) {
+            const int64_t tap = i % taps;
+            array.set(i / taps / inner * strides[0] + i / taps % inner * strides[1] +
+                          tap / 9 * strides[2] + tap % 9 / 3 * strides[3] + tap % 3 * strides[4],
                       weight.array.get(i));
+        }
     }
     // Panels of vectors [first, last) to `result`, as if all were there.
     void transform(int64_t first, int64_t last, void* result, const WinogradKernels& table) {
@@ -191,16 +220,23 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         job.input_is_there = false;
     }
     std::vector<double> counts(size_t(s.units()), 0.0);
+    std::vector<int64_t> unit_of(size_t(s.pixels()), -1);
+    for (int64_t t = 0; t < s.tiles(); ++t) {
+        const WinogradPlace at =
+            s.place(t / s.columns() / s.rows(), t / s.columns() % s.rows(), t % s.columns());
+        for (int64_t a = 0; a < s.rows_of(at); ++a)
+            for (int64_t b = 0; b < s.columns_of(at); ++b) {
+                const int64_t row = at.y + a * s.dilation_y, column = at.x + b * s.dilation_x;
+                unit_of[(at.image * s.out_height + row) * s.out_width + column] = t / kWinogradUnit;
+            }
+    }
     Numbers mean(stats.size()), square(stats.size()), largest(stats.size());
     for (int64_t i = 0; i < n; ++i) {
         double value = sums[i] + (c.bias ? bias[i % channels] : 0) + (c.residual ? residual[i] : 0);
         value = activated(c.activation, value, job.slope);
         check("output", i, y[i], value, size * c.roundoff() + c.format.rounding(value));
         if (!c.stats) continue;
-        const int64_t pixel = i / channels, column = pixel % s.out_width / kWinogradOut;
-        const int64_t row = pixel / s.out_width % s.out_height / kWinogradOut;
-        const int64_t image = pixel / s.out_width / s.out_height;
-        const int64_t u = ((image * s.rows() + row) * s.columns() + column) / kWinogradUnit;
+        const int64_t u = unit_of[i / channels];
         counts[u] += i % channels == 0;
         mean[u * 2 * channels + i % channels] += y[i];
         square[u * 2 * channels + i % channels] += y[i] * y[i];
@@ -210,6 +246,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     for (int64_t u = 0; c.stats && u < s.units(); ++u)
         for (int64_t k = 0; k < channels; ++k) {
             const int64_t at = u * 2 * channels + k;
+            if (counts[u] == 0) continue;  // of tiles beyond a phase
             const double total = mean[at], slack = 8 * c.roundoff();
             check("mean", at, stats[at], total / counts[u], slack * (1 + std::sqrt(square[at])));
             // The squares are summed about a value of the unit, which may be its farthest.
@@ -223,26 +260,27 @@ void check_grad(const Case& c, const Elements& x, const Elements& grad, const Nu
                 double size, const WinogradKernels& table, Random& r) {
     const WinogradShape& s = c.shape;
     const WinogradMachine m = machine_of(c, table);
-    const int64_t n = s.groups * s.features * s.channels * 9;
+    const int64_t taps = c.taps(), n = s.groups * s.features * s.channels * taps;
     const Elements result(c.format, n);
     WinogradGradJob job;
     job.shape = s, job.x = x.data(), job.grad = grad.data(), job.result = result.data();
-    const int64_t strides[] = {s.channels * 9, 9, 3, 1};
-    std::copy(strides, strides + 4, job.strides);
+    const int64_t strides[] = {s.channels * taps, taps, 9, 3, 1};
+    std::copy(strides, strides + 5, job.strides);
     WinogradGradGrid grid;
     grid.splits = std::min(r.pick(1, 3), s.tiles());
-    grid.over_channels = r.pick(1, winograd_vectors(s.channels, m));
+    grid.over_channels = r.pick(1, winograd_inner_vectors(s, m));
     grid.over_vectors = r.pick(1, winograd_vectors(s.features, m));
     progress->counted[kSeveralSplits] += grid.splits > 1;
     for (int64_t i = 0; i < grid.regions(s); ++i) {
         const WinogradRegion region = grid.region(i, s, m);
-        Array parts(grid.splits * region.size(m.lanes), m.element, 0xff);
+        Array parts(grid.splits * region.size(s, m.lanes), m.element, 0xff);
         for (int64_t split = 0; split < grid.splits; ++split) {
             job.block = r.pick(1, 20);
-            Array scratch(WinogradGradScratch(region, m, job.block).bytes(m), 1,
+            Array scratch(WinogradGradScratch(s, region, m, job.block).bytes(m), 1,
                           r.chance(2) ? 0xff : 0x4b);
             table.grad(job, region, grid.first_tile(split, s), grid.first_tile(split + 1, s),
-                       &parts.data[split * region.size(m.lanes) * m.element], scratch.data.get());
+                       &parts.data[split * region.size(s, m.lanes) * m.element],
+                       scratch.data.get());
         }
         table.grad_end(job, region, parts.data.get(), grid.splits);
     }
@@ -251,11 +289,14 @@ void check_grad(const Case& c, const Elements& x, const Elements& grad, const Nu
 }
 
 void check_job(const Case& c, Random& r) {
-    const WinogradKernels table = POOLING_EXT_ISA::winograd(c.format.dtype);
     const WinogradShape& s = c.shape;
-    const int64_t x_size = s.batch * s.height * s.width * s.groups * s.channels;
+    const WinogradKernels table = POOLING_EXT_ISA::winograd(c.format.dtype, s.kind);
+    const int64_t x_size = s.in_pixels() * s.groups * s.channels;
     const int64_t y_size = s.pixels() * s.groups * s.features;
-    const int64_t weights = s.groups * s.features * s.channels * 9;
+    const int64_t weights = s.groups * s.features * s.channels * c.taps();
+    progress->counted[kStrided] += c.stride() == 2;
+    progress->counted[kDilated] += s.dilation_y * s.dilation_x > 1;
+    progress->counted[kPlanes] += s.planes > 1;
     progress->counted[kForward] += c.kind == Kind::Forward;
     progress->counted[kGroups] += s.groups > 1;
     const Elements x(c.format, x_size, r), weight(c.format, weights, r), grad(c.format, y_size, r);
@@ -269,7 +310,7 @@ void check_job(const Case& c, Random& r) {
     if (c.kind == Kind::Forward) {
         Numbers sums(size_t(y_size), 0.0);
         each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[o] += weight[w] * x[i]; });
-        return check_forward(c, s, x, weight, false, sums, product * 9 * double(s.channels + 1),
+        return check_forward(c, s, x, weight, false, sums, product * 9 * double(s.inner() + 1),
                              table, r);
     }
     Numbers sums(size_t(x_size), 0.0);
@@ -278,9 +319,16 @@ void check_job(const Case& c, Random& r) {
     std::swap(turned.channels, turned.features);
     turned.height = s.out_height, turned.width = s.out_width;
     turned.out_height = s.height, turned.out_width = s.width;
-    turned.pad_top = 2 - s.pad_top, turned.pad_left = 2 - s.pad_left;
-    check_forward(c, turned, grad, weight, true, sums, product * 9 * double(turned.channels + 1),
-                  table, r);
+    turned.pad_top = 2 * s.dilation_y - s.pad_top, turned.pad_left = 2 * s.dilation_x - s.pad_left;
+    turned.depth = s.out_depth, turned.out_depth = s.depth;
+    turned.pad_front = s.plane_dilation * (s.planes - 1) - s.pad_front;
+    if (c.stride() == 2) {
+        turned.kind = WinogradKind::Spread;
+        turned.pad_top = -(s.pad_top - 1) / 2, turned.pad_left = -(s.pad_left - 1) / 2;
+    }
+    const WinogradKernels grad_table = POOLING_EXT_ISA::winograd(c.format.dtype, turned.kind);
+    check_forward(c, turned, grad, weight, true, sums, product * 9 * double(turned.inner() + 1),
+                  grad_table, r);
 }
 
 }  // namespace
@@ -288,8 +336,13 @@ void check_job(const Case& c, Random& r) {
 
 int main(int argc, char** argv) {
     using namespace pooling_ext;
-    const char* const counters[] = {"forward", "shares in several blocks",
-                                    "gradients in several splits", "in groups"};
+    const char* const counters[kCounters] = {"forward",
+                                             "shares in several blocks",
+                                             "gradients in several splits",
+                                             "in groups",
+                                             "strided",
+                                             "dilated",
+                                             "of several planes"};
     return fuzz(argc, argv, "fuzz_winograd", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     const Case c = make_case(random);

@@ -80,35 +80,28 @@ def as_conv(layer: PackedConv) -> Conv | str:
     weight, size = layer.weight, layer.input_size
     if layer.output_padding is not None:
         return "it is transposed"
-    if weight.dim() != 4:
-        return f"it has {weight.dim() - 2} spatial dimensions, not 2"
+    if weight.dim() not in (4, 5):
+        return f"it has {weight.dim() - 2} spatial dimensions, not 2 or 3"
     if weight.device.type != "cpu":
         return f"it is on {weight.device.type}"
     channels = weight.shape[1] * layer.groups
-    if len(size) != 4 or size[1] != channels or not weight.numel():
+    if len(size) != weight.dim() or size[1] != channels or not weight.numel():
         return "the size of its input is not known"
     if backends.forced() not in (None, "cpu"):
         return f"backend {backends.forced()!r} was asked for"
-    (top, left), pair = layer.padding, _pair
     return Conv(
         size[0],
         channels,
-        size[2],
-        size[3],
+        tuple(size[2:]),
         weight.shape[0],
-        pair(weight.shape[2:]),
-        pair(layer.stride),
-        (top, left, top, left),
-        pair(layer.dilation),
+        tuple(weight.shape[2:]),
+        tuple(layer.stride),
+        (*layer.padding, *layer.padding),
+        tuple(layer.dilation),
         layer.groups,
         weight.dtype,
         True,  # frozen layers run in channels_last
     )
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = values
-    return first, second
 
 
 def _kernel_activation(activation: Activation | None) -> tuple[int, float] | None:
@@ -125,10 +118,8 @@ def _kernel_activation(activation: Activation | None) -> tuple[int, float] | Non
 
 
 def saved_multiplications(conv: Conv) -> int:
-    """How many multiplications fewer Winograd's way has than the direct one, which has 9 for an output."""
-    rows, columns = conv.output_size
-    pairs = conv.channels // conv.groups * conv.features
-    return pairs * (9 * conv.batch * rows * columns - 36 * conv.tiles)
+    """How many multiplications fewer Winograd's way has than the direct one."""
+    return conv.work - conv.winograd_work
 
 
 def winograd_unfit(layer: PackedConv) -> str | None:
@@ -147,16 +138,17 @@ _transformed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _transforming = threading.Lock()
 
 
-def transformed(weight: Tensor, groups: int) -> Tensor:
+def transformed(weight: Tensor, groups: int, stride: int) -> Tensor:
     """The weight as Winograd's kernels take it, made once as long as anybody keeps ``weight``.
 
-    Nobody changes either. Layers that have the same plain weight, as copies of one do, have one of these.
+    Nobody changes either. Layers that have the same plain weight, as copies of one do, have one of these for
+    each stride.
     """
     with _transforming:
-        found = _transformed.get(weight)
-        if found is None:
-            found = _transformed[weight] = winograd_weight(weight, groups, False)
-        return found
+        found = _transformed.setdefault(weight, {})
+        if stride not in found:
+            found[stride] = winograd_weight(weight, groups, False, stride)
+        return found[stride]
 
 
 def _plain(layer: PackedConv) -> Tensor:
@@ -166,12 +158,13 @@ def _plain(layer: PackedConv) -> Tensor:
 def _bind_winograd(layer: PackedConv) -> Function:
     # Another size than the example's runs in this way too. Where it has so few tiles that oneDNN would be
     # faster it is only slower: to choose by the call would take longer than it gains.
-    operator, weight, bias = winograd_conv, transformed(layer.weight, layer.groups), layer.bias
-    dtype, channels_last = layer.weight.dtype, torch.channels_last
-    top, left = layer.padding
-    geometry = [top, left, top, left], layer.weight.shape[0], layer.groups
+    operator, bias = winograd_conv, layer.bias
+    weight = transformed(layer.weight, layer.groups, layer.stride[-1])
+    dtype, channels_last = layer.weight.dtype, _channels_last(layer.weight)
+    geometry = [*layer.padding, *layer.padding], layer.weight.shape[0], layer.groups
+    steps = list(layer.stride), list(layer.dilation)
     known = _kernel_activation(layer.activation)
-    epilogue = *geometry, *(known or _IDENTITY)
+    epilogue = *geometry, *(known or _IDENTITY), *steps
     activation = layer.activation if known is None else None
 
     def entered(x: Tensor) -> Tensor:
@@ -202,7 +195,7 @@ def _bind_winograd(layer: PackedConv) -> Function:
         x = entered(x)
         if not layer.fits(x, residual):
             # It broadcasts, or the result does.
-            y = operator(x, weight, bias, None, *geometry, *_IDENTITY)
+            y = operator(x, weight, bias, None, *geometry, *_IDENTITY, *steps)
             return layer.finish(y, in_dtype(residual, dtype))
         y = operator(x, weight, bias, residual, *epilogue)
         return y if activation is None else activation(y, inplace=True)

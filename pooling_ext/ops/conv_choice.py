@@ -1,4 +1,4 @@
-"""Which 2-d convolutions of the CPU our kernels do: Winograd's, the depthwise ones, or neither.
+"""Which convolutions of the CPU our kernels do: Winograd's, the depthwise ones, or neither.
 
 Both are asked with what is known before a convolution runs, so that functions, modules, patched and frozen
 models decide alike. No answer depends on the number of threads: results of Winograd's differ from those of
@@ -9,6 +9,7 @@ the direct convolution in their last bits.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +38,11 @@ FEWEST_TILES, SMALL_WEIGHT = 4, 2 << 20
 #: With fewer multiplications of the direct way, some 20 us of a core, to ask takes longer than it gains;
 #: for those who ask at every call.
 LEAST_WORK = 1 << 20
-_TILE, _POINTS = 4, 36
+#: The smallest planes of a dilated convolution's phases that are worth it: those where Winograd's way has so
+#: many times fewer multiplications. (28x28 in phases of 2x3 pixels, with 1.4 times fewer, run at 0.7 times
+#: oneDNN's speed.)
+LEAST_SAVED = 2.0
+_TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
 
 SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
 _amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -49,63 +54,99 @@ HAS_AMX = bool(_amx is not None and _amx())
 STANDS_FOR = "_pooling_ext_stands_for"
 
 
+def stands_for(module: Any) -> type:
+    """The class of ``module``, or the one of torch.nn in whose place it is."""
+    cls = type(module)
+    return cls.__dict__.get(STANDS_FOR, cls)
+
+
 def stands_for_conv2d(module: Any) -> bool:
     """Whether the class of ``module`` is torch.nn's Conv2d, or ours in its place."""
-    cls = type(module)
-    return cls is nn.Conv2d or cls.__dict__.get(STANDS_FOR) is nn.Conv2d
+    return stands_for(module) is nn.Conv2d
 
 
 class Conv(NamedTuple):
-    """A 2-d convolution, before it runs.
+    """A 2-d or 3-d convolution, before it runs.
 
     Attributes:
-        batch, channels, height, width: of the input.
+        batch, channels, size: of the input; ``size`` is (height, width), or (depth, height, width).
         features: channels of the output.
-        kernel, stride, dilation: for height and width.
-        padding: on each side: (top, left, bottom, right).
+        kernel, stride, dilation: along the same axes.
+        padding: before each axis, and then after each: (top, left, bottom, right).
         dtype: of input and weight, after autocast.
         channels_last: whether the output will be; otherwise it is contiguous.
     """
 
     batch: int
     channels: int
-    height: int
-    width: int
+    size: tuple[int, ...]
     features: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     dtype: torch.dtype
     channels_last: bool
 
     @property
-    def output_size(self) -> tuple[int, int]:
-        top, left, bottom, right = self.padding
-        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
-        return (
-            (self.height + top + bottom - dh * (kh - 1) - 1) // sh + 1,
-            (self.width + left + right - dw * (kw - 1) - 1) // sw + 1,
+    def rank(self) -> int:
+        return len(self.size)
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """The padding before and after each axis."""
+        return tuple(zip(self.padding[: self.rank], self.padding[self.rank :], strict=True))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the padding is the same before and after each axis, as PyTorch's operators have it."""
+        return self.padding[: self.rank] == self.padding[self.rank :]
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        return tuple(
+            (size + before + after - gap * (kernel - 1) - 1) // step + 1
+            for size, (before, after), kernel, step, gap in zip(
+                self.size, self.sides, self.kernel, self.stride, self.dilation, strict=True
+            )
         )
+
+    @property
+    def outputs(self) -> int:
+        """Pixels of the output."""
+        return self.batch * math.prod(self.output_size)
+
+    @property
+    def planes(self) -> int:
+        """Of the kernel."""
+        return self.kernel[0] if self.rank == 3 else 1
 
     @property
     def work(self) -> int:
         """Multiplications of the direct convolution."""
-        (rows, columns), (kh, kw) = self.output_size, self.kernel
-        return self.batch * rows * columns * self.features * self.channels // self.groups * kh * kw
+        return self.outputs * self.features * self.channels // self.groups * math.prod(self.kernel)
 
     @property
     def tiles(self) -> int:
-        """Of Winograd's 4x4 pixels."""
-        rows, columns = self.output_size
-        return self.batch * -(-rows // _TILE) * -(-columns // _TILE)
+        """Of Winograd's 4x4 pixels, of each phase of a dilated convolution."""
+        tiles = self.batch * (self.output_size[0] if self.rank == 3 else 1)
+        for size, gap in zip(self.output_size[-2:], self.dilation[-2:], strict=True):
+            tiles *= gap * -(-size // (gap * _TILE))
+        return tiles
+
+    @property
+    def winograd_work(self) -> int:
+        """Multiplications of Winograd's way."""
+        points = _POINTS if self.stride[-2:] == (1, 1) else _STRIDED_POINTS
+        return self.tiles * points * self.features * self.channels // self.groups * self.planes
 
     @property
     def winograd_bytes(self) -> int:
         """What the transformed weight takes."""
         features = -(-(self.features // self.groups) // LEAST_CHANNELS) * LEAST_CHANNELS
-        return self.channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
+        channels = self.channels * self.planes
+        return channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
 
 
 def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
@@ -117,12 +158,19 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         phase: of :data:`PHASES`.
     """
     # What mostly decides comes first.
-    if conv.kernel != (3, 3):
+    if conv.kernel[-2:] != (3, 3):
         return _because("the kernel is {}, not 3x3", _by(conv.kernel))
-    if conv.stride != (1, 1):
-        return _because("the stride is {}, not 1", _by(conv.stride))
-    if conv.dilation != (1, 1):
-        return _because("the dilation is {}, not 1", _by(conv.dilation))
+    strided = conv.stride[-2:] != (1, 1)
+    if strided:
+        if conv.stride[-2:] != (2, 2):
+            return _because("the stride is {}, not 1 or 2", _by(conv.stride))
+        if conv.dilation[-2:] != (1, 1):
+            return _because("the stride is {} and the dilation {}", _by(conv.stride), _by(conv.dilation))
+    if phase == INPUT_GRAD:
+        if strided and not all(before % 2 for before, _ in conv.sides[-2:]):
+            return _because("the stride is 2 and the padding {}, which is not odd", conv.padding)
+        if conv.rank == 3 and conv.stride[0] != 1:
+            return _because("the stride of planes is {}, not 1", conv.stride[0])
     least = min(conv.channels, conv.features) // conv.groups
     if least < LEAST_CHANNELS:
         return _because("a group has {} channels, which fill no vector of {}", least, LEAST_CHANNELS)
@@ -138,7 +186,8 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "the padding is negative"
     if min(conv.output_size) < 1:
         return "the kernel does not fit the input"
-    if 9 * conv.batch * conv.output_size[0] * conv.output_size[1] <= _POINTS * conv.tiles:
+    saved = LEAST_SAVED if conv.dilation[-2:] != (1, 1) else 1.0
+    if conv.work <= saved * conv.winograd_work:
         planes = _by(conv.output_size)
         return _because("planes of {} leave so much of a tile empty that it saves nothing", planes)
     if conv.tiles < FEWEST_TILES and conv.winograd_bytes > SMALL_WEIGHT:
@@ -147,7 +196,9 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
             conv.winograd_bytes >> 20,
             conv.tiles,
         )
-    return None if is_compiling() else _why_slower(WINOGRAD, conv, phase)
+    if is_compiling():
+        return None
+    return _why_slower(WINOGRAD, conv, phase) or (_why_not_measured(conv, phase) if strided else None)
 
 
 def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
@@ -174,14 +225,15 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "a group of it is more than one channel"
     if conv.features != conv.channels:
         return _because("it makes {} channels of {}", conv.features, conv.channels)
+    if conv.rank != 2:
+        return "it is 3-d"
     if conv.kernel[0] != conv.kernel[1] or conv.kernel[0] not in KERNEL_SIZES:
         return _because("its kernel is {}, not 3x3, 5x5 or 7x7", _by(conv.kernel))
     if not set(conv.stride) <= set(STRIDES):
         return _because("its stride is {}, not 1 or 2", _by(conv.stride))
     if conv.dilation != (1, 1):
         return _because("its dilation is {}, not 1", _by(conv.dilation))
-    top, left, bottom, right = conv.padding
-    if (top, left) != (bottom, right) or min(top, left) < 0:
+    if not conv.is_symmetric or min(conv.padding) < 0:
         return _because("its padding is {}, not the same on opposite sides", conv.padding)
     if _native.module is None:
         return _because("there are no compiled kernels: {}", _native.why_not)
@@ -208,6 +260,13 @@ def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
     return f"PyTorch's {phase} of {what} was measured to be {1 / ratio:.2f} times as fast"
 
 
+def _why_not_measured(conv: Conv, phase: str) -> str | None:
+    """Strided convolutions gain too little to be left to rules."""
+    if conv_speeds.speedup(WINOGRAD, conv, PHASES.index(phase)) is not None:
+        return None
+    return "its stride is 2, and nothing like it was measured on such a processor (pooling-ext tune)"
+
+
 #: By the names of our kernels.
 WINOGRAD, DEPTHWISE = "Winograd", "depthwise"
 WHY_NOT: dict[str, Callable[[Conv, str], str | None]] = {
@@ -219,9 +278,9 @@ WHY_NOT: dict[str, Callable[[Conv, str], str | None]] = {
 def may_be_ours(
     channels: int,
     features: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     exact: bool = False,
 ) -> bool:
@@ -230,12 +289,15 @@ def may_be_ours(
     Args:
         exact: whether Winograd is left out.
     """
-    if dilation != (1, 1) or _native.module is None:
+    if _native.module is None:
         return False
     if groups == channels == features:
-        return kernel[0] == kernel[1] and kernel[0] in KERNEL_SIZES and set(stride) <= set(STRIDES)
-    wide = min(channels, features) // groups >= LEAST_CHANNELS
-    return kernel == (3, 3) and stride == (1, 1) and wide and not (exact or SWITCHED_OFF)
+        square = len(kernel) == 2 and kernel[0] == kernel[1] and kernel[0] in KERNEL_SIZES
+        return square and dilation == (1, 1) and set(stride) <= set(STRIDES)
+    if min(channels, features) // groups < LEAST_CHANNELS or exact or SWITCHED_OFF:
+        return False
+    step, gap = stride[-2:], dilation[-2:]
+    return kernel[-2:] == (3, 3) and (step == (1, 1) or (step == (2, 2) and gap == (1, 1)))
 
 
 def _because(form: str, *values: Any) -> str:

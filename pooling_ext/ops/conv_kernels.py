@@ -1,4 +1,4 @@
-"""2-d convolutions by our kernels of the CPU, with gradients: Winograd's, and the depthwise ones.
+"""Convolutions by our kernels of the CPU, with gradients: Winograd's, and the depthwise ones.
 
 Each phase, forward and both gradients, is made by the kernels or by PyTorch's convolution, as a plan says.
 """
@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from . import depthwise_conv as depthwise
 from . import winograd
-from ._library import suggests_channels_last
+from ._library import memory_format, suggests_channels_last
 from .batch_norm_act import needs_grad
 from .conv_choice import DEPTHWISE, PHASES, WHY_NOT, WINOGRAD, Conv
 
@@ -24,15 +24,16 @@ class Plan(NamedTuple):
 
     Attributes:
         kernels: WINOGRAD or DEPTHWISE.
-        stride, padding: for height and width.
+        stride, padding, dilation: for each spatial axis.
         groups: how many.
         channels_last: whether the output is.
         ours: which of conv_choice.PHASES the kernels do.
     """
 
     kernels: str
-    stride: tuple[int, int]
-    padding: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     channels_last: bool
     ours: tuple[bool, bool, bool]
@@ -45,16 +46,15 @@ class Plan(NamedTuple):
 def plan(kernels: str, conv: Conv) -> Plan:
     """The plan in which our kernels do the phases that they should."""
     forward, input_grad, weight_grad = (WHY_NOT[kernels](conv, phase) is None for phase in PHASES)
-    top, left, bottom, right = conv.padding
-    assert (top, left) == (bottom, right)
-    ours = forward, input_grad, weight_grad
-    return Plan(kernels, conv.stride, (top, left), conv.groups, conv.channels_last, ours)
+    assert conv.is_symmetric
+    padding, ours = conv.padding[: conv.rank], (forward, input_grad, weight_grad)
+    return Plan(kernels, conv.stride, padding, conv.dilation, conv.groups, conv.channels_last, ours)
 
 
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
     """``x`` in the format that the output is to have, where the operators follow their input's."""
     if channels_last and not suggests_channels_last(x):
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=memory_format(x.dim() - 2, True))
     return x
 
 
@@ -62,8 +62,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> 
     """``conv(input, weight) + bias``, differentiable any number of times.
 
     Args:
-        input: ``(N, C, H, W)``, of the weight's dtype.
-        weight: ``(O, C / groups, KH, KW)``.
+        input: ``(N, C, [D,] H, W)``, of the weight's dtype.
+        weight: ``(O, C / groups, [KD,] KH, KW)``.
         bias: ``(O,)``.
     """
     return convolve_with_stats(input, weight, bias, plan, False)[0]
@@ -110,25 +110,25 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     stride, padding = plan.stride, plan.padding
     if not plan.ours[0]:
-        return torch.conv2d(input, weight, bias, stride, padding, 1, plan.groups), None
+        rest = plan.dilation, False, [0] * len(stride), plan.groups
+        return torch.convolution(input, weight, bias, stride, padding, *rest), None
     if plan.kernels == DEPTHWISE:
         if stats:
             return depthwise.depthwise_conv_stats(input, weight, bias, stride, padding)
         return depthwise.depthwise_conv(input, weight, bias, stride, padding, 0, 0.0), None
     x = in_format(input, plan.channels_last)
-    features, groups = weight.shape[0], plan.groups
+    common, steps = (plan.sides, weight.shape[0], plan.groups), (stride, plan.dilation)
     if stats:
-        return winograd.winograd_conv_stats(x, weight, bias, plan.sides, features, groups)
-    return winograd.winograd_conv(x, weight, bias, None, plan.sides, features, groups, 0, 0.0), None
+        return winograd.winograd_conv_stats(x, weight, bias, *common, *steps)
+    return winograd.winograd_conv(x, weight, bias, None, *common, 0, 0.0, *steps), None
 
 
 def _aten_gradients(
     grad: Tensor, input: Tensor, weight: Tensor, plan: Plan, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    features = [weight.shape[0]]
-    return torch.ops.aten.convolution_backward(
-        grad, input, weight, features, plan.stride, plan.padding, [1, 1], False, [0, 0], plan.groups, wanted
-    )
+    none = [0] * len(plan.stride)
+    geometry = plan.stride, plan.padding, plan.dilation, False, none, plan.groups
+    return torch.ops.aten.convolution_backward(grad, input, weight, [weight.shape[0]], *geometry, wanted)
 
 
 def _gradients(
@@ -142,14 +142,15 @@ def _gradients(
     theirs = for_input and not own_input, for_weight and not own_weight, for_bias and not makes_bias
     found: list[Tensor | None] = [None, None, None]
     if theirs == (False, False, True):
-        found[2] = grad.sum((0, 2, 3))
+        found[2] = grad.sum((0, *range(2, grad.dim())))
     elif any(theirs):
         found = list(_aten_gradients(grad, input, weight, plan, theirs))
     if plan.kernels == WINOGRAD:
+        common = plan.sides, plan.groups, plan.stride, plan.dilation
         if own_input:
-            found[0] = winograd.winograd_input_grad(grad, weight, plan.sides, plan.groups)
+            found[0] = winograd.winograd_input_grad(grad, weight, *common, input.shape)
         if own_weight:
-            found[1] = winograd.winograd_weight_grad(input, grad, plan.sides, plan.groups)
+            found[1] = winograd.winograd_weight_grad(input, grad, *common, weight.shape)
         return tuple(found)
     stride, padding, last = plan.stride, plan.padding, plan.channels_last
     if own_input:

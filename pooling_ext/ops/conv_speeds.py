@@ -4,7 +4,8 @@ The measurements are data: ``conv_speeds.json`` beside this file, made by ``pool
 for each instruction set, or the file that the same command writes on this machine (by default
 ``pooling_ext/conv_speeds.json`` in the user's cache folder; ``POOLING_EXT_CONV_SPEEDS`` names another). A
 convolution that was not measured is judged by the nearest that was: in the logarithms of its channels,
-features, pixels and batch, of the same kernel size, stride and kind of groups.
+features, pixels and batch, of the same kernel size, stride and kind of groups. Planes
+of a kernel count as channels, those of the output as pixels.
 """
 
 from __future__ import annotations
@@ -97,13 +98,13 @@ def forget() -> None:
 def kind(kernels: str, conv: Conv) -> tuple[Any, ...]:
     """What a convolution has in common with those that say something of it."""
     dtype = str(conv.dtype).removeprefix("torch.")
-    return kernels, dtype, conv.channels_last, conv.kernel[0], max(conv.stride)
+    return kernels, dtype, conv.channels_last, conv.kernel[-1], max(conv.stride[-2:])
 
 
 def sizes(conv: Conv) -> tuple[int, int, int, int]:
-    rows, columns = conv.output_size
     groups = conv.groups if conv.groups != conv.channels else 1
-    return conv.batch, conv.channels // groups, conv.features // groups, rows * columns * groups
+    pixels, channels = conv.outputs // conv.batch * groups, conv.channels // groups * conv.planes
+    return conv.batch, channels, conv.features // groups, pixels
 
 
 def speedup(kernels: str, conv: Conv, phase: int) -> tuple[float, bool] | None:

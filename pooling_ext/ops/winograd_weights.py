@@ -75,20 +75,21 @@ _lock = threading.Lock()
 
 
 def transformed(
-    weight: Tensor, bias: Tensor | None, norm: Norm | None, groups: int
+    weight: Tensor, bias: Tensor | None, norm: Norm | None, groups: int, stride: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """The weight for ``winograd_conv``, and its bias, with ``norm`` folded into both.
 
     Args:
-        weight: ``(O, C / groups, 3, 3)``, of a floating dtype.
+        weight: ``(O, C / groups, 3, 3)`` or ``(O, C / groups, D, 3, 3)``, of a floating dtype.
         bias: ``(O,)`` or None.
+        stride: of rows and columns.
     """
     vectors = (None, None, None, None) if norm is None else norm[:4]
-    key = _fingerprint(weight, bias, *vectors), None if norm is None else norm.eps, groups
+    key = _fingerprint(weight, bias, *vectors), None if norm is None else norm.eps, groups, stride
     found = _kept.get(weight)
     if found is not None and found.key == key:
         return found.weight, found.bias
-    made = Transformed(key, *_transform(weight, bias, norm, groups))
+    made = Transformed(key, *_transform(weight, bias, norm, groups, stride))
     with _lock:
         _kept.pop(weight, None)
         if kept_bytes() + made.weight.nbytes <= limit():
@@ -97,14 +98,14 @@ def transformed(
 
 
 def _transform(
-    weight: Tensor, bias: Tensor | None, norm: Norm | None, groups: int
+    weight: Tensor, bias: Tensor | None, norm: Norm | None, groups: int, stride: int
 ) -> tuple[Tensor, Tensor | None]:
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.inference_mode(False), torch.no_grad():  # for calls under any mode
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if norm is not None:
             weight, bias = batch_norm_running.fold(weight, bias, *norm, wide)
-        return winograd_weight(weight, groups, False), bias
+        return winograd_weight(weight, groups, False, stride), bias
 
 
 def forget(weight: Tensor) -> None:

@@ -9,13 +9,13 @@ from torch import nn
 from ..errors import ArgumentError
 from ..graph.guards import Untraceable
 from ..graph.report import FusionEntry, FusionReport
-from ..nn import REPLACES, Conv2d
-from ..ops.conv_choice import may_be_ours, stands_for_conv2d
+from ..nn import CONVOLUTIONS, REPLACES
+from ..ops.conv_choice import may_be_ours, stands_for
 from .codegen import Fusion, plan
 from .patterns import base_class, worth_fusing
 
 _ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in REPLACES.items()}
-_ORIGINAL[Conv2d] = nn.Conv2d
+_ORIGINAL |= {ours: theirs for theirs, ours in CONVOLUTIONS.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _MARK = "_pooling_ext_patched"
 _ALREADY = "is one of ours already"
@@ -27,7 +27,7 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     Pooling modules and functions become ours. Where the forward of a module can be traced, what follows
     each other in it is taken together: convolution, BatchNorm, the addition of a residual, ReLU, max
     pooling; and an addition, ReLU and global average pooling. Convolutions that our kernels may do faster,
-    3x3 ones of stride 1 and depthwise ones, become ours wherever they stand.
+    3x3 ones, 3-d ones with such planes, and depthwise ones, become ours wherever they stand.
 
     A module keeps its identity, attributes, parameters, hooks and mode; its class becomes our subclass
     of it, so ``isinstance`` checks, ``state_dict``, ``copy.deepcopy`` and pickling go on working.
@@ -58,11 +58,11 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
         if ours is not None:
             classes.append((module, ours))
             report.replaced.append(FusionEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
-        elif stands_for_conv2d(module):
+        elif (theirs := stands_for(module)) in CONVOLUTIONS:
             if _may_be_ours(module, exact):
                 convs.append((path, module))
             elif module.__dict__.get(_MARK):  # it was ours by another patch
-                classes.append((module, nn.Conv2d))
+                classes.append((module, theirs))
         elif type(module) in _ORIGINAL:
             report.skipped.append(FusionEntry(path, what, _ALREADY))
         elif isinstance(module, _POOLING_BASES):
@@ -87,11 +87,12 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
                 for part in fusion.parts
             ]
     for path, module in convs:
-        ours = type(module) is Conv2d
+        cls = CONVOLUTIONS[stands_for(module)]
+        ours = type(module) is cls
         if not ours:
-            classes.append((module, Conv2d))
+            classes.append((module, cls))
         if module not in chained:
-            entry = FusionEntry(path, "Conv2d", _ALREADY if ours else f"{Conv2d.__module__}.Conv2d")
+            entry = FusionEntry(path, cls.__name__, _ALREADY if ours else f"{cls.__module__}.{cls.__name__}")
             (report.skipped if ours else report.replaced).append(entry)
     failed = [entry for entry in report.skipped if entry.why != _ALREADY]
     if strict and failed:

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions of stride 1 and the depthwise ones in torchvision's models."""
+"""The 3x3 convolutions and the depthwise ones in torchvision's models."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ class ConvShape(NamedTuple):
         """Of the direct way, a multiplication and an addition as two."""
         return 18 * batch * self.output_side**2 * self.features * self.channels // self.groups
 
+
+#: The 3x3 layers of stride 2 with 16 channels or more in a group, at 224 pixels: channels, features and side
+#: of the input. Of ResNets, DLA-like and detection heads, RegNets, EfficientNetV2 and Inception.
+STRIDED_LAYERS: tuple[tuple[int, int, int], ...] = (
+    (64, 128, 56),
+    (128, 256, 28),
+    (256, 512, 14),
+    (128, 128, 56),
+    (256, 256, 28),
+    (512, 512, 14),
+    (24, 96, 112),
+    (48, 192, 56),
+    (32, 64, 112),
+    (256, 256, 14),
+    (288, 384, 35),
+)
 
 #: Every such layer at 224 pixels (inception_v3 at 299) whose groups have at least 16 channels each way,
 #: each under the name of one model that has it.

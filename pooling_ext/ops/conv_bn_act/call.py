@@ -242,15 +242,14 @@ class Call:
             return None
         if isinstance(padding, str):
             left, right, top, bottom = conv._reversed_padding_repeated_twice
-            sides = (top, left, bottom, right)
+            sides: tuple[int, ...] = (top, left, bottom, right)
         else:
-            sides = (padding[0], padding[1], padding[0], padding[1])
-        batch, channels, height, width = input.shape
+            sides = (*padding, *padding)
+        batch, channels, *size = input.shape
         return Conv(
             batch,
             channels,
-            height,
-            width,
+            tuple(size),
             weight.shape[0],
             conv.kernel_size,
             conv.stride,

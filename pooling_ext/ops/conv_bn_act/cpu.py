@@ -133,7 +133,8 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
         if not is_compiling():
             winograd_weights.forget(weight)
         return _run_planned(call, prepared.plan)
-    transformed_weight, shift = winograd_weights.transformed(weight, bias, _constants(call), conv.groups)
+    constants, (step, _) = _constants(call), geometry.stride
+    transformed_weight, shift = winograd_weights.transformed(weight, bias, constants, conv.groups, step)
     return winograd_conv(
         in_format(call.input.to(geometry.dtype), geometry.channels_last),
         transformed_weight,
@@ -144,6 +145,8 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
         geometry.groups,
         ACTIVATIONS.index(call.activation),
         0.0,
+        geometry.stride,
+        geometry.dilation,
     )
 
 

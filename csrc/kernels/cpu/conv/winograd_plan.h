@@ -11,8 +11,8 @@
 
 namespace pooling_ext {
 
-// Relative costs in cycles, measured on processors with two FMA units; bytes are those that come
-// from beyond the second-level cache.
+// Relative costs in cycles, measured on processors with two FMA units for tiles of 36 points; bytes
+// are those that come from beyond the second-level cache.
 struct WinogradCosts {
     double input = 110, output = 90, grad_input = 170, grad = 160;  // transforms of a tile's vector
     double weight = 150;  // of a kernel's vector of features
@@ -30,7 +30,7 @@ struct WinogradCosts {
 };
 constexpr WinogradCosts kWinogradCosts{};
 // Tiles that may be taken at a time.
-constexpr int64_t kWinogradTiles[] = {8, 16, 24, 32, 40, 56, 80, 112, 168, 224, 336, 448};
+constexpr int64_t kWinogradBlocks[] = {8, 16, 24, 32, 40, 56, 80, 112, 168, 224, 336, 448};
 
 // Part `part` of `count` things in `parts`, each as large as the next or larger by one.
 inline int64_t part_begin(int64_t part, int64_t parts, int64_t count) {
@@ -67,11 +67,13 @@ inline double winograd_cost(const WinogradShape& s, const WinogradMachine& m, in
                             int64_t vectors, bool weight) {
     const WinogradCosts& c = kWinogradCosts;
     const double groups = double(ceil_div(vectors, winograd_vectors(s.features, m)));
-    const double products = double(kWinogradPoints * s.channels);
-    const double input = groups * double(winograd_vectors(s.channels, m)) * c.input;
-    return double(tiles) * (input + double(vectors) * (products * c.step + c.output)) +
-           double(vectors) * products * double(m.lanes * m.element) * c.byte +
-           (weight ? double(vectors * s.channels) * c.weight : 0);
+    const double inner = double(s.inner()), points = double(s.tile().points());
+    const double input = groups * double(winograd_vectors(s.inner(), m)) * c.input;
+    return double(tiles) * (input * points / 36 +
+                            double(vectors) * (points * inner * c.step + c.output * points / 36)) +
+           double(vectors) * double(s.tile().weight_points()) * inner *
+               double(m.lanes * m.element) * c.byte +
+           (weight ? double(vectors) * inner * c.weight : 0);
 }
 
 inline WinogradGrid winograd_grid(const WinogradShape& s, const WinogradMachine& m, bool stats,
@@ -102,14 +104,14 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
     const int64_t tiles = share.last_tile - share.first_tile;
     const int64_t all = share.last_vector - share.first_vector;
     const int64_t vectors = std::min(all, winograd_vectors(s.features, m));
-    const double panel = double(m.lanes * s.channels * m.element);
-    const double weight = double(all * kWinogradPoints) * panel, near = double(m.near);
-    const double products = double(tiles * all * s.channels * kWinogradPoints);
+    const double panel = double(m.lanes * s.inner() * m.element);
+    const double weight = double(all * s.tile().weight_points()) * panel, near = double(m.near);
+    const double products = double(tiles * all * s.inner() * s.tile().points());
     const WinogradCosts& c = kWinogradCosts;
 
     WinogradBlock best{std::min<int64_t>(kWinogradUnit, tiles), std::min<int64_t>(2, vectors)};
     double least = -1;
-    for (const int64_t some : kWinogradTiles) {
+    for (const int64_t some : kWinogradBlocks) {
         for (int64_t wide = 2;; wide *= 2) {
             const WinogradBlock block{even_block(tiles, some), std::min(wide, vectors)};
             const WinogradScratch parts(s, m, block);
@@ -146,7 +148,8 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
 inline std::vector<int64_t> winograd_weight_parts(const WinogradShape& s, const WinogradMachine& m,
                                                   const WinogradShare& share) {
     const int64_t tiles = share.last_tile - share.first_tile;
-    const int64_t input = tiles * winograd_row(s.channels, m) * kWinogradPoints * m.element;
+    const int64_t input =
+        tiles * winograd_input_row(s, s.inner(), m) * s.tile().points() * m.element;
     const bool stays = s.groups == 1 && input <= m.far * 3 / 4;
     const int64_t bytes = int64_t(stays ? 6 : 24) << 20;
     const int64_t vectors = share.last_vector - share.first_vector;
@@ -175,10 +178,10 @@ struct WinogradGradGrid {
     WinogradRegion region(int64_t index, const WinogradShape& s, const WinogradMachine& m) const {
         const int64_t v = index % over_vectors, c = index / over_vectors % over_channels;
         const int64_t vectors = winograd_vectors(s.features, m);
-        const int64_t in = winograd_vectors(s.channels, m);
+        const int64_t in = winograd_inner_vectors(s, m);
         return {index / over_vectors / over_channels,
-                std::min(part_begin(c, over_channels, in) * m.lanes, s.channels),
-                std::min(part_begin(c + 1, over_channels, in) * m.lanes, s.channels),
+                winograd_inner_begin(part_begin(c, over_channels, in), s, m),
+                winograd_inner_begin(part_begin(c + 1, over_channels, in), s, m),
                 part_begin(v, over_vectors, vectors), part_begin(v + 1, over_vectors, vectors)};
     }
     int64_t first_tile(int64_t split, const WinogradShape& s) const {
@@ -189,7 +192,7 @@ struct WinogradGradGrid {
 // So many that cores find work where channels are few, and their sums stay small.
 inline int64_t winograd_splits(const WinogradShape& s, const WinogradMachine& m) {
     constexpr int64_t kBytes = 6 << 20, kLeastTiles = 96, kMost = 8;
-    const int64_t sums = s.groups * s.channels * s.features * kWinogradPoints * m.element;
+    const int64_t sums = s.groups * s.inner() * s.features * s.tile().weight_points() * m.element;
     int64_t splits = 1;
     while (splits < kMost && 2 * splits * sums <= kBytes && s.tiles() >= 2 * splits * kLeastTiles)
         splits *= 2;
@@ -200,10 +203,10 @@ inline int64_t winograd_splits(const WinogradShape& s, const WinogradMachine& m)
 inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& m, int64_t tiles,
                                  int64_t in, int64_t out, int64_t block, int64_t splits) {
     const WinogradCosts& c = kWinogradCosts;
-    const WinogradRegion region{0, 0, std::min(in * m.lanes, s.channels), 0, out};
-    const WinogradGradScratch parts(region, m, block);
+    const WinogradRegion region{0, 0, std::min(in * m.lanes, s.inner()), 0, out};
+    const WinogradGradScratch parts(s, region, m, block);
     const double v = double((parts.v_size() + parts.d_size()) * m.element);
-    const double sums = double(region.size(m.lanes) * m.element);
+    const double sums = double(region.size(s, m.lanes) * m.element);
     const double blocks = double(ceil_div(tiles, block));
     const double bytes = splits > 1 ? 2 * sums : 0, near = double(m.near);
     // Blocks that the near cache does not hold are written and read back, through memory where they
@@ -213,11 +216,12 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
         std::clamp((v / near - 1) / 2, 0.0, 1.0) * blocks * v * (v > far ? c.memory : 1);
     const double over = std::clamp(((v + sums) / near - 1) / 4, 0.0, 1.0);
     const double fetched = over * 2 * blocks * sums * (sums > far ? 2 : 1);
-    const double products = double(kWinogradPoints * region.channels() * out);
+    const double points = double(s.tile().points());
+    const double products = points * double(region.channels() * out);
     // A register tile's sums are read and written for each block.
     const double depth = double(block) / double(block + 6);
-    return double(tiles) *
-               (double(in) * c.grad_input + double(out) * c.grad + products * c.step / depth) +
+    return double(tiles) * ((double(in) * c.grad_input + double(out) * c.grad) * points / 36 +
+                            products * c.step / depth) +
            bytes * c.byte + spilled * c.spilled_byte + fetched * c.sums_byte +
            double(in * m.lanes * out) * c.output / double(m.lanes) * 4;
 }
@@ -226,7 +230,7 @@ inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const Winogra
                                            int64_t workers) {
     WinogradGradGrid best;
     best.splits = winograd_splits(s, m);
-    const int64_t in = winograd_vectors(s.channels, m), out = winograd_vectors(s.features, m);
+    const int64_t in = winograd_inner_vectors(s, m), out = winograd_vectors(s.features, m);
     const int64_t tiles = ceil_div(s.tiles(), best.splits);
     double least = -1;
     for (int64_t c = 1; c <= in; ++c)
@@ -236,7 +240,7 @@ inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const Winogra
                 continue;
             const int64_t tasks = best.splits * s.groups * c * v;
             const double turns = double(ceil_div(tasks, workers));
-            for (const int64_t some : kWinogradTiles) {
+            for (const int64_t some : kWinogradBlocks) {
                 const int64_t block = even_block(tiles, some);
                 const double cost =
                     turns * winograd_grad_cost(s, m, tiles, ceil_div(in, c), ceil_div(out, v),

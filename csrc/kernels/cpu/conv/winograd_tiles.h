@@ -15,21 +15,17 @@ constexpr WinogradMachine machine_of() {
     return m;
 }
 
-// A tile by its image and the first pixel of its output.
-struct TilePlace {
-    int64_t image, y, x;
-};
-
 // Tiles one after the other.
 class TileWalk {
   public:
-    TileWalk(const WinogradShape& s, int64_t tile) : columns_(s.columns()), rows_(s.rows()) {
+    TileWalk(const WinogradShape& s, int64_t tile)
+        : shape_(s), columns_(s.columns()), rows_(s.rows()) {
         column_ = tile % columns_;
         row_ = tile / columns_ % rows_;
         image_ = tile / columns_ / rows_;
     }
-    TilePlace place() const { return {image_, row_ * kWinogradOut, column_ * kWinogradOut}; }
-    void next() {
+    POOLING_EXT_INLINE WinogradPlace place() const { return shape_.place(image_, row_, column_); }
+    POOLING_EXT_INLINE void next() {
         if (++column_ < columns_) return;
         column_ = 0;
         if (++row_ < rows_) return;
@@ -37,31 +33,54 @@ class TileWalk {
     }
 
   private:
+    const WinogradShape& shape_;
     int64_t columns_, rows_, column_, row_, image_;
 };
 
-// Transforms vectors of a tile of 6x6 pixels: at(a, c)(b) is where element c of pixel (a, b) is.
-template <class In, class At>
-POOLING_EXT_INLINE void transform_input(int64_t channels, int64_t points,
-                                        Accumulator<In>* __restrict to, const At& at) {
+// Calls use(point, weight's point, whether that was used before) for a tile's points, those with
+// the same point of the weight one after the other.
+template <class Use>
+POOLING_EXT_INLINE void each_point(const WinogradTile& tile, const Use& use) {
+    const auto end = [](const WinogradAxis& axis, int64_t weight_point) POOLING_EXT_INLINE_LAMBDA {
+        const bool last = weight_point + 1 == axis.weight_points;
+        return last ? axis.points : weight_point + 1;
+    };
+    for (int64_t row = 0; row < tile.rows.weight_points; ++row)
+        for (int64_t column = 0; column < tile.columns.weight_points; ++column)
+            for (int64_t a = row; a < end(tile.rows, row); ++a)
+                for (int64_t b = column; b < end(tile.columns, column); ++b)
+                    use(a * tile.columns.points + b, row * tile.columns.weight_points + column,
+                        a > row || b > column);
+}
+
+// Transforms vectors of a tile's pixels, along rows by one function and along columns by the other:
+// at(a, c)(b) is where element c of pixel (a, b) is.
+template <class In, int kRows, int kColumns, int kRowPoints, int kColumnPoints, class At,
+          class AlongRow, class AlongColumn>
+POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
+                                       Accumulator<In>* __restrict to, const At& at,
+                                       const AlongRow& along_row, const AlongColumn& along_column) {
     using L = Lanes<In>;
-    using T = Accumulator<In>;
     using X = typename L::X;
     const auto one = [&](int64_t c, const auto& get) POOLING_EXT_INLINE_LAMBDA {
-        X half[6][6];
-#pragma GCC unroll 6
-        for (int a = 0; a < 6; ++a) {
+        X half[kRows][kColumnPoints];
+#pragma GCC unroll 9
+        for (int a = 0; a < kRows; ++a) {
             const auto row = at(a, c);
-            input_points(get(row(0)), get(row(1)), get(row(2)), get(row(3)), get(row(4)),
-                         get(row(5)), half[a], 1, T(0));
+            X pixels[kColumns];
+#pragma GCC unroll 9
+            for (int b = 0; b < kColumns; ++b) pixels[b] = get(row(b));
+            along_row(pixels, half[a]);
         }
-#pragma GCC unroll 6
-        for (int b = 0; b < 6; ++b) {
-            X column[6];
-            input_points(half[0][b], half[1][b], half[2][b], half[3][b], half[4][b], half[5][b],
-                         column, 1, T(0));
-#pragma GCC unroll 6
-            for (int a = 0; a < 6; ++a) L::keep(to + (a * 6 + b) * points + c, column[a]);
+#pragma GCC unroll 9
+        for (int b = 0; b < kColumnPoints; ++b) {
+            X pixels[kRows], column[kRowPoints];
+#pragma GCC unroll 9
+            for (int a = 0; a < kRows; ++a) pixels[a] = half[a][b];
+            along_column(pixels, column);
+#pragma GCC unroll 9
+            for (int a = 0; a < kRowPoints; ++a)
+                L::keep(to + (a * kColumnPoints + b) * points + c, column[a]);
         }
     };
     int64_t c = 0;
@@ -70,6 +89,20 @@ POOLING_EXT_INLINE void transform_input(int64_t channels, int64_t points,
     if (c < channels)
         one(c,
             [&](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from, channels - c); });
+}
+
+// Into the transformed domain: a tile of the input.
+template <class In, class Tile, class At>
+POOLING_EXT_INLINE void transform_input(int64_t channels, int64_t points,
+                                        Accumulator<In>* __restrict to, const At& at) {
+    using T = Accumulator<In>;
+    constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
+    transform_tile<In, kRows.in, kColumns.in, kRows.points, kColumns.points>(
+        channels, points, to, at,
+        [](const auto& from, auto& into)
+            POOLING_EXT_INLINE_LAMBDA { Tile::Columns::input(from, into, T(0)); },
+        [](const auto& from, auto& into)
+            POOLING_EXT_INLINE_LAMBDA { Tile::Rows::input(from, into, T(0)); });
 }
 
 // A pointer of which the compiler knows nothing, so that it does not keep others at fixed distances
@@ -85,7 +118,10 @@ POOLING_EXT_INLINE const In* made_anew(const In* pointer) {
 template <class In>
 struct PixelRow {
     const In* from;
-    int64_t one, three, five;
+    int64_t one, three, five, seven;
+
+    POOLING_EXT_INLINE PixelRow(const In* from, int64_t pixel)
+        : from(from), one(pixel), three(3 * pixel), five(5 * pixel), seven(7 * pixel) {}
 
     POOLING_EXT_INLINE const In* operator()(int b) const {
         switch (b) {
@@ -99,42 +135,80 @@ struct PixelRow {
                 return from + three;
             case 4:
                 return from + 4 * one;
-            default:
+            case 5:
                 return from + five;
+            case 6:
+                return from + 2 * three;
+            case 7:
+                return from + seven;
+            default:
+                return from + 8 * one;
         }
     }
 };
 
-// Tiles [first, last) of channels [from, to) of all, into `v` with its strides. `zeros` is a row of
-// elements for pixels outside the input.
-template <class In>
+// Calls use(plane, channel, count, first) for the channels of each plane among channels
+// [begin, end) of all planes.
+template <class Use>
+POOLING_EXT_INLINE void each_plane(const WinogradShape& s, int64_t begin, int64_t end,
+                                   const Use& use) {
+    for (int64_t at = begin; at < end;) {
+        const int64_t plane = at / s.channels, channel = at % s.channels;
+        const int64_t count = smaller(s.channels - channel, end - at);
+        use(plane, channel, count, at - begin);
+        at += count;
+    }
+}
+
+// Tiles [first, last) of a group's channels [begin, end), counted over the planes, into `v` with
+// its strides. `zeros` is a row of elements for pixels outside the input.
+template <class In, class Tile>
 void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_t last,
-                      int64_t from, int64_t channels, Accumulator<In>* v, int64_t row,
+                      int64_t group, int64_t begin, int64_t end, Accumulator<In>* v, int64_t row,
                       int64_t point, const In* zeros) {
-    const int64_t pixel = s.groups * s.channels, line = s.width * pixel;
+    using T = Accumulator<In>;
+    constexpr int64_t kRows = Tile::kSizes.rows.in, kColumns = Tile::kSizes.columns.in;
+    const int64_t all = s.groups * s.channels;
+    const int64_t pixel = s.dilation_x * all, line = s.dilation_y * s.width * all;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), v += row) {
-        const TilePlace place = walk.place();
-        const int64_t y = place.y - s.pad_top, x0 = place.x - s.pad_left;
-        const In* const corner = x + ((place.image * s.height + y) * s.width + x0) * pixel + from;
-        if (y >= 0 && x0 >= 0 && y + kWinogradIn <= s.height && x0 + kWinogradIn <= s.width) {
-            const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
-                return PixelRow<In>{made_anew(corner + c) + a * line, pixel, 3 * pixel, 5 * pixel};
-            };
-            transform_input<In>(channels, point, v, inside);
-            continue;
-        }
-        const In* at[kWinogradIn][kWinogradIn];
-        for (int64_t a = 0; a < kWinogradIn; ++a)
-            for (int64_t b = 0; b < kWinogradIn; ++b) {
-                const bool inside =
-                    y + a >= 0 && y + a < s.height && x0 + b >= 0 && x0 + b < s.width;
-                at[a][b] = inside ? corner + a * line + b * pixel : zeros;
+        const WinogradPlace place = walk.place();
+        const int64_t y = place.in_y - s.pad_top, x0 = place.in_x - s.pad_left;
+        const bool whole = y >= 0 && x0 >= 0 && y + (kRows - 1) * s.dilation_y < s.height &&
+                           x0 + (kColumns - 1) * s.dilation_x < s.width;
+        const int64_t image = place.image / s.out_depth;
+        const int64_t front = place.image % s.out_depth * s.plane_stride - s.pad_front;
+        each_plane(s, begin, end, [&](int64_t plane, int64_t channel, int64_t count, int64_t at_v) {
+            const int64_t z = front + plane * s.plane_dilation;
+            T* const to = v + at_v;
+            if (z < 0 || z >= s.depth) {
+                for (int64_t p = 0; p < Tile::kSizes.points(); ++p)
+                    std::memset(to + p * point, 0, size_t(count) * sizeof(T));
+                return;
             }
-        const auto anywhere = [&](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
-            return [&at, a, c](int b) POOLING_EXT_INLINE_LAMBDA { return at[a][b] + c; };
-        };
-        transform_input<In>(channels, point, v, anywhere);
+            const In* const corner = x +
+                                     (((image * s.depth + z) * s.height + y) * s.width + x0) * all +
+                                     group * s.channels + channel;
+            if (whole) {
+                const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
+                    return PixelRow<In>(made_anew(corner + c) + a * line, pixel);
+                };
+                transform_input<In, Tile>(count, point, to, inside);
+                return;
+            }
+            const In* at[kRows][kColumns];
+            for (int64_t a = 0; a < kRows; ++a)
+                for (int64_t b = 0; b < kColumns; ++b) {
+                    const int64_t in_y = y + a * s.dilation_y, in_x = x0 + b * s.dilation_x;
+                    const bool is_inside =
+                        in_y >= 0 && in_y < s.height && in_x >= 0 && in_x < s.width;
+                    at[a][b] = is_inside ? corner + a * line + b * pixel : zeros;
+                }
+            const auto anywhere = [&](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
+                return [&at, a, c](int b) POOLING_EXT_INLINE_LAMBDA { return at[a][b] + c; };
+            };
+            transform_input<In, Tile>(count, point, to, anywhere);
+        });
     }
 }
 

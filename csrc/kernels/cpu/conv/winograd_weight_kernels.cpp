@@ -1,8 +1,8 @@
-// The transform of a 3x3 kernel for Winograd's convolution, compiled once for each instruction set.
+// The transforms of kernels for Winograd's convolution, compiled once for each instruction set.
 //
-// A panel of the result is 36 runs of memory that lie far apart, often at the same places of every
-// cache. So some channels of a panel are transformed into a small buffer, and written from there in
-// pieces of some kilobytes.
+// A panel of the result is a run of memory for each point, which lie far apart, often at the same
+// places of every cache. So some channels of a panel are transformed into a small buffer, and
+// written from there in pieces of some kilobytes.
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
 
@@ -23,16 +23,21 @@ class Taps {
         : job_(job),
           feature_(job.strides[job.transposed]),
           channel_(job.strides[!job.transposed]),
-          row_(job.strides[2]),
-          column_(job.strides[3]) {}
+          plane_(job.strides[2]),
+          row_(job.strides[3]),
+          column_(job.strides[4]) {}
 
-    // Of features [first, first + lanes) and channels [channel, channel + count) of a group.
-    void read(int64_t group, int64_t first, int64_t lanes, int64_t channel, int64_t count) {
+    // Of features [first, first + lanes) and channels [channel, channel + count) of a group and a
+    // plane.
+    void read(int64_t group, int64_t first, int64_t lanes, int64_t plane, int64_t channel,
+              int64_t count) {
+        const WinogradShape& s = job_.shape;
         // The given weight's first dimension runs over the groups.
-        const int64_t outs = job_.transposed ? job_.channels : job_.features;
+        const int64_t outs = job_.transposed ? s.channels : s.features;
+        const int64_t given = job_.transposed ? s.planes - 1 - plane : plane;
         const In* const from = static_cast<const In*>(job_.weight) +
                                group * outs * job_.strides[0] + first * feature_ +
-                               channel * channel_;
+                               channel * channel_ + given * plane_;
         const bool together = row_ == 3 && column_ == 1;
         if (lanes < L::kSize)
             one_by_one(from, lanes, count);
@@ -121,91 +126,110 @@ class Taps {
     }
 
     const WinogradWeightJob& job_;
-    const int64_t feature_, channel_, row_, column_;  // strides
+    const int64_t feature_, channel_, plane_, row_, column_;  // strides
     alignas(64) T taps_[kChannels][9][L::kSize];
 };
 
 // Calls keep(point, vector) for the transform of a channel's taps.
-template <class In, class Keep>
+template <class Tile, class In, class Keep>
 POOLING_EXT_INLINE void transform_weight(const Taps<In>& taps, int64_t k, const Keep& keep) {
     using T = Accumulator<In>;
     using X = typename Lanes<In>::X;
     X half[6][3];
 #pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b)
-        weight_points(taps.at(k, b), taps.at(k, 3 + b), taps.at(k, 6 + b), &half[0][b], 3, T(0));
+    for (int b = 0; b < 3; ++b) {
+        const X column[] = {taps.at(k, b), taps.at(k, 3 + b), taps.at(k, 6 + b)};
+        X points[6];
+        Tile::Rows::weight(column, points, T(0));
+#pragma GCC unroll 6
+        for (int a = 0; a < 6; ++a) half[a][b] = points[a];
+    }
 #pragma GCC unroll 6
     for (int a = 0; a < 6; ++a) {
         X row[6];
-        weight_points(half[a][0], half[a][1], half[a][2], row, 1, T(0));
+        Tile::Columns::weight(half[a], row, T(0));
 #pragma GCC unroll 6
         for (int b = 0; b < 6; ++b) keep(a * 6 + b, row[b]);
     }
 }
 
-template <class In>
+template <class In, class Tile>
 void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end) {
     using L = Lanes<In>;
     using T = Accumulator<In>;
     using X = typename L::X;
     constexpr WinogradMachine m = machine_of<In>();
     constexpr int64_t kChannels = Taps<In>::kChannels;
-    const int64_t vectors = winograd_vectors(job.features, m);
+    constexpr int64_t kPoints = Tile::kSizes.weight_points();
+    const WinogradShape& s = job.shape;
+    const int64_t vectors = winograd_vectors(s.features, m);
     Taps<In> taps(job);
     // A vector more for each point, so that points do not all fall on the same places of a cache.
-    alignas(64) T buffer[kWinogradPoints][2 * kChannels + 1][L::kSize];
+    alignas(64) T buffer[kPoints][2 * kChannels + 1][L::kSize];
     for (int64_t index = begin; index < end;) {
         const int64_t group = index / vectors, vector = index % vectors;
-        const WinogradPanel panel(vector, vectors, job.channels, L::kSize);
+        const WinogradPanel panel(s, vector, L::kSize);
         // Both vectors of a panel, so that its rows are written whole.
         const int64_t many = vector % 2 == 0 && vector + 1 < vectors && index + 1 < end ? 2 : 1;
-        T* const to = static_cast<T*>(job.result) +
-                      group * winograd_weight_size(job.channels, job.features) + panel.offset;
-        for (int64_t channel = 0; channel < job.channels; channel += kChannels) {
-            const int64_t count = smaller(kChannels, job.channels - channel);
+        T* const to = static_cast<T*>(job.result) + group * s.weight_size() + panel.offset;
+        // Channels of a plane, some at a time.
+        const int64_t some = ceil_div(s.channels, kChannels);
+        for (int64_t part = 0; part < s.planes * some; ++part) {
+            const int64_t plane = part / some, channel = part % some * kChannels;
+            const int64_t count = smaller(kChannels, s.channels - channel);
             for (int64_t v = 0; v < many; ++v) {
                 const int64_t first = (vector + v) * L::kSize;
-                taps.read(group, first, smaller(L::kSize, job.features - first), channel, count);
+                taps.read(group, first, smaller(L::kSize, s.features - first), plane, channel,
+                          count);
                 for (int64_t k = 0; k < count; ++k)
-                    transform_weight(taps, k, [&](int64_t point, X x) POOLING_EXT_INLINE_LAMBDA {
-                        L::keep(buffer[point][k * many + v], x);
-                    });
+                    transform_weight<Tile>(taps, k,
+                                           [&](int64_t point, X x) POOLING_EXT_INLINE_LAMBDA {
+                                               L::keep(buffer[point][k * many + v], x);
+                                           });
             }
             // Of a panel of which one vector is wanted, every other vector of the result is left.
             const int64_t step = panel.width / many;
-            T* row = to + channel * panel.width;
-            for (int64_t point = 0; point < kWinogradPoints; ++point) {
+            T* row = to + (plane * s.channels + channel) * panel.width;
+            for (int64_t point = 0; point < kPoints; ++point) {
                 for (int64_t i = 0; i < count * many; ++i)
                     L::keep(row + i * step, L::own(buffer[point][i]));
-                row += job.channels * panel.width;
+                row += s.inner() * panel.width;
             }
         }
         index += many;
     }
 }
 
-}  // namespace
-}  // namespace conv
-
-void (*winograd_weight(DType dtype))(const WinogradWeightJob&, int64_t, int64_t) {
+template <class Tile>
+void (*transform_of(DType dtype))(const WinogradWeightJob&, int64_t, int64_t) {
     switch (dtype) {
         case DType::Float32:
-            return conv::transform_weights<float>;
+            return transform_weights<float, Tile>;
         case DType::Float64:
-            return conv::transform_weights<double>;
+            return transform_weights<double, Tile>;
         case DType::BFloat16:
-            return conv::transform_weights<BFloat16>;
+            return transform_weights<BFloat16, Tile>;
         case DType::Float16:
-            return conv::transform_weights<Float16>;
+            return transform_weights<Float16, Tile>;
         default:
             return nullptr;
     }
 }
 
-WinogradKernels winograd(DType dtype) {
+}  // namespace
+}  // namespace conv
+
+void (*winograd_weight(DType dtype, WinogradKind kind))(const WinogradWeightJob&, int64_t,
+                                                        int64_t) {
+    // Of stride 2, the same for both ways.
+    return kind == WinogradKind::Dense ? conv::transform_of<conv::DenseTile>(dtype)
+                                       : conv::transform_of<conv::StridedTile>(dtype);
+}
+
+WinogradKernels winograd(DType dtype, WinogradKind kind) {
     return {(dtype == DType::Float64 ? conv::Lanes<double>::kSize : conv::Lanes<float>::kSize),
-            winograd_weight(dtype), winograd_forward(dtype), winograd_grad(dtype),
-            winograd_grad_end(dtype)};
+            winograd_weight(dtype, kind), winograd_forward(dtype, kind), winograd_grad(dtype, kind),
+            winograd_grad_end(dtype, kind)};
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

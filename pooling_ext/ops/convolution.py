@@ -1,14 +1,14 @@
-"""torch.nn.functional.conv2d by our kernels of the CPU where they are faster, and PyTorch's elsewhere."""
+"""conv2d and conv3d of torch.nn.functional by our kernels of the CPU where they are faster."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
@@ -33,9 +33,9 @@ def conv2d(
 ) -> Tensor:
     """As :func:`torch.nn.functional.conv2d`, differentiable any number of times.
 
-    On the CPU, 3x3 kernels of stride 1 run by Winograd's F(4x4, 3x3) and depthwise kernels of 3x3, 5x5 and
-    7x7 by kernels of their own, where these are known to be faster (:mod:`.conv_choice`); everything else is
-    PyTorch's. In float32 Winograd's results are off by some 1e-5 of the largest element.
+    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3) and depthwise kernels of 3x3, 5x5
+    and 7x7 by kernels of their own, where these are known to be faster (:mod:`.conv_choice`); everything else
+    is PyTorch's. In float32 Winograd's results are off by some 1e-5 of the largest element.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
@@ -54,10 +54,61 @@ def conv2d(
         >>> conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
         tensor([4., 6., 6., 4.])
     """
-    if _is_others(input, weight, bias, groups):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return _convolved("conv2d", F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups)
+
+
+@public
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """As :func:`torch.nn.functional.conv3d`, differentiable any number of times.
+
+    On the CPU, kernels of Dx3x3 run as a sum over their D planes by Winograd's F(4x4, 3x3), as
+    :func:`conv2d` does; everything else is PyTorch's.
+
+    Args:
+        input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+        weight: ``(O, C / groups, KD, KH, KW)``.
+        bias: ``(O,)`` or None.
+        stride, dilation: for depth, height and width, or all.
+        padding: zeros on each side, for depth, height and width, or all; "same" or "valid".
+
+    Returns:
+        ``(N, O, D_out, H_out, W_out)`` or without ``N``. Where it is ours it is in channels_last_3d if input
+        or weight is; PyTorch's is contiguous for a batch of one.
+
+    Raises:
+        RuntimeError: the arguments do not go together.
+
+    Example:
+        >>> conv3d(torch.ones(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))
+        tensor([[[[[54.]]]]])
+    """
+    return _convolved("conv3d", F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolved(
+    name: str,
+    theirs: Callable[..., Tensor],
+    rank: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    if _is_others(rank, input, weight, bias, groups):
+        return theirs(input, weight, bias, stride, padding, dilation, groups)
     x, w, b = _as_autocast(input, weight, bias)
-    why_not, conv = _describe(x, w, b, stride, padding, dilation, groups)
+    why_not, conv = _describe(rank, x, w, b, stride, padding, dilation, groups)
     if conv is not None:
         grads = needs_grad(x, w, b)
         for kernels in (WINOGRAD, DEPTHWISE):
@@ -67,33 +118,35 @@ def conv2d(
             elif kernels == WINOGRAD and is_compiling() and not grads:
                 why_not[kernels] = "a compiled graph would transform the weight at every call"
             else:
-                backends.record("conv2d", kernels, why_not)
+                backends.record(name, kernels, why_not)
                 return (
                     _winograd(x, w, b, conv)
                     if kernels == WINOGRAD and not grads
                     else convolve(x, w, b, plan(kernels, conv))
                 )
-    backends.record("conv2d", backends.ATEN.name, why_not)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    backends.record(name, backends.ATEN.name, why_not)
+    return theirs(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_others(input: Tensor, weight: Any, bias: Any, groups: Any) -> bool:
+def _is_others(rank: int, input: Tensor, weight: Any, bias: Any, groups: Any) -> bool:
     """Whether a first look shows that PyTorch's operator is to do a call; explain has all reasons."""
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return True
     if groups != 1 or is_compiling() or backends.recording():
         return False
-    work = input.numel() * weight.shape[0] * 9 if weight.dim() == 4 else 0
-    return work < conv_choice.LEAST_WORK or weight.shape[2:] != (3, 3)
+    work = input.numel() * weight.shape[0] * 9 if weight.dim() == rank + 2 else 0
+    return work < conv_choice.LEAST_WORK or weight.shape[-2:] != (3, 3)
 
 
 def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    transformed_weight, bias = winograd_weights.transformed(weight, bias, None, conv.groups)
-    rest = conv.padding, conv.features, conv.groups
-    return winograd_conv(in_format(input, conv.channels_last), transformed_weight, bias, None, *rest, 0, 0.0)
+    step = conv.stride[-1]
+    transformed_weight, bias = winograd_weights.transformed(weight, bias, None, conv.groups, step)
+    x, rest = in_format(input, conv.channels_last), (conv.padding, conv.features, conv.groups)
+    return winograd_conv(x, transformed_weight, bias, None, *rest, 0, 0.0, conv.stride, conv.dilation)
 
 
 def _describe(
+    rank: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -108,11 +161,13 @@ def _describe(
         reason = f"backend {backends.forced()!r} was asked for"
     elif is_tracing():
         reason = "torch.jit traces"
+    elif is_exporting():  # for every size of a batch, and with gradients
+        reason = "an exported program has PyTorch's operators"
     elif transformed():
         reason = "torch.func or forward mode is at work"
     elif not all(map(_is_plain, (input, weight, bias))):
         reason = "a tensor is not on the CPU, or of a class of its own"
-    elif input.dim() != 4 or weight.dim() != 4 or input.numel() == 0 or input.layout != torch.strided:
+    elif {input.dim(), weight.dim()} != {rank + 2} or input.numel() == 0 or input.layout != torch.strided:
         reason = "the input is no batch of images"
     elif any(x is not None and x.dtype != input.dtype for x in (weight, bias)):
         reason = "the dtypes differ"
@@ -120,28 +175,27 @@ def _describe(
         reason = "the channels do not go with the weight"
     elif weight.shape[0] % groups or (bias is not None and bias.shape != weight.shape[:1]):
         reason = "the weight does not go with groups or bias"
-    strides, dilations, kernel = _pair(stride), _pair(dilation), tuple(weight.shape[2:])
+    strides, dilations, kernel = _numbers(stride, rank), _numbers(dilation, rank), tuple(weight.shape[2:])
     if isinstance(padding, str):
         spans = [step * (size - 1) for step, size in zip(dilations or (), kernel, strict=False)]
         if padding == "valid":
-            paddings: Any = (0, 0)
+            paddings: Any = (0,) * rank
         else:
             paddings = tuple(span // 2 for span in spans) if not any(s % 2 for s in spans) else None
-            if padding != "same" or strides != (1, 1):
+            if padding != "same" or strides != (1,) * rank:
                 paddings = None  # which is PyTorch's to refuse
     else:
-        paddings = _pair(padding)
+        paddings = _numbers(padding, rank)
     if reason is None and None in (strides, dilations, paddings):
-        reason = "the stride, padding or dilation is not a pair"
+        reason = f"the stride, padding or dilation is not {rank} numbers"
     if reason is not None:
         return {WINOGRAD: reason, DEPTHWISE: reason}, None
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
-    batch, channels, height, width = input.shape
+    batch, channels, *size = input.shape
     conv = Conv(
         batch,
         channels,
-        height,
-        width,
+        tuple(size),
         weight.shape[0],
         kernel,  # type: ignore[arg-type]
         strides,  # type: ignore[arg-type]
@@ -158,14 +212,14 @@ def _is_plain(x: Tensor | None) -> bool:
     return x is None or (x.is_cpu and type(x) in backends.PLAIN_TENSORS)
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    """A number or one or two of them as a pair; None for what is neither."""
+def _numbers(value: Any, rank: int) -> tuple[int, ...] | None:
+    """A number or one or ``rank`` of them as so many; None for what is neither."""
     if isinstance(value, int):
-        return value, value
+        return (value,) * rank
     if not isinstance(value, (tuple, list)) or not all(isinstance(x, int) for x in value):
         return None
-    found = tuple(value) * 2 if len(value) == 1 else tuple(value)
-    return found if len(found) == 2 else None
+    found = tuple(value) * rank if len(value) == 1 else tuple(value)
+    return found if len(found) == rank else None
 
 
 def _as_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

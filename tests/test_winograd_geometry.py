@@ -1,0 +1,373 @@
+"""Winograd's convolution beyond 3x3 kernels of stride 1: strides, dilation and planes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from helpers import FLOATS, dtype_id, strides
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import pooling_ext
+from pooling_ext.functional import conv2d, conv3d
+from pooling_ext.ops import conv_choice, conv_speeds, winograd
+from pooling_ext.ops.conv_choice import FORWARD, INPUT_GRAD, WEIGHT_GRAD, WINOGRAD, Conv, winograd_why_not
+
+pytestmark = pytest.mark.native
+
+#: Of the largest element.
+ERRORS = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+#: Input, weight and how one goes over the other.
+CASES = {
+    "stride": ((2, 20, 13, 10), (24, 20, 3, 3), {"stride": 2, "padding": 1}),
+    "stride of no tail": ((1, 16, 16, 16), (32, 16, 3, 3), {"stride": 2, "padding": 1}),
+    "stride, padding 3": ((1, 17, 9, 12), (16, 17, 3, 3), {"stride": 2, "padding": 3}),
+    "stride in groups": ((2, 48, 11, 8), (32, 24, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
+    "dilation": ((2, 20, 13, 10), (24, 20, 3, 3), {"dilation": 2, "padding": 2}),
+    "dilation of each": ((1, 16, 17, 14), (16, 16, 3, 3), {"dilation": (3, 1), "padding": (1, 2)}),
+    "dilation beyond the plane": ((1, 16, 5, 6), (16, 16, 3, 3), {"dilation": 4, "padding": 4}),
+    "planes": ((2, 20, 5, 7, 9), (24, 20, 3, 3, 3), {"padding": 1}),
+    "two planes": ((1, 18, 4, 6, 5), (16, 18, 2, 3, 3), {"padding": (1, 0, 1)}),
+    "one plane": ((1, 16, 4, 6, 5), (16, 16, 1, 3, 3), {"padding": (0, 1, 1)}),
+    "dilated planes": ((1, 16, 7, 6, 5), (16, 16, 3, 3, 3), {"padding": 2, "dilation": 2}),
+    "planes in groups": ((1, 32, 4, 6, 5), (34, 16, 3, 3, 3), {"padding": 1, "groups": 2}),
+    "planes of stride 2": ((1, 16, 7, 9, 8), (20, 16, 3, 3, 3), {"padding": 1, "stride": 2}),
+    "stride of planes alone": ((1, 16, 7, 6, 8), (20, 16, 3, 3, 3), {"padding": 1, "stride": (2, 1, 1)}),
+}
+BY_CASE = pytest.mark.parametrize("case", CASES)
+IN_FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """The kernels do what they can, though PyTorch's may be faster."""
+    monkeypatch.setattr(conv_speeds, "speedup", lambda *_: (2.0, True))
+    monkeypatch.setattr(conv_choice, "LEAST_WORK", 0)
+    monkeypatch.setattr(conv_choice, "HAS_AMX", False)
+    monkeypatch.setattr(Conv, "winograd_work", 0)  # though tiles be mostly empty
+
+
+def off(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    expected = expected.detach()
+    return float((actual.detach().double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def sample(case: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Tensor, dict]:
+    size, weight_size, options = CASES[case]
+    format = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+    x, weight, bias = torch.randn(size), torch.randn(weight_size) / 13, torch.randn(weight_size[0])
+    if channels_last:
+        x = x.contiguous(memory_format=format)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype), options
+
+
+def ours_and_theirs(case: str):
+    return (conv2d, TF.conv2d) if len(CASES[case][0]) == 4 else (conv3d, TF.conv3d)
+
+
+def gradients(function, *tensors: Tensor, **options) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    output = function(*leaves, **options)
+    grad = (torch.arange(output.numel()) % 17 - 8).view(output.shape).to(output.dtype)
+    output.backward(grad)
+    return [output.detach(), *(x.grad for x in leaves)]  # type: ignore[misc]
+
+
+@BY_CASE
+@IN_FORMATS
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_values_and_gradients(case, channels_last, dtype):
+    *given, options = sample(case, dtype, channels_last)
+    function, pytorchs = ours_and_theirs(case)
+    found = pooling_ext.explain(function, *given, **options).decisions
+    assert [decision.backend for decision in found] == [WINOGRAD]
+    ours = gradients(function, *given, **options)
+    with torch.no_grad():
+        alone = function(*given, **options)
+    theirs = gradients(pytorchs, *given, **options)
+    exact = gradients(pytorchs, *(x.double() for x in given), **options)
+    assert strides(alone) == strides(ours[0]) and off(alone, exact[0]) <= ERRORS[dtype]
+    # PyTorch's results for volumes are contiguous where oneDNN does not make them, whatever the input is.
+    same_format = given[0].dim() == 4 or (len(given[0]) > 1 and dtype == torch.float32)
+    assert (alone.stride(1) == 1) == channels_last
+    for i, (one, other, expected) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert one.dtype == dtype and (strides(one) == strides(other) or not same_format)
+        if i == 1 and options.get("stride") in (2, (2, 1, 1)) and one.dim() == 5:
+            continue  # it is PyTorch's
+        assert off(one, expected) <= ERRORS[dtype] * (1 if one.dim() > 1 else 4)
+
+
+@BY_CASE
+def test_gradcheck(case):
+    *given, options = sample(case, torch.float64, False)
+    leaves = [x.requires_grad_() for x in given]
+    function, _ = ours_and_theirs(case)
+
+    def call(*given: Tensor) -> Tensor:
+        return function(*given, **options)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@BY_CASE
+def test_phases_that_are_ours(case, monkeypatch):
+    """Each is made by our kernels wherever the reasons allow it."""
+    *given, options = sample(case, torch.float32, True)
+    function, _ = ours_and_theirs(case)
+    called = []
+    for name in ("winograd_conv", "winograd_input_grad", "winograd_weight_grad"):
+        operator = getattr(winograd, name)
+        monkeypatch.setattr(
+            winograd, name, lambda *args, name=name, operator=operator: called.append(name) or operator(*args)
+        )
+    gradients(function, *given, **options)
+    expected = ["winograd_conv", "winograd_input_grad", "winograd_weight_grad"]
+    if case.startswith(("planes of stride", "stride of planes")):
+        expected.remove("winograd_input_grad")
+    assert called == expected
+
+
+def facts(size=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), dilation=(1, 1)) -> Conv:
+    channels = 64
+    return Conv(
+        16, channels, size, channels, kernel, stride, padding, dilation, 1, torch.float32, True
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("conv", "phase", "reason"),
+    [
+        (facts(stride=(2, 1)), FORWARD, "the stride is 2x1, not 1 or 2"),
+        (facts(stride=(3, 3)), FORWARD, "the stride is 3x3, not 1 or 2"),
+        (facts(stride=(2, 2), dilation=(2, 2)), FORWARD, "the stride is 2x2 and the dilation 2x2"),
+        (facts(stride=(2, 2), padding=(0, 0, 0, 0)), INPUT_GRAD, "the padding .* is not odd"),
+        (
+            facts((4, 9, 9), (3, 3, 3), (2, 1, 1), (1,) * 6, (1, 1, 1)),
+            INPUT_GRAD,
+            "the stride of planes is 2",
+        ),
+        (facts((4, 9, 9), (3, 1, 3), (1, 1, 1), (1,) * 6, (1, 1, 1)), FORWARD, "the kernel is 3x1x3"),
+    ],
+)
+def test_reasons(conv, phase, reason):
+    assert winograd_why_not(facts(), phase) is None
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(winograd_why_not(conv, phase))
+
+
+@pytest.mark.parametrize("phase", [FORWARD, INPUT_GRAD, WEIGHT_GRAD])
+def test_strided_ones_are_ours_where_they_were_measured(phase, monkeypatch):
+    strided = facts(stride=(2, 2))
+    assert winograd_why_not(strided, phase) is None
+    monkeypatch.setattr(conv_speeds, "speedup", lambda *_: None)
+    assert "pooling-ext tune" in str(winograd_why_not(strided, phase))
+
+
+def test_tiles_of_a_dilation_are_those_of_its_phases():
+    """13 rows in 4 phases of at most 4 rows each; in 2 phases of 7 rows, two tiles each."""
+    conv = facts(size=(13, 13), dilation=(4, 2), padding=(4, 2, 4, 2))
+    assert conv.output_size == (13, 13) and conv.tiles == 16 * 4 * (2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": (2, 1)}, "the stride of rows and columns must be 1, or 2"),
+        ({"stride": (2, 2), "dilation": (2, 2)}, "a dilation must be at least 1, and 1 with a stride of 2"),
+        ({"dilation": (0, 1)}, "a dilation must be at least 1"),
+        ({"stride": (1,)}, "a number per spatial axis"),
+        ({"dilation": (9, 9)}, "the kernel must fit"),
+    ],
+)
+def test_operators_refuse(change, message):
+    x, weight = torch.randn(1, 16, 7, 7), torch.randn(16, 16, 3, 3)
+    steps = {"stride": (1, 1), "dilation": (1, 1)} | change
+    with pytest.raises(RuntimeError, match=message):
+        winograd.winograd_conv(x, weight, None, None, [1] * 4, 16, 1, 0, 0.0, *steps.values())
+
+
+def test_gradients_refuse_what_does_not_fit():
+    grad, weight = torch.randn(1, 16, 4, 4), torch.randn(16, 16, 3, 3)
+    call, steps = winograd.winograd_input_grad, ((2, 2), (1, 1))
+    assert call(grad, weight, [1] * 4, 1, *steps, (1, 16, 8, 7)).shape == (1, 16, 8, 7)
+    with pytest.raises(RuntimeError, match="grad must have the size of the output"):
+        call(grad, weight, [1] * 4, 1, *steps, (1, 16, 9, 8))
+    with pytest.raises(RuntimeError, match="the padding must be odd"):
+        call(grad, weight, [0] * 4, 1, *steps, (1, 16, 9, 9))
+    with pytest.raises(RuntimeError, match="input_size is needed"):
+        call(grad, weight, [1] * 4, 1, *steps)
+    with pytest.raises(RuntimeError, match="weight_size must fit"):
+        winograd.winograd_weight_grad(grad, grad, [1] * 4, 1, (1, 1), (1, 1), (16, 8, 3, 3))
+
+
+@BY_CASE
+def test_operators_are_registered_well(case):
+    x, weight, bias, options = sample(case, torch.float32, True)
+    rank, groups = x.dim() - 2, options.get("groups", 1)
+
+    def each(name: str, otherwise: int) -> tuple[int, ...]:
+        value = options.get(name, otherwise)
+        return value if isinstance(value, tuple) else (value,) * rank
+
+    sides, steps = each("padding", 0) * 2, (each("stride", 1), each("dilation", 1))
+    transformed = winograd.winograd_weight(weight, groups, False, steps[0][-1])
+    common = sides, weight.shape[0], groups
+    opcheck(winograd.winograd_weight, (weight, groups, False, steps[0][-1]))
+    opcheck(winograd.winograd_conv, (x, transformed, bias, None, *common, 1, 0.0, *steps))
+    opcheck(winograd.winograd_conv_stats, (x, weight, bias, *common, *steps))
+    grad = torch.randn_like(winograd.winograd_conv(x, weight, bias, None, *common, 0, 0.0, *steps))
+    if rank == 2 or steps[0][0] == 1:
+        opcheck(winograd.winograd_input_grad, (grad, weight, sides, groups, *steps, x.shape))
+    opcheck(winograd.winograd_weight_grad, (x, grad, sides, groups, *steps, weight.shape))
+
+
+@BY_CASE
+def test_statistics(case):
+    x, weight, bias, options = sample(case, torch.float32, True)
+    rank, groups = x.dim() - 2, options.get("groups", 1)
+    each = [
+        value if isinstance(value, tuple) else (value,) * rank
+        for value in (
+            options.get(name, default) for name, default in (("padding", 0), ("stride", 1), ("dilation", 1))
+        )
+    ]
+    sides, *steps = each[0] * 2, each[1], each[2]
+    output, stats = winograd.winograd_conv_stats(x, weight, bias, sides, weight.shape[0], groups, *steps)
+    over = (0, *range(2, x.dim()))
+    var, mean = torch.var_mean(output.double(), over, correction=0)
+    torch.testing.assert_close(stats[0], mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stats[1], var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_export(grad):
+    """For every batch, and with gradients."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return conv2d(x, self.conv.weight, self.conv.bias, padding=1)
+
+    model, x = Model().requires_grad_(grad), torch.randn(4, 16, 14, 14)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 4, 7):
+        other = torch.randn(size, 16, 14, 14)
+        output = program(other)
+        assert output.requires_grad == grad and off(output, model(other)) <= 5e-5
+
+
+# --- modules ------------------------------------------------------------------------------------------------
+
+
+class Volume(nn.Module):
+    """A small net for volumes, with a convolution of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(16, 32, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(32)
+        self.down = nn.Conv3d(32, 32, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
+        self.point = nn.Conv3d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.point(self.down(x).relu())
+
+
+def trained(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.norm.running_mean.normal_()  # type: ignore[union-attr,operator]
+        model.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
+    return model
+
+
+def test_patched_volumes(monkeypatch):
+    """As unpatched in evaluation and training; pickled, copied and undone."""
+    model, x = trained(Volume()), torch.randn(2, 16, 4, 12, 11)
+    wide = copy.deepcopy(model).double()
+    report = pooling_ext.patch(model)
+    assert {entry.what for entry in report.replaced} == {"Conv3d"} and type(model.point) is nn.Conv3d
+    assert type(model.stem) is pooling_ext.nn.Conv3d and isinstance(model.stem, nn.Conv3d)
+    for mode in (False, True):
+        model.train(mode), wide.train(mode)
+        ours, exact = model(x), wide(x.double())
+        assert off(ours, exact) <= 5e-5
+        for module, loss in ((model, ours), (wide, exact)):
+            module.zero_grad()
+            loss.square().sum().backward()
+        for one, other in zip(model.parameters(), wide.parameters(), strict=True):
+            assert off(one.grad, other.grad) <= 5e-4  # type: ignore[arg-type]
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(again.eval()(x), model.eval()(x))
+    pooling_ext.unpatch(model)
+    assert type(model.stem) is nn.Conv3d
+
+
+def test_exactly_patched_volumes_stay_pytorchs():
+    model = Volume()
+    assert not pooling_ext.patch(model, exact=True).replaced and type(model.stem) is nn.Conv3d
+
+
+def test_frozen_volumes():
+    """Convolutions with planes, their batch norm folded in, and strided ones run by our kernels."""
+    model, x = trained(Volume()).eval(), torch.randn(2, 16, 4, 12, 11)
+    frozen = pooling_ext.freeze(model, x)
+    assert repr(frozen).count("Winograd") == 2
+    expected = copy.deepcopy(model).double()(x.double())
+    assert off(frozen(x), expected) <= 5e-5
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+    other = torch.randn(1, 16, 6, 9, 9)
+    assert off(frozen(other), copy.deepcopy(model).double()(other.double())) <= 5e-5
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}], ids=["stride", "dilation"])
+def test_frozen_blocks(options):
+    """With batch norm, a residual and an activation."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            padding = options.get("dilation", 1)
+            self.conv = nn.Conv2d(32, 32, 3, padding=padding, bias=False, **options)
+            self.norm = nn.BatchNorm2d(32)
+            self.side = nn.Conv2d(32, 32, 1, options.get("stride", 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.norm(self.conv(x)) + self.side(x)).relu()
+
+    model, x = trained(Block()).eval(), torch.randn(2, 32, 17, 15)
+    frozen = pooling_ext.freeze(model, x)
+    assert "Winograd" in repr(frozen)
+    assert off(frozen(x), copy.deepcopy(model).double()(x.double())) <= 5e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"dilation": 2, "padding": 2}], ids=["stride", "dilation"]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_patched_blocks(options, training):
+    """Convolution, batch norm and ReLU, with the kernels' statistics in training."""
+    options = {"padding": 1} | options
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, bias=False, **options), nn.BatchNorm2d(32), nn.ReLU())
+    model.train(training)
+    x = torch.randn(4, 32, 15, 14)
+    wide = copy.deepcopy(model).double()
+    pooling_ext.patch(model)
+    ours, exact = model(x), wide(x.double())
+    assert off(ours, exact) <= 5e-5
+    for output in (ours, exact):
+        output.square().sum().backward()
+    for one, other in zip(model.parameters(), wide.parameters(), strict=True):
+        assert off(one.grad, other.grad) <= 5e-4  # type: ignore[arg-type]
+    assert off(model[1].running_var, wide[1].running_var) <= 1e-5
