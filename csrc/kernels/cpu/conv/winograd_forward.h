@@ -45,6 +45,7 @@ void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t til
         const Stretch& stretch = done < half ? written : read;
         const int64_t share = stretch.bytes / (half * panels), step = share / steps;
         const char* other = stretch.from + done++ % half * panels * share;
+        const bool is_last = done == blocks.points;
         for (int64_t vector = first; vector < last;) {
             const WinogradPanel panel(s, vector, kLanes);
             const int64_t many = vector % 2 == 0 && vector + 1 < last ? 2 : 1;
@@ -52,11 +53,17 @@ void multiply(const WinogradShape& s, const WinogradScratch& blocks, int64_t til
             const T* const b = weight + panel.offset + weight_point * size;
             T* const c = products + point * blocks.m_point + (vector - first) * kLanes;
             // The same vectors' next point if they are the last ones of this.
+            const bool ends = is_last && vector + many >= last;
             const T* const next =
-                vector + many < last
+                ends ? b
+                : vector + many < last
                     ? b + size * weight_points
                     : weight + begin.offset + (weight_point + 1) * inner * begin.width;
-            Ahead ahead{reinterpret_cast<const char*>(next), other, fetched[many - 1], step};
+            // Where no memory is, the processor would search its page tables at each step.
+            const bool has_other = stretch.bytes > 0;
+            Ahead ahead{reinterpret_cast<const char*>(next),
+                        has_other ? other : reinterpret_cast<const char*>(b),
+                        ends ? 0 : fetched[many - 1], step};
             const auto* const kernels = kTiles<T>.product[many - 1];
             row_tiles.each([&](int64_t row, int64_t rows) POOLING_EXT_INLINE_LAMBDA {
                 kernels[rows](inner, v + point * blocks.v_point + row * blocks.v_row, blocks.v_row,
