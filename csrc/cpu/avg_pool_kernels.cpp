@@ -16,7 +16,11 @@ struct SumOp {
     static constexpr bool kPlain = std::is_same_v<In, T>;
     static POOLING_EXT_INLINE T identity() { return T(0); }
     static POOLING_EXT_INLINE T load(In x) { return widen(x); }
-    static POOLING_EXT_INLINE T combine(T a, T b) { return a + b; }
+    static POOLING_EXT_INLINE In store(T x) { return narrow<In>(x); }
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X combine(X a, Rest... rest) {
+        return (a + ... + rest);
+    }
 };
 
 // Sums of runs of elements, by lanes. With vector types, because compilers take arrays of lanes
@@ -25,9 +29,9 @@ template <class In>
 struct LaneSums {
     using T = Accumulator<In>;
     using V = typename Tile<T>::V;
-    static constexpr int64_t kLanes = Tile<T>::kLanes, kBlock = 2048;
-    using Words = Vector<uint32_t, kLanes>;
-    using Halves = Vector<uint16_t, kLanes>;
+    static constexpr int64_t kLanes = Tile<T>::kLanes, kBlock = 2048, kAhead = 512;
+    using Words = VectorOf<uint32_t, kLanes>;
+    using Halves = VectorOf<uint16_t, kLanes>;
 
     static POOLING_EXT_INLINE V load(const In* x) {
         V v;

@@ -11,11 +11,11 @@
 namespace pooling_ext::POOLING_EXT_ISA {
 
 template <class E, int64_t kCount>
-struct VectorOf {
+struct Lanes {
     typedef E Type __attribute__((vector_size(kCount * sizeof(E))));
 };
 template <class E, int64_t kCount>
-using Vector = typename VectorOf<E, kCount>::Type;
+using VectorOf = typename Lanes<E, kCount>::Type;
 
 // Square tiles of kLanes x kLanes elements, transposed in registers: log2(kLanes) rounds of
 // interleaving row i with row i + kLanes / 2.
@@ -23,7 +23,7 @@ template <class E>
 class Tile {
   public:
     static constexpr int64_t kLanes = kVectorBytes / sizeof(E) < 16 ? kVectorBytes / sizeof(E) : 16;
-    using V = Vector<E, kLanes>;
+    using V = VectorOf<E, kLanes>;
 
     // to[j * to_pitch + i] = from[i * from_pitch + j]
     static POOLING_EXT_INLINE void transpose(E* to, int64_t to_pitch, const E* from,

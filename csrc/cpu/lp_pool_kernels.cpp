@@ -18,7 +18,10 @@ struct PowerSumOp {
         for (int i = 1; i < kNorm; ++i) power *= x;
         return power;
     }
-    static POOLING_EXT_INLINE T combine(T a, T b) { return a + b; }
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X combine(X a, Rest... rest) {
+        return (a + ... + rest);
+    }
 };
 
 template <class T_>
@@ -28,7 +31,10 @@ struct SumOp {
     static constexpr bool kPlain = true;
     static POOLING_EXT_INLINE T identity() { return T(0); }
     static POOLING_EXT_INLINE T load(T x) { return x; }
-    static POOLING_EXT_INLINE T combine(T a, T b) { return a + b; }
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X combine(X a, Rest... rest) {
+        return (a + ... + rest);
+    }
 };
 
 constexpr int64_t kPiece = 512;

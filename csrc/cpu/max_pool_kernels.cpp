@@ -14,7 +14,11 @@ struct MaxOp {
     static constexpr bool kPlain = std::is_same_v<In, T>;
     static POOLING_EXT_INLINE T identity() { return Order::lowest(); }
     static POOLING_EXT_INLINE T load(In x) { return Order::load(x); }
-    static POOLING_EXT_INLINE T combine(T a, T b) { return Order::larger(a, b); }
+    static POOLING_EXT_INLINE In store(T x) { return Order::store(x); }
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X combine(X a, Rest... rest) {
+        return Order::largest(a, rest...);
+    }
 };
 
 template <class In>
@@ -29,7 +33,7 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
                 use([](typename Op::T x) { return Order::store(x); });
             });
     const int64_t n = job.p.out_row();
-    pool_rows<Op, In>(
+    pool_rows<Op, In, Op::kPlain>(
         job, begin, end, Scratch(scratch),
         [&](int64_t, int64_t, const typename Op::T* __restrict row, In* __restrict y) {
             for (int64_t i = 0; i < n; ++i) y[i] = Order::store(row[i]);

@@ -14,6 +14,8 @@
 #define POOLING_EXT_ISA baseline
 #endif
 
+#define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace pooling_ext::POOLING_EXT_ISA {
 
 // Of a register.
@@ -72,13 +74,15 @@ POOLING_EXT_INLINE double narrow<double>(double x) {
     return x;
 }
 
-// Round to nearest, ties to even.
+// The upper half is x rounded to nearest, ties to even.
+POOLING_EXT_INLINE uint32_t rounded_to_half(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return x != x ? bits | 0x00400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 template <>
 POOLING_EXT_INLINE BFloat16 narrow<BFloat16>(float x) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x0040u;
-    return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+    return {uint16_t(rounded_to_half(x) >> 16)};
 }
 
 template <>
@@ -140,6 +144,24 @@ POOLING_EXT_INLINE bool is_nan(T x) {
     return false;
 }
 
+// All bits where one of some floating-point numbers, or of those in the same lanes of vectors, is a
+// NaN, else none.
+template <class X>
+POOLING_EXT_INLINE auto nan_mask(X a, X b) {
+    if constexpr (std::is_floating_point_v<X>)
+        return BitsOf<X>(-BitsOf<X>(__builtin_isunordered(a, b)));
+    else
+        return ~((a <= b) | (a > b));
+}
+template <class X>
+POOLING_EXT_INLINE auto nan_mask(X a) {
+    return nan_mask(a, a);
+}
+template <class X, class... Rest>
+POOLING_EXT_INLINE auto nan_mask(X a, X b, Rest... rest) {
+    return nan_mask(a, b) | nan_mask(rest...);
+}
+
 // Maxima of the type itself.
 template <class In>
 struct Ordered {
@@ -161,15 +183,20 @@ struct Ordered {
         else
             return narrow<In>(x);
     }
-    // A NaN wins against all: `a` is kept where the comparison fails, and where `b` is a NaN all
-    // bits are set, which is one too. Integer arithmetic, because a second selection by the
-    // compiler costs thrice that.
-    static POOLING_EXT_INLINE T larger(T a, T b) {
-        const T most = b > a ? b : a;
-        if constexpr (std::is_integral_v<T>)
+    // A NaN wins against all: the first is kept where a comparison fails, and where one of the rest
+    // is a NaN all bits are set in the end, which is one too. Apart from each other, as compilers
+    // have one instruction for a maximum only while its operands stay floating-point numbers, and
+    // one that looks for NaNs in two of them.
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X largest(X first, Rest... rest) {
+        X most = first;
+        ((most = rest > most ? rest : most), ...);
+        if constexpr (std::is_integral_v<T> || sizeof...(rest) == 0) {
             return most;
-        else
-            return bit_cast<T>(BitsOf<T>(bit_cast<BitsOf<T>>(most) | -BitsOf<T>(b != b)));
+        } else {
+            const auto mask = nan_mask(rest...);
+            return bit_cast<X>(bit_cast<decltype(mask + mask)>(most) | mask);
+        }
     }
 };
 
@@ -186,7 +213,11 @@ struct OrderedKey {
         return magnitude > kInfinity ? magnitude : flip(T(x.bits));
     }
     static POOLING_EXT_INLINE In store(T key) { return {uint16_t(flip(key))}; }
-    static POOLING_EXT_INLINE T larger(T a, T b) { return a > b ? a : b; }
+    template <class X, class... Rest>
+    static POOLING_EXT_INLINE X largest(X most, Rest... rest) {
+        ((most = rest > most ? rest : most), ...);
+        return most;
+    }
 };
 
 template <class In>

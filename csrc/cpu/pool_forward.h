@@ -4,14 +4,17 @@
 // one, element by element; the second reduces each window's columns of that row. Both are the same
 // loop over contiguous memory, `fold`: in the contiguous format the second step first deals the row
 // out into `stride` phases, so that the c-th columns of neighbouring windows lie side by side; in
-// channels-last the columns are vectors of channels anyway.
+// channels-last the columns are vectors of channels anyway. The windows that most networks have
+// take shorter ways: slide.h, and in channels-last pool_pixels.h.
 //
-// An operator is a type with `In` and `T` (stored and computed type), load, combine and identity,
-// and `kPlain`: whether load changes nothing.
+// An operator is a type with `In` and `T` (stored and computed type), load, store, combine and
+// identity, and `kPlain`: whether load changes nothing. combine takes any number of values at once,
+// or of vectors of them; the first is what came first.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/numeric.h"
+#include "cpu/slide.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
@@ -39,6 +42,10 @@ inline int64_t whole_vectors(int64_t n, int64_t vector = kVector / 2) {
     return (n + vector - 1) / vector * vector;
 }
 
+// How many elements a loop over both types takes at a time.
+template <class A, class B>
+constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
+
 // Reads elements as they lie in the input.
 template <class Op>
 struct Stored {
@@ -62,7 +69,7 @@ void fold(typename Op::T* __restrict dst, const typename Load::Element* const* r
     if (count >= 3) {
         const auto *b = rows[1], *c = rows[2];
         for (int64_t i = 0; i < n; ++i)
-            dst[i] = Op::combine(Op::combine(Load::get(a[i]), Load::get(b[i])), Load::get(c[i]));
+            dst[i] = Op::combine(Load::get(a[i]), Load::get(b[i]), Load::get(c[i]));
         row = 3;
     } else if (count == 2) {
         const auto* b = rows[1];
@@ -74,8 +81,7 @@ void fold(typename Op::T* __restrict dst, const typename Load::Element* const* r
     for (; row + 2 < count; row += 3) {
         const auto *b = rows[row], *c = rows[row + 1], *d = rows[row + 2];
         for (int64_t i = 0; i < n; ++i)
-            dst[i] = Op::combine(Op::combine(Op::combine(dst[i], Load::get(b[i])), Load::get(c[i])),
-                                 Load::get(d[i]));
+            dst[i] = Op::combine(dst[i], Load::get(b[i]), Load::get(c[i]), Load::get(d[i]));
     }
     for (; row < count; ++row) {
         const auto* b = rows[row];
@@ -187,14 +193,14 @@ void deal(T* __restrict dealt, const Phases& phases, const typename Load::Elemen
         gather_phase<Load>(dealt + part->to, row + part->from, part->count, w.stride);
 }
 
-// Prefetches what the next row of outputs reads besides, where `last` is the last row of inputs of
-// this one. The hardware foresees a long run, but here each is short and begins anew.
+// Prefetches what the row of outputs after the next one reads besides, where `last` is the last row
+// of inputs of this one. The hardware foresees a long run, but here each is short and begins anew.
 template <class In>
 POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
     if (p.channels != 1) return;
     constexpr int64_t kLine = 64 / sizeof(In);
     const int64_t row = p.w.in, n = row * p.h.stride;
-    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + i);
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + n + i);
 }
 
 // Calls visit(pointer to row, place of the row in the window) for the input rows inside the
@@ -205,49 +211,14 @@ POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t o
     const int64_t d_end = p.d.end(od), h_first = p.h.first(oh), h_end = p.h.end(oh);
     const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
     for (int64_t kd = p.d.first(od); kd < d_end; ++kd) {
-        const In* slice = plane + (d0 + kd * p.d.dilation) * p.h.in * p.in_row();
-        for (int64_t kh = h_first; kh < h_end; ++kh)
-            visit(slice + (h0 + kh * p.h.dilation) * p.in_row(), kd * p.h.kernel + kh);
-    }
-}
-
-// dst[o] = row[kStride * o] + ... + row[kStride * o + kKernel - 1], where + is the operator's.
-// `evens` is scratch memory for n + 1 elements.
-template <class Op, int kStride, int kKernel>
-void slide(typename Op::T* __restrict dst, const typename Op::T* __restrict row,
-           typename Op::T* __restrict evens, int64_t n) {
-    if constexpr (kStride == 2 && kKernel == 3) {
-        // Reading every other element apart from its neighbour would leave the last vector of the
-        // loop to be done one by one.
-        for (int64_t o = 0; o < n; ++o) {
-            const typename Op::T even = row[2 * o];
-            evens[o] = even;
-            dst[o] = Op::combine(even, row[2 * o + 1]);
+        const int64_t first = (d0 + kd * p.d.dilation) * p.h.in + h0 + h_first * p.h.dilation;
+        const In* row = plane + first * p.in_row();
+        for (int64_t kh = h_first; kh < h_end; ++kh, row += p.h.dilation * p.in_row()) {
+            // Compilers would make vectors of the few pointers.
+            asm("" : "+r"(row));
+            visit(row, kd * p.h.kernel + kh);
         }
-        evens[n] = row[2 * n];
-        for (int64_t o = 0; o < n; ++o) dst[o] = Op::combine(dst[o], evens[o + 1]);
-        return;
     }
-    for (int64_t o = 0; o < n; ++o) {
-        typename Op::T total = row[kStride * o];
-        for (int c = 1; c < kKernel; ++c) total = Op::combine(total, row[kStride * o + c]);
-        dst[o] = total;
-    }
-}
-
-// The `slide` for the windows that most networks have, or nullptr.
-template <class Op>
-auto slide_for(const PoolParams& p) -> decltype(&slide<Op, 1, 2>) {
-    if (p.channels != 1 || p.w.adaptive || p.w.dilation != 1) return nullptr;
-    const int64_t stride = p.w.stride, kernel = p.w.kernel;
-    if constexpr (kCommon<typename Op::In>) {
-        if (stride == 1 && kernel == 2) return slide<Op, 1, 2>;
-        if (stride == 1 && kernel == 3) return slide<Op, 1, 3>;
-        if (stride == 2 && kernel == 2) return slide<Op, 2, 2>;
-        if (stride == 2 && kernel == 3) return slide<Op, 2, 3>;
-        if (stride == 4 && kernel == 4) return slide<Op, 4, 4>;
-    }
-    return nullptr;
 }
 
 // Makes rows of outputs in the computed type.
@@ -261,6 +232,7 @@ class RowReducer {
     RowReducer(const PoolParams& p, const In* end, Scratch& scratch)
         : p_(p),
           slide_(slide_for<Op>(p)),
+          slide_over_rows_(p, end),
           dealing_(!slide_ && deals(p)),
           end_(end),
           phases_(p.w, dealing_, scratch),
@@ -270,7 +242,7 @@ class RowReducer {
                                                               : 0)),
           row_(scratch.take<T>(slide_ || p.window_rows() > 1 ? p.in_row() + 2 * kVector : 0) +
                kVector),
-          dealt_(scratch.take<T>(slide_ ? p.w.out + kVector : phases_.size())),
+          dealt_(scratch.take<T>(phases_.size())),
           out_(scratch.take<T>(p.out_row() + kVector)) {
         for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
         if (slide_)
@@ -279,28 +251,40 @@ class RowReducer {
 
     // The reduced row of outputs (od, oh) of one outer element.
     T* operator()(const In* plane, int64_t od, int64_t oh) {
+        (*this)(plane, od, oh, out_);
+        return out_;
+    }
+
+    // Writes it to `out`, and perhaps over what follows there till vectors are whole.
+    void operator()(const In* plane, int64_t od, int64_t oh, T* out) {
         int64_t count = 0;
         each_row(p_, plane, od, oh, [&](const In* row, int64_t) { rows_[count++] = row; });
         if (count > 0) prefetch_rows(p_, rows_[count - 1]);
+        if constexpr (kOverRows)
+            if (count > 0 && slide_over_rows_(out, rows_, count)) return;
         if (count == 0) {
-            for (int64_t i = 0; i < p_.out_row(); ++i) out_[i] = Op::identity();
+            for (int64_t i = 0; i < p_.out_row(); ++i) out[i] = Op::identity();
         } else if (slide_ && slides_in_place(count)) {
-            slide_(out_, reinterpret_cast<const T*>(rows_[0]), dealt_, whole_vectors(p_.w.out));
+            slide_(out, reinterpret_cast<const T*>(rows_[0]), p_.w.out);
         } else if (slide_) {
             fold_rows(count);
             const int64_t past = (p_.w.out - 1) * p_.w.stride + p_.w.kernel - p_.w.pad_before;
             for (int64_t i = p_.w.in; i < past; ++i) row_[i] = Op::identity();
-            slide_(out_, row_ - p_.w.pad_before, dealt_, whole_vectors(p_.w.out));
+            slide_(out, row_ - p_.w.pad_before, p_.w.out);
         } else if (count == 1) {
-            reduce_columns<Stored<Op>>(rows_[0]);
+            reduce_columns<Stored<Op>>(out, rows_[0]);
         } else {
             fold_rows(count);
-            reduce_columns<Computed<Op>>(row_);
+            reduce_columns<Computed<Op>>(out, row_);
         }
-        return out_;
     }
 
   private:
+    static constexpr bool kOverRows = Op::kPlain && kCommon<In>;
+    struct None {
+        None(const PoolParams&, const In*) {}
+    };
+
     // Whether windows of one row can be read where it lies.
     bool slides_in_place(int64_t count) const {
         const Axis& w = p_.w;
@@ -310,13 +294,13 @@ class RowReducer {
     }
 
     void fold_rows(int64_t count) {
-        const int64_t n = whole_vectors(p_.in_row());
+        const int64_t n = whole_vectors(p_.in_row(), kLanes<In, T>);
         const bool readable = rows_[count - 1] + n <= end_;
         fold<Op, Stored<Op>>(row_, rows_, count, readable ? n : p_.in_row());
     }
 
     template <class Load>
-    void reduce_columns(const typename Load::Element* row) {
+    void reduce_columns(T* out, const typename Load::Element* row) {
         using Element = typename Load::Element;
         const Axis& w = p_.w;
         const int64_t channels = p_.channels;
@@ -326,28 +310,29 @@ class RowReducer {
                 const int64_t first = w.first(o), count = w.end(o) - first;
                 const Element* x = row + (w.start(o) + first * w.dilation) * channels;
                 for (int64_t c = 0; c < count; ++c) columns[c] = x + c * w.dilation * channels;
-                T* const out = out_ + o * channels;
+                T* const to = out + o * channels;
                 if (count > 0)
-                    fold<Op, Load>(out, columns, count, channels);
+                    fold<Op, Load>(to, columns, count, channels);
                 else
-                    for (int64_t c = 0; c < channels; ++c) out[c] = Op::identity();
+                    for (int64_t c = 0; c < channels; ++c) to[c] = Op::identity();
             }
         } else if (!dealing_) {
             for (int64_t o = 0; o < w.out; ++o) {
                 const int64_t first = w.first(o);
-                out_[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first,
-                                           w.dilation);
+                out[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first,
+                                          w.dilation);
             }
         } else {
             deal<Load>(dealt_, phases_, row, w);
             const auto** columns = reinterpret_cast<const T**>(columns_);
             for (int64_t c = 0; c < w.kernel; ++c) columns[c] = dealt_ + phases_.at(c);
-            fold<Op, Computed<Op>>(out_, columns, w.kernel, w.out);
+            fold<Op, Computed<Op>>(out, columns, w.kernel, w.out);
         }
     }
 
     const PoolParams& p_;
-    const decltype(&slide<Op, 1, 2>) slide_;
+    const Slide<T> slide_;
+    const std::conditional_t<kOverRows, SlideOverRows<Op>, None> slide_over_rows_;
     const bool dealing_;
     const In* const end_;
     const Phases phases_;
@@ -373,19 +358,26 @@ POOLING_EXT_INLINE void each_index(int64_t begin, int64_t end, int64_t d_size, i
     }
 }
 
-// Calls finish(od, oh, reduced row, pointer to the row of outputs) for output rows [begin, end).
-template <class Op, class Out, class Finish>
+// Calls finish(od, oh, reduced row, pointer to the row of outputs) for output rows [begin, end). If
+// kInPlace, finish does nothing but copy, and rows are reduced where they belong, but for the last:
+// what completes their vectors there would go over outputs that are none, or another thread's.
+template <class Op, class Out, bool kInPlace = false, class Finish>
 POOLING_EXT_INLINE void pool_rows(const Job& job, int64_t begin, int64_t end, Scratch scratch,
                                   Finish finish) {
     const PoolParams& p = job.p;
     const auto* src = static_cast<const typename Op::In*>(job.src);
     auto* dst = static_cast<Out*>(job.dst);
-    const int64_t plane = p.in_plane() * p.channels;
+    const int64_t plane = p.in_plane() * p.channels, out = p.out_row();
+    const int64_t in_place = kInPlace ? end - ceil_div(whole_vectors(out) - out, out) : begin;
     RowReducer<Op> reduce_row(p, src + p.outer * plane, scratch);
-    each_index(
-        begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
-            finish(od, oh, reduce_row(src + outer * plane, od, oh), dst + index * p.out_row());
-        });
+    each_index(begin, end, p.d.out, p.h.out,
+               [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
+                   const auto* from = src + outer * plane;
+                   Out* const y = dst + index * out;
+                   if constexpr (kInPlace)
+                       if (index < in_place) return reduce_row(from, od, oh, y);
+                   finish(od, oh, reduce_row(from, od, oh), y);
+               });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -7,8 +7,6 @@
 
 #include "cpu/numeric.h"
 
-#define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace pooling_ext::POOLING_EXT_ISA {
 
 // A vector as registers. Compilers take comparisons of what no register holds apart, lane by lane.
