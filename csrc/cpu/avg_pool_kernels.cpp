@@ -122,12 +122,10 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     const Divisors<T> divisors(job, scratch);
     if constexpr (kCommon<In>)
         if (PixelWalker<In>::takes(job.p))
-            return pool_pixels<SumOp<In>, In>(
-                job, begin, end, [&](int64_t od, int64_t oh, int64_t o, auto use) {
-                    divisors.divide_pixel(od, oh, o, [&](auto divide) {
-                        use([=](T sum) { return narrow<In>(divide(sum)); });
-                    });
-                });
+            return pool_pixels<SumOp<In>>(job, begin, end,
+                                          [&](int64_t od, int64_t oh, int64_t o, auto use) {
+                                              divisors.divide_pixel(od, oh, o, use);
+                                          });
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {

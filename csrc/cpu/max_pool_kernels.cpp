@@ -29,8 +29,8 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
     using Op = MaxOp<Order, In>;
     if constexpr (kCommon<In>)
         if (PixelWalker<In>::takes(job.p))
-            return pool_pixels<Op, In>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
-                use([](typename Op::T x) { return Order::store(x); });
+            return pool_pixels<Op>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
+                use([](typename Op::T x) { return x; });
             });
     const int64_t n = job.p.out_row();
     pool_rows<Op, In, Op::kPlain>(

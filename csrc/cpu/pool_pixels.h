@@ -2,6 +2,8 @@
 // step, its channels in registers, and written straight to where it belongs.
 #pragma once
 
+#include <utility>
+
 #include "cpu/pool_forward.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -118,27 +120,48 @@ class PixelWalker {
     int64_t count_ = 0;
 };
 
-// y[i] = finish(elements[0][i] + elements[1][i] + ...), where + is the operator's.
-template <class Op, int kCount, class Out, class Finish>
-__attribute__((noinline)) void reduce_pixel(Out* __restrict y,
-                                            const typename Op::In* const* elements, int64_t n,
-                                            Finish finish) {
-    if constexpr (kCount == 0) {
-        for (int64_t i = 0; i < n; ++i) y[i] = finish(Op::identity());
-    } else {
-        const typename Op::In* x[kCount];
-        for (int k = 0; k < kCount; ++k) x[k] = elements[k];
-        for (int64_t i = 0; i < n; ++i) {
-            typename Op::T total = Op::load(x[0][i]);
-            for (int k = 1; k < kCount; ++k) total = Op::combine(total, Op::load(x[k][i]));
-            y[i] = finish(total);
+// y[i] = finish(x[0][i] + x[1][i] + ...), where + is the operator's.
+template <class Op, class Finish, int... K>
+POOLING_EXT_INLINE void reduce_elements(typename Op::In* __restrict y,
+                                        const typename Op::In* const (&x)[sizeof...(K)], int64_t n,
+                                        Finish finish, std::integer_sequence<int, K...>) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<typename Op::In, BFloat16> &&
+                  std::is_same_v<typename Op::T, float>) {
+        // As words of two, whose halves are floats but for a shift and a mask, so that they need
+        // not be moved to elements twice as wide.
+        typedef uint32_t Word __attribute__((may_alias, aligned(2)));
+        for (; i < n / 2; ++i) {
+            const uint32_t words[] = {reinterpret_cast<const Word*>(x[K])[i]...};
+            const float low = finish(Op::combine(bit_cast<float>(words[K] << 16)...));
+            const float high = finish(Op::combine(bit_cast<float>(words[K] & 0xffff0000u)...));
+            reinterpret_cast<Word*>(y)[i] =
+                rounded_to_half(low) >> 16 | (rounded_to_half(high) & 0xffff0000u);
         }
+        i *= 2;
+    }
+    for (; i < n; ++i) y[i] = Op::store(finish(Op::combine(Op::load(x[K][i])...)));
+}
+
+// y[i] = finish(the sum of a window's elements for channel i), in kRows rows of kColumns.
+template <class Op, int kRows, int kColumns, class Finish>
+__attribute__((noinline)) void reduce_pixel(typename Op::In* y, const Taps<typename Op::In>& taps,
+                                            int64_t n, Finish finish) {
+    if constexpr (kRows * kColumns == 0) {
+        fill(y, Op::store(finish(Op::identity())), n);
+    } else {
+        const typename Op::In* x[kRows * kColumns];
+        for (int row = 0, k = 0; row < kRows; ++row) {
+            x[k++] = taps.rows[row] + taps.first;
+            for (int column = 1; column < kColumns; ++column, ++k) x[k] = x[k - 1] + taps.step;
+        }
+        reduce_elements<Op>(y, x, n, finish, std::make_integer_sequence<int, kRows * kColumns>{});
     }
 }
 
-// Computes rows [begin, end) of outputs. finish(od, oh, o, use) calls use(what makes an output of a
-// reduced value) for window o of row (od, oh).
-template <class Op, class Out, class Finish>
+// Computes rows [begin, end) of outputs. finish(od, oh, o, use) calls use(what is done to a reduced
+// value before it is stored) for window o of row (od, oh).
+template <class Op, class Finish>
 POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, Finish finish) {
     using In = typename Op::In;
     const PoolParams& p = job.p;
@@ -146,13 +169,11 @@ POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, 
     each_index(
         begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
             const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
-            Out* row = static_cast<Out*>(job.dst) + index * p.out_row();
+            In* row = static_cast<In*>(job.dst) + index * p.out_row();
             walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
-                constexpr int kCount = rows.value * columns.value;
-                const In* elements[kCount + 1];
-                for (int k = 0; k < kCount; ++k) elements[k] = taps.at(k, columns.value);
-                finish(od, oh, o, [&](auto to_output) {
-                    reduce_pixel<Op, kCount>(row + o * p.channels, elements, p.channels, to_output);
+                finish(od, oh, o, [&](auto finished) {
+                    reduce_pixel<Op, rows.value, columns.value>(row + o * p.channels, taps,
+                                                                p.channels, finished);
                 });
             });
         });
