@@ -69,18 +69,29 @@ struct LaneSums {
 
     // Adds x[0..n) up to the lanes of the result and to `rest`.
     static POOLING_EXT_INLINE V sum(const In* x, int64_t n, T& rest) {
-        V a = {}, b = {}, blocks = {};
+        // Four sums at a time: each addition waits for the one before it.
+        V a = {}, b = {}, c = {}, d = {}, blocks = {};
         int64_t i = 0;
+        const auto add_until = [&](int64_t end) POOLING_EXT_INLINE_LAMBDA {
+            for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+                // The processor's own guesses end with a page.
+                __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
+                __builtin_prefetch(reinterpret_cast<const char*>(x + i + 2 * kLanes) + kAhead);
+                add(a, b, x + i);
+                add(c, d, x + i + 2 * kLanes);
+            }
+        };
         // In blocks, so that errors do not grow with the number of elements.
-        for (; i + kBlock < n; a = b = V{}) {
-            for (const int64_t end = i + kBlock; i < end; i += 2 * kLanes) add(a, b, x + i);
-            blocks += a + b;
+        for (; i + kBlock < n; a = b = c = d = V{}) {
+            add_until(i + kBlock);
+            blocks += (a + b) + (c + d);
         }
-        for (; i + 2 * kLanes <= n; i += 2 * kLanes) add(a, b, x + i);
-        if (i + kLanes <= n) a += load(x + i), i += kLanes;
+        add_until(n);
+        if (i + 2 * kLanes <= n) add(a, b, x + i), i += 2 * kLanes;
+        if (i + kLanes <= n) c += load(x + i), i += kLanes;
         rest = T(0);
         for (; i < n; ++i) rest += widen(x[i]);
-        return blocks + (a + b);
+        return blocks + ((a + b) + (c + d));
     }
 };
 
