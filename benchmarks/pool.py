@@ -181,6 +181,7 @@ def measure_case(
             {name: partial(operator, x) for name, operator in rivals.items()},
             x.nbytes + out_bytes,
             once_ms=once_ms(x.nbytes, out_bytes),
+            read_ms=once_ms(x.nbytes, 0),
         )
     yield row(
         TRAINING,

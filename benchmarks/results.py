@@ -22,6 +22,7 @@ class Row:
             in backward), each once, and what we save for backward.
         copy_gb_s: rate at which this machine copies as many bytes.
         once_ms: time to read the input and write the output once; in the forward phase only.
+        read_ms: time to read the input once; in the forward phase only.
         torch_saved, ours_saved: bytes kept for backward, in the phases that train; the suite says
             whether input and output are among them.
         torch_peak, ours_peak: bytes live at most, beyond the inputs, where the suite measures it.
@@ -39,6 +40,7 @@ class Row:
     nbytes: int
     copy_gb_s: float
     once_ms: float | None = None
+    read_ms: float | None = None
     torch_saved: int | None = None
     ours_saved: int | None = None
     torch_peak: int | None = None

@@ -50,6 +50,12 @@ def _over_once(results: Results) -> float | None:
     return max((row.ours_ms / row.once_ms for row in rows if row.once_ms), default=None)
 
 
+def _over_reading(results: Results) -> float | None:
+    """The largest time of the ResNet stem's maximum over that of reading the input once."""
+    rows = results.select(STEM, phase=FORWARD, dtype="float32")
+    return max((row.ours_ms / row.read_ms for row in rows if row.read_ms), default=None)
+
+
 def _saved(results: Results) -> float | None:
     rows = results.select(STEM, phase=TRAINING)
     return min(
@@ -63,6 +69,7 @@ def _overhead(results: Results) -> float | None:
 
 _NCHW32 = {"layout": "NCHW", "dtype": "float32"}
 _NCHW16 = {"layout": "NCHW", "dtype": "bfloat16"}
+_NHWC16 = {"layout": "NHWC", "dtype": "bfloat16"}
 _GAPS = ("resnet-gap", "large-gap")
 
 POOL: tuple[Target, ...] = (
@@ -73,6 +80,8 @@ POOL: tuple[Target, ...] = (
     Target("ResNet stem average backward, NCHW float32", 4, _speedup(STEM_AVG, phase=BACKWARD, **_NCHW32)),
     Target("ResNet stem average backward, NCHW bfloat16", 4, _speedup(STEM_AVG, phase=BACKWARD, **_NCHW16)),
     Target("ResNet stem forward, time over reading and writing once, NCHW", 1.5, _over_once, at_least=False),
+    Target("ResNet stem max forward, time over reading once, float32", 1.5, _over_reading, at_least=False),
+    Target("average forward, NHWC bfloat16, slowest", 1, _speedup(op="avg_pool2d", phase=FORWARD, **_NHWC16)),
     Target("ResNet stem max forward, NHWC", 2, _speedup(STEM, phase=FORWARD, layout="NHWC")),
     Target("global average forward, NCHW bfloat16", 3, _speedup(*_GAPS, phase=FORWARD, **_NCHW16)),
     Target("global average forward, NCHW float32", 1, _speedup(*_GAPS, phase=FORWARD, **_NCHW32)),
