@@ -199,7 +199,8 @@ template <class In>
 POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
     if (p.channels != 1) return;
     constexpr int64_t kLine = 64 / sizeof(In);
-    const int64_t row = p.w.in, n = row * p.h.stride;
+    // Rows that a long stride steps over are not read.
+    const int64_t row = p.w.in, n = row * (p.h.stride < p.h.kernel ? p.h.stride : p.h.kernel);
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + n + i);
 }
 

@@ -89,8 +89,10 @@ class PixelWalker {
     POOLING_EXT_INLINE void windows(Visit visit) const {
         const Axis& w = p_.w;
         constexpr int64_t kLine = 64 / sizeof(In);
-        const int64_t step = w.dilation * p_.channels, fresh = w.stride * p_.channels;
-        const int64_t ahead = (kPrefetch / sizeof(In) / fresh + 1) * fresh;
+        const int64_t step = w.dilation * p_.channels, next = w.stride * p_.channels;
+        const int64_t ahead = (kPrefetch / sizeof(In) / next + 1) * next;
+        // Pixels that a long stride steps over are not read.
+        const int64_t fresh = (w.stride < w.kernel ? w.stride : w.kernel) * p_.channels;
         for (int64_t o = 0; o < w.out; ++o) {
             const int64_t first = w.first(o);
             const Taps<In> taps{rows_, w.start(o) * p_.channels + first * step, step};
