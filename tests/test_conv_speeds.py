@@ -126,6 +126,7 @@ def test_every_kind_is_measured():
     }
     assert kinds == {
         (WINOGRAD, 3, 1, True),
+        (WINOGRAD, 3, 2, True),
         *(
             (DEPTHWISE, k, s, last)
             for k, s in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))

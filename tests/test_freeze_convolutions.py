@@ -58,7 +58,7 @@ def two_convs() -> nn.Sequential:
 
 
 def transformed(layer: PackedConv) -> Tensor:
-    return conv_engines.transformed(layer.weight, layer.groups)
+    return conv_engines.transformed(layer.weight, layer.groups, layer.stride[-1])
 
 
 # --- the choice --------------------------------------------------------------------------------------------
@@ -66,8 +66,10 @@ def transformed(layer: PackedConv) -> Tensor:
 CHOICES = [
     (conv(16, 16), (2, 16, 8, 8), "Winograd", ""),
     (conv(32, 48, groups=2, bias=False), (1, 32, 9, 11), "Winograd", ""),
-    (conv(16, 16, stride=2), (2, 16, 8, 8), "prepacked", "the stride is 2x2, not 1"),
-    (conv(16, 16, dilation=2), (2, 16, 8, 8), "prepacked", "the dilation is 2x2, not 1"),
+    (conv(16, 16, stride=2), (2, 16, 8, 8), "prepacked", "its stride is 2, and nothing like it was measured"),
+    (conv(16, 16, stride=3), (2, 16, 8, 8), "prepacked", "the stride is 3x3, not 1 or 2"),
+    (conv(16, 16, dilation=2), (2, 16, 8, 8), "Winograd", ""),
+    (conv(16, 16, dilation=8), (2, 16, 20, 20), "prepacked", "leave so much of a tile empty"),
     (conv(16, 16, 5), (2, 16, 8, 8), "prepacked", "the kernel is 5x5, not 3x3"),
     (conv(8, 16), (2, 8, 8, 8), "prepacked", "8 channels"),
     (conv(16, 16), (8, 16, 2, 2), "prepacked", "2x2 leave so much of a tile empty"),
@@ -81,8 +83,9 @@ CHOICES = [
     ),
     (conv(16, 16, 7, groups=16), (2, 16, 14, 14), "depthwise", "the kernel is 7x7"),
     (nn.ConvTranspose2d(16, 16, 3), (2, 16, 8, 8), "PyTorch", "it is transposed"),
-    (nn.Conv1d(16, 16, 3), (2, 16, 8), "PyTorch", "it has 1 spatial dimensions, not 2"),
-    (nn.Conv3d(16, 16, 3), (1, 16, 8, 8, 8), "prepacked", "it has 3 spatial dimensions, not 2"),
+    (nn.Conv1d(16, 16, 3), (2, 16, 8), "PyTorch", "it has 1 spatial dimensions, not 2 or 3"),
+    (nn.Conv3d(16, 16, 3), (1, 16, 8, 8, 8), "Winograd", ""),
+    (nn.Conv3d(16, 16, (3, 1, 1)), (1, 16, 8, 8, 8), "prepacked", "the kernel is 3x1x1, not 3x3"),
 ]
 
 
@@ -124,7 +127,7 @@ def test_next_to_dilated_and_strided_ones():
     frozen = assert_frozen(model, torch.randn(2, 3, 14, 14))
     assert ways(frozen) == [
         "prepacked",
-        "prepacked",
+        "Winograd",
         "prepacked",
         "Winograd",
         "prepacked",

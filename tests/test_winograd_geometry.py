@@ -182,7 +182,7 @@ def test_tiles_of_a_dilation_are_those_of_its_phases():
         ({"stride": (2, 2), "dilation": (2, 2)}, "a dilation must be at least 1, and 1 with a stride of 2"),
         ({"dilation": (0, 1)}, "a dilation must be at least 1"),
         ({"stride": (1,)}, "a number per spatial axis"),
-        ({"dilation": (9, 9)}, "the kernel must fit"),
+        ({"dilation": (9, 9)}, "must fit into input"),
     ],
 )
 def test_operators_refuse(change, message):

@@ -199,8 +199,9 @@ template <class In>
 POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
     if (p.channels != 1) return;
     constexpr int64_t kLine = 64 / sizeof(In);
-    // Rows that a long stride steps over are not read.
-    const int64_t row = p.w.in, n = row * (p.h.stride < p.h.kernel ? p.h.stride : p.h.kernel);
+    // Rows that a long stride steps over are not read, and a plane has no more than its own.
+    const int64_t window = p.h.kernel < p.h.in ? p.h.kernel : p.h.in;
+    const int64_t row = p.w.in, n = row * (p.h.stride < window ? p.h.stride : window);
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + n + i);
 }
 

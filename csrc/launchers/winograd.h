@@ -123,7 +123,7 @@ inline WinogradShape shape_of(const Tensor& input, int64_t features, int64_t gro
                                    s.plane_dilation);
     }
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0 && s.out_depth > 0,
-                    "pooling_ext: the kernel must fit into input with its padding");
+                    "pooling_ext: a kernel of 3x3 must fit into input with its padding");
     return s;
 }
 

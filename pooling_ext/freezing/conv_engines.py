@@ -145,7 +145,9 @@ def transformed(weight: Tensor, groups: int, stride: int) -> Tensor:
     each stride.
     """
     with _transforming:
-        found = _transformed.setdefault(weight, {})
+        found: dict[int, Tensor] | None = _transformed.get(weight)
+        if found is None:
+            found = _transformed[weight] = {}
         if stride not in found:
             found[stride] = winograd_weight(weight, groups, False, stride)
         return found[stride]
