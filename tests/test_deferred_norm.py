@@ -123,14 +123,18 @@ def test_blocks(backend, block, stride, deferred):
 
 
 class Narrow(ResNet):
-    """ResNet-18 with a sixteenth of the channels, since the interpreter is slow."""
+    """ResNet-18 with a sixteenth of the channels, since the interpreter is slow.
+
+    But at least 8: of fewer, PyTorch 2.14's weight gradient of a strided 1x1 convolution writes beyond its
+    memory, on AVX2 with one thread.
+    """
 
     def __init__(self):
         super().__init__(BasicBlock, [2, 2, 2, 2])
         self.fc = nn.Linear(32, 3)
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, planes // 16, *args, **kwargs)
+        return super()._make_layer(block, max(8, planes // 16), *args, **kwargs)
 
 
 def test_resnet(backend, deferred):
