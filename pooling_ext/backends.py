@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from . import _native, cuda, triton
 from .errors import ArgumentError
+from .exporting import is_exporting
 
 
 class Call(NamedTuple):

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from .. import backends
 from ..arguments import as_bool, as_float
 from ..errors import ArgumentError
+from ..exporting import is_exporting
 from . import _library
 from ._dispatch import public
 from .batch_norm_running import normalise

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
+from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
 from ._dispatch import public
 from ._library import suggests_channels_last

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..exporting import is_exporting
 from ..graph.op_tables import is_global, unchanged_class
 from ..nn import AdaptiveAvgPool2d, MaxPool2d
 from ..ops.add_relu_global_avg_pool import add_relu_global_avg_pool

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from ... import backends
+from ...exporting import is_exporting
 from . import cpu, gpu, norm
 from .call import LEAST_ELEMENTS, NO_CONVOLUTION, Call
 
