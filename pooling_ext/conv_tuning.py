@@ -48,22 +48,10 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
                 seen.add(conv)
                 yield WINOGRAD, conv
         for channels, features, side in STRIDED_LAYERS[:: 3 if quick else 1]:
-            yield (
-                WINOGRAD,
-                Conv(
-                    batch,
-                    channels,
-                    (side, side),
-                    features,
-                    (3, 3),
-                    (2, 2),
-                    (1, 1, 1, 1),
-                    (1, 1),
-                    1,
-                    dtype,
-                    True,
-                ),
-            )
+            yield WINOGRAD, Conv(
+                batch, channels, (side, side), features, (3, 3), (2, 2), (1, 1, 1, 1),
+                (1, 1), 1, dtype, True,
+            )  # fmt: skip
         for channels, kernel, stride, side in DEPTHWISE_LAYERS[:: 5 if quick else 1]:
             for channels_last in (True, False):
                 half = kernel // 2

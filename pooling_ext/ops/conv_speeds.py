@@ -4,8 +4,8 @@ The measurements are data: ``conv_speeds.json`` beside this file, made by ``pool
 for each instruction set, or the file that the same command writes on this machine (by default
 ``pooling_ext/conv_speeds.json`` in the user's cache folder; ``POOLING_EXT_CONV_SPEEDS`` names another). A
 convolution that was not measured is judged by the nearest that was: in the logarithms of its channels,
-features, pixels and batch, of the same kernel size, stride and kind of groups. Planes
-of a kernel count as channels, those of the output as pixels.
+features, pixels and batch, of the same kernel size, stride and kind of groups. Planes of a kernel count as
+channels, those of the output as pixels.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """Convolution with 3x3 kernels by Winograd's F(4x4, 3x3), on the CPU.
 
-After Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): 36 multiplications where
-the direct way has 144. Of stride 2 a kernel is four smaller ones on the input's phases, with 81
-multiplications for 144; of a dilation the phases are convolutions by themselves; a kernel of several planes
-``(D, 3, 3)`` is a sum over them, with their stride and dilation free. Sums are float32 (float64 for
-float64), and the result is the same for any number of
-threads. It is not that of the direct way to the last bit: errors are some 1e-5 of the largest element in
-float32. An infinity or a NaN in the input reaches every output of the tiles that read it, which are 4x4
-pixels, as NaN; so do values within a factor of 100 of the largest float.
+After Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): 36 multiplications where the
+direct way has 144. Of stride 2 a kernel is four smaller ones on the input's phases, with 81 multiplications
+for 144; of a dilation the phases are convolutions by themselves; a kernel of several planes ``(D, 3, 3)`` is
+a sum over them, with their stride and dilation free. Sums are float32 (float64 for float64), and the result
+is the same for any number of threads. It is not that of the direct way to the last bit: errors are some 1e-5
+of the largest element in float32. An infinity or a NaN in the input reaches every output of the tiles that
+read it, which are 4x4 pixels, as NaN; so do values within a factor of 100 of the largest float.
 
 Low-level operators, with which a convolution with bias, addition and activation, its gradients, and the
 statistics of the batch norm that follows it can be made.
@@ -39,8 +38,7 @@ def _weight_fake(weight: Tensor, groups: int, transposed: bool, stride: int = 1)
     outs, channels = weight.shape[0] // groups, weight.shape[1]
     into, out = (outs, channels) if transposed else (channels, outs)
     padded = (out + _PADDED - 1) // _PADDED * _PADDED
-    planes = weight.shape[2] if weight.dim() == 5 else 1
-    return weight.new_empty((groups, _POINTS, planes, into, padded), dtype=_wide(weight.dtype))
+    return weight.new_empty((groups, _POINTS, _planes(weight), into, padded), dtype=_wide(weight.dtype))
 
 
 def _planes(weight: Tensor) -> int:
