@@ -7,13 +7,11 @@ Each takes its part of a batch that all can make, and saves its gradients to ``R
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from processes import work
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training_cases import ResNet, batch, preferring_ours, ran
@@ -57,19 +55,12 @@ def step(norms: str, layout: str, part: slice) -> tuple[dict[str, Tensor], dict[
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, dict(kernels)
 
 
-def main() -> None:
-    rank, world, rendezvous, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def run(rank: int, world: int) -> dict[tuple[str, str], Any]:
     size = BATCH // world
     part = slice(rank * size, (rank + 1) * size)
     with preferring_ours(), from_size(0):
-        found = {(norms, layout): step(norms, layout, part) for norms in NORMS for layout in LAYOUTS}
-    torch.save(found, f"{results}.{rank}")
-    dist.destroy_process_group()
+        return {(norms, layout): step(norms, layout, part) for norms in NORMS for layout in LAYOUTS}
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        main()
+    work(run)

@@ -7,12 +7,11 @@ Each takes its part of a batch that all can make, and saves what it gets to ``RE
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import work
 from torch import Tensor, nn
 
 import pooling_ext.functional as F
@@ -95,10 +94,7 @@ def run(
     return result | {f"grad of {name}": leaves[name].grad for name in wanted}
 
 
-def main() -> None:
-    rank, world, rendezvous, results = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def run_all(rank: int, world: int) -> list[dict[str, Any]]:
     found = []
     for op, dtype, layout, split, wanted in CASES:
         sizes = SPLITS[split]
@@ -108,11 +104,8 @@ def main() -> None:
     lone = F.batch_norm_act(torch.full((1, 2), float(rank)), None, None, training=True,
                             activation="identity", process_group=dist.group.WORLD)  # fmt: skip
     found.append({"output": lone})
-    torch.save(found, f"{results}.{rank}")
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        main()
+    work(run_all)

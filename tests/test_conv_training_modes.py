@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as TF
 from ddp_worker import BATCH, LAYOUTS, NORMS, make
+from processes import results_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -302,24 +300,7 @@ def test_exported_layers_keep_gradients(module):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """What each process got: gradients and kernels, by norms and layout."""
-    folder = tmp_path_factory.mktemp("ddp")
-    worker = Path(__file__).with_name("ddp_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(WORLD), str(folder / "meet"), str(folder / "found")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            _, stderr = process.communicate(timeout=250)
-            assert process.returncode == 0, stderr[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"found.{rank}") for rank in range(WORLD)]
+    return results_of("ddp_worker.py", tmp_path_factory.mktemp("ddp"), WORLD, timeout=250)
 
 
 @pytest.mark.slow

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import NATIVE
+from processes import results_of
 from sync_worker import CASES, SPLITS, run
 
 WORLD = 2
@@ -24,24 +21,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """What each process got, case by case."""
-    folder = tmp_path_factory.mktemp("sync")
-    worker = Path(__file__).with_name("sync_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(WORLD), str(folder / "meet"), str(folder / "found")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"found.{rank}") for rank in range(WORLD)]
+    return results_of("sync_worker.py", tmp_path_factory.mktemp("sync"), WORLD, timeout=200)
 
 
 def label(case) -> str:

@@ -70,6 +70,16 @@ def ours_and_theirs(case: str):
     return (conv2d, TF.conv2d) if len(CASES[case][0]) == 4 else (conv3d, TF.conv3d)
 
 
+def geometry(rank: int, options: dict) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The sides' padding, the strides and the dilations, as the operators take them."""
+
+    def each(name: str, otherwise: int) -> tuple[int, ...]:
+        value = options.get(name, otherwise)
+        return value if isinstance(value, tuple) else (value,) * rank
+
+    return each("padding", 0) * 2, each("stride", 1), each("dilation", 1)
+
+
 def gradients(function, *tensors: Tensor, **options) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     output = function(*leaves, **options)
@@ -210,12 +220,7 @@ def test_gradients_refuse_what_does_not_fit():
 def test_operators_are_registered_well(case):
     x, weight, bias, options = sample(case, torch.float32, True)
     rank, groups = x.dim() - 2, options.get("groups", 1)
-
-    def each(name: str, otherwise: int) -> tuple[int, ...]:
-        value = options.get(name, otherwise)
-        return value if isinstance(value, tuple) else (value,) * rank
-
-    sides, steps = each("padding", 0) * 2, (each("stride", 1), each("dilation", 1))
+    sides, *steps = geometry(rank, options)
     transformed = winograd.winograd_weight(weight, groups, False, steps[0][-1])
     common = sides, weight.shape[0], groups
     opcheck(winograd.winograd_weight, (weight, groups, False, steps[0][-1]))
@@ -230,14 +235,7 @@ def test_operators_are_registered_well(case):
 @BY_CASE
 def test_statistics(case):
     x, weight, bias, options = sample(case, torch.float32, True)
-    rank, groups = x.dim() - 2, options.get("groups", 1)
-    each = [
-        value if isinstance(value, tuple) else (value,) * rank
-        for value in (
-            options.get(name, default) for name, default in (("padding", 0), ("stride", 1), ("dilation", 1))
-        )
-    ]
-    sides, *steps = each[0] * 2, each[1], each[2]
+    groups, (sides, *steps) = options.get("groups", 1), geometry(x.dim() - 2, options)
     output, stats = winograd.winograd_conv_stats(x, weight, bias, sides, weight.shape[0], groups, *steps)
     over = (0, *range(2, x.dim()))
     var, mean = torch.var_mean(output.double(), over, correction=0)

@@ -7,8 +7,8 @@
 
 namespace pooling_ext {
 
-inline DType dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
+inline DType dtype_of(ScalarType dtype) {
+    switch (dtype) {
         case ScalarType::Float:
             return DType::Float32;
         case ScalarType::Double:
@@ -31,6 +31,7 @@ inline DType dtype_of(const Tensor& x) {
             STD_TORCH_CHECK(false, "pooling_ext: no kernel supports this dtype");
     }
 }
+inline DType dtype_of(const Tensor& x) { return dtype_of(x.scalar_type()); }
 
 // The geometry of an input of the given sizes, unbatched or batched.
 inline PoolParams params_of(const Ints& sizes, const Windows& windows, bool channels_last) {

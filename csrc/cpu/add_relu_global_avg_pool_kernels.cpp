@@ -112,13 +112,10 @@ void mean_backward(const BatchNormJob& job, int64_t begin, int64_t end, void* me
 }  // namespace
 
 BatchNormKernel add_relu_mean(DType dtype, bool backward) {
-    BatchNormKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
+    return for_float(dtype, [&](auto zero) -> BatchNormKernel {
         using In = decltype(zero);
-        found = backward ? mean_backward<In> : mean<In>;
-        return nullptr;
+        return backward ? mean_backward<In> : mean<In>;
     });
-    return found;
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -300,28 +300,21 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
 }  // namespace
 
 BatchNormKernel batch_norm_backward(DType dtype, Step step) {
-    BatchNormKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
+    return for_float(dtype, [&](auto zero) -> BatchNormKernel {
         using In = decltype(zero);
         switch (step) {
             case Step::Sums:
-                found = sums<In>;
-                break;
+                return sums<In>;
             case Step::Total:
-                found = add_units;
-                break;
+                return add_units;
             case Step::Backward:
-                found = spread_units<In>;
-                break;
+                return spread_units<In>;
             case Step::TrainBackward:
-                found = train_backward<In>;
-                break;
+                return train_backward<In>;
             default:
-                break;
+                return nullptr;
         }
-        return nullptr;
     });
-    return found;
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -305,28 +305,21 @@ void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 }  // namespace
 
 BatchNormKernel batch_norm(DType dtype, Step step) {
-    BatchNormKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
+    return for_float(dtype, [&](auto zero) -> BatchNormKernel {
         using In = decltype(zero);
         switch (step) {
             case Step::Stats:
-                found = stats<In>;
-                break;
+                return stats<In>;
             case Step::Merge:
-                found = merge;
-                break;
+                return merge;
             case Step::Act:
-                found = act_units<In>;
-                break;
+                return act_units<In>;
             case Step::Train:
-                found = train<In>;
-                break;
+                return train<In>;
             default:
-                found = batch_norm_backward(dtype, step);
+                return batch_norm_backward(dtype, step);
         }
-        return nullptr;
     });
-    return found;
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

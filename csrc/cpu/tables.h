@@ -19,9 +19,10 @@ StemKernel stem(DType, StemStep);
 WinogradKernels winograd(DType, WinogradKind);
 DepthwiseKernel depthwise(DType, DepthwiseStep);
 
-// Calls `make` with a value of the floating type that `dtype` names.
+// What `make` gives for a value of the floating type that `dtype` names, a pointer; nullptr for
+// other types.
 template <class Make>
-Kernel for_float(DType dtype, Make make) {
+auto for_float(DType dtype, Make make) -> decltype(make(float{})) {
     switch (dtype) {
         case DType::Float32:
             return make(float{});

@@ -20,13 +20,9 @@ inline int64_t cache_size(int level, int64_t otherwise) {
 }
 
 inline WinogradKernels winograd_kernels(ScalarType dtype, WinogradKind kind) {
-    const auto code = dtype == ScalarType::Double     ? DType::Float64
-                      : dtype == ScalarType::Float    ? DType::Float32
-                      : dtype == ScalarType::BFloat16 ? DType::BFloat16
-                                                      : DType::Float16;
-    STD_TORCH_CHECK(code != DType::Float16 || dtype == ScalarType::Half,
-                    "pooling_ext: tensors must be floating-point");
-    return kernels().winograd(code, kind);
+    const WinogradKernels table = kernels().winograd(dtype_of(dtype), kind);
+    STD_TORCH_CHECK(table.forward != nullptr, "pooling_ext: tensors must be floating-point");
+    return table;
 }
 
 inline ScalarType computed_in(ScalarType dtype) {

@@ -339,26 +339,20 @@ void convolve(const DepthwiseJob& job, int64_t begin, int64_t end, void* scratch
 }  // namespace conv
 
 DepthwiseKernel depthwise(DType dtype, DepthwiseStep step) {
-    DepthwiseKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
+    return for_float(dtype, [&](auto zero) -> DepthwiseKernel {
         using In = decltype(zero);
         switch (step) {
             case DepthwiseStep::Prepare:
-                found = conv::prepare<In>;
-                break;
+                return conv::prepare<In>;
             case DepthwiseStep::Forward:
             case DepthwiseStep::InputGrad:
-                found = conv::convolve<In>;
-                break;
+                return conv::convolve<In>;
             case DepthwiseStep::Merge:
-                found = conv::merge;
-                break;
+                return conv::merge;
             default:
-                found = depthwise_weight_grad(dtype, step);
+                return depthwise_weight_grad(dtype, step);
         }
-        return nullptr;
     });
-    return found;
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -391,13 +391,10 @@ void total(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
 }  // namespace conv
 
 DepthwiseKernel depthwise_weight_grad(DType dtype, DepthwiseStep step) {
-    DepthwiseKernel found = nullptr;
-    for_float(dtype, [&](auto zero) -> Kernel {
+    return for_float(dtype, [&](auto zero) -> DepthwiseKernel {
         using In = decltype(zero);
-        found = step == DepthwiseStep::Total ? conv::total<In> : conv::weight_grad<In>;
-        return nullptr;
+        return step == DepthwiseStep::Total ? conv::total<In> : conv::weight_grad<In>;
     });
-    return found;
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -291,19 +291,10 @@ void forward(const WinogradJob& job, void* scratch) {
 
 // That of a dtype, or nullptr.
 template <class Tile>
-void (*forward_of(DType dtype))(const WinogradJob&, void*) {
-    switch (dtype) {
-        case DType::Float32:
-            return forward<float, Tile>;
-        case DType::Float64:
-            return forward<double, Tile>;
-        case DType::BFloat16:
-            return forward<BFloat16, Tile>;
-        case DType::Float16:
-            return forward<Float16, Tile>;
-        default:
-            return nullptr;
-    }
+auto forward_of(DType dtype) {
+    return for_float(dtype, [](auto zero) -> decltype(WinogradKernels::forward) {
+        return forward<decltype(zero), Tile>;
+    });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA::conv

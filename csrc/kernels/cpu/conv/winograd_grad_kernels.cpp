@@ -7,19 +7,14 @@ namespace pooling_ext::POOLING_EXT_ISA {
 namespace conv {
 namespace {
 
-// Into the transformed domain: a tile of the output's gradient.
-template <class In, class Tile, class At>
-POOLING_EXT_INLINE void transform_grad(int64_t features, int64_t points,
-                                       Accumulator<In>* __restrict to, const At& at) {
-    using T = Accumulator<In>;
-    constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
-    transform_tile<In, kRows.out, kColumns.out, kRows.points, kColumns.points>(
-        features, points, to, at,
-        [](const auto& from, auto& into)
-            POOLING_EXT_INLINE_LAMBDA { Tile::Columns::grad(from, into, T(0)); },
-        [](const auto& from, auto& into)
-            POOLING_EXT_INLINE_LAMBDA { Tile::Rows::grad(from, into, T(0)); });
-}
+// A tile of the output's gradient, into the transformed domain.
+struct OfGrad {
+    static constexpr int64_t from(const WinogradAxis& axis) { return axis.out; }
+    template <class Axis, class From, class To, class T>
+    static POOLING_EXT_INLINE void along(const From& from, To& to, T zero) {
+        Axis::grad(from, to, zero);
+    }
+};
 
 // Tiles [first, last) of features [from, from + features) of all.
 template <class In, class Tile>
@@ -38,7 +33,7 @@ void transform_grads(const WinogradShape& s, const In* grad, int64_t first, int6
             const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                 return PixelRow<In>(made_anew(corner + c) + a * line, pixel);
             };
-            transform_grad<In, Tile>(features, point, d, inside);
+            transform_tile<In, Tile, OfGrad>(features, point, d, inside);
             continue;
         }
         const auto anywhere = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
@@ -46,7 +41,7 @@ void transform_grads(const WinogradShape& s, const In* grad, int64_t first, int6
                 return (a < rows && b < columns ? corner + a * line + b * pixel : zeros) + c;
             };
         };
-        transform_grad<In, Tile>(features, point, d, anywhere);
+        transform_tile<In, Tile, OfGrad>(features, point, d, anywhere);
     }
 }
 
@@ -163,35 +158,17 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
 }
 
 template <class Tile>
-auto grad_of(DType dtype) -> decltype(WinogradKernels::grad) {
-    switch (dtype) {
-        case DType::Float32:
-            return sum_products<float, Tile>;
-        case DType::Float64:
-            return sum_products<double, Tile>;
-        case DType::BFloat16:
-            return sum_products<BFloat16, Tile>;
-        case DType::Float16:
-            return sum_products<Float16, Tile>;
-        default:
-            return nullptr;
-    }
+auto grad_of(DType dtype) {
+    return for_float(dtype, [](auto zero) -> decltype(WinogradKernels::grad) {
+        return sum_products<decltype(zero), Tile>;
+    });
 }
 
 template <class Tile>
-auto grad_end_of(DType dtype) -> decltype(WinogradKernels::grad_end) {
-    switch (dtype) {
-        case DType::Float32:
-            return finish<float, Tile>;
-        case DType::Float64:
-            return finish<double, Tile>;
-        case DType::BFloat16:
-            return finish<BFloat16, Tile>;
-        case DType::Float16:
-            return finish<Float16, Tile>;
-        default:
-            return nullptr;
-    }
+auto grad_end_of(DType dtype) {
+    return for_float(dtype, [](auto zero) -> decltype(WinogradKernels::grad_end) {
+        return finish<decltype(zero), Tile>;
+    });
 }
 
 }  // namespace

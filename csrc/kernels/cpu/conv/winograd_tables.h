@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/numeric.h"
+#include "cpu/tables.h"
 #include "kernels/cpu/conv/winograd.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {

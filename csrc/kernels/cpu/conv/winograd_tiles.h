@@ -53,15 +53,18 @@ POOLING_EXT_INLINE void each_point(const WinogradTile& tile, const Use& use) {
                         a > row || b > column);
 }
 
-// Transforms vectors of a tile's pixels, along rows by one function and along columns by the other:
-// at(a, c)(b) is where element c of pixel (a, b) is.
-template <class In, int kRows, int kColumns, int kRowPoints, int kColumnPoints, class At,
-          class AlongRow, class AlongColumn>
+// Into the transformed domain, a tile of pixels in the way that `Way` says: at(a, c)(b) is where
+// element c of pixel (a, b) is.
+template <class In, class Tile, class Way, class At>
 POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
-                                       Accumulator<In>* __restrict to, const At& at,
-                                       const AlongRow& along_row, const AlongColumn& along_column) {
+                                       Accumulator<In>* __restrict to, const At& at) {
     using L = Lanes<In>;
+    using T = Accumulator<In>;
     using X = typename L::X;
+    using Rows = typename Tile::Rows;
+    using Columns = typename Tile::Columns;
+    constexpr int kRows = Way::from(Rows::kSizes), kColumns = Way::from(Columns::kSizes);
+    constexpr int kRowPoints = Rows::kSizes.points, kColumnPoints = Columns::kSizes.points;
     const auto one = [&](int64_t c, const auto& get) POOLING_EXT_INLINE_LAMBDA {
         X half[kRows][kColumnPoints];
 #pragma GCC unroll 9
@@ -70,14 +73,14 @@ POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
             X pixels[kColumns];
 #pragma GCC unroll 9
             for (int b = 0; b < kColumns; ++b) pixels[b] = get(row(b));
-            along_row(pixels, half[a]);
+            Way::template along<Columns>(pixels, half[a], T(0));
         }
 #pragma GCC unroll 9
         for (int b = 0; b < kColumnPoints; ++b) {
             X pixels[kRows], column[kRowPoints];
 #pragma GCC unroll 9
             for (int a = 0; a < kRows; ++a) pixels[a] = half[a][b];
-            along_column(pixels, column);
+            Way::template along<Rows>(pixels, column, T(0));
 #pragma GCC unroll 9
             for (int a = 0; a < kRowPoints; ++a)
                 L::keep(to + (a * kColumnPoints + b) * points + c, column[a]);
@@ -91,19 +94,14 @@ POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
             [&](const In* from) POOLING_EXT_INLINE_LAMBDA { return L::get(from, channels - c); });
 }
 
-// Into the transformed domain: a tile of the input.
-template <class In, class Tile, class At>
-POOLING_EXT_INLINE void transform_input(int64_t channels, int64_t points,
-                                        Accumulator<In>* __restrict to, const At& at) {
-    using T = Accumulator<In>;
-    constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
-    transform_tile<In, kRows.in, kColumns.in, kRows.points, kColumns.points>(
-        channels, points, to, at,
-        [](const auto& from, auto& into)
-            POOLING_EXT_INLINE_LAMBDA { Tile::Columns::input(from, into, T(0)); },
-        [](const auto& from, auto& into)
-            POOLING_EXT_INLINE_LAMBDA { Tile::Rows::input(from, into, T(0)); });
-}
+// A tile of the input.
+struct OfInput {
+    static constexpr int64_t from(const WinogradAxis& axis) { return axis.in; }
+    template <class Axis, class From, class To, class T>
+    static POOLING_EXT_INLINE void along(const From& from, To& to, T zero) {
+        Axis::input(from, to, zero);
+    }
+};
 
 // A pointer of which the compiler knows nothing, so that it does not keep others at fixed distances
 // beside it, in memory for want of registers.
@@ -193,7 +191,7 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
                 const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                     return PixelRow<In>(made_anew(corner + c) + a * line, pixel);
                 };
-                transform_input<In, Tile>(count, point, to, inside);
+                transform_tile<In, Tile, OfInput>(count, point, to, inside);
                 return;
             }
             const In* at[kRows][kColumns];
@@ -207,7 +205,7 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
             const auto anywhere = [&](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                 return [&at, a, c](int b) POOLING_EXT_INLINE_LAMBDA { return at[a][b] + c; };
             };
-            transform_input<In, Tile>(count, point, to, anywhere);
+            transform_tile<In, Tile, OfInput>(count, point, to, anywhere);
         });
     }
 }

@@ -201,19 +201,10 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
 }
 
 template <class Tile>
-void (*transform_of(DType dtype))(const WinogradWeightJob&, int64_t, int64_t) {
-    switch (dtype) {
-        case DType::Float32:
-            return transform_weights<float, Tile>;
-        case DType::Float64:
-            return transform_weights<double, Tile>;
-        case DType::BFloat16:
-            return transform_weights<BFloat16, Tile>;
-        case DType::Float16:
-            return transform_weights<Float16, Tile>;
-        default:
-            return nullptr;
-    }
+auto transform_of(DType dtype) {
+    return for_float(dtype, [](auto zero) -> decltype(WinogradKernels::weight) {
+        return transform_weights<decltype(zero), Tile>;
+    });
 }
 
 }  // namespace
