@@ -10,6 +10,7 @@ import torch
 from helpers import with_layout
 from torch import Tensor
 
+from pooling_ext.ops.activations import activation_of
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
@@ -89,13 +90,14 @@ def composition(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     activation: str = "relu",
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """PyTorch's operators in turn."""
     output = torch.nn.functional.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps
     )
     output = output if residual is None else output + residual
-    return torch.nn.functional.relu(output) if activation == "relu" else output
+    return activation_of(activation, negative_slope)(output)
 
 
 def expected(
@@ -104,15 +106,16 @@ def expected(
     training: bool = False,
     eps: float = 1e-5,
     activation: str = "relu",
+    negative_slope: float = 0.01,
     after: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> dict[str, Tensor]:
     """What :func:`results` should give, in float64; ``after`` is what follows the normalisation."""
 
     def function(input, running_mean, running_var, weight=None, bias=None, residual=None):
-        relu = activation == "relu"
+        act = activation_of(activation, negative_slope)
         return after(
             reference.batch_norm_act(
-                input, running_mean, running_var, weight, bias, training, eps, residual, relu
+                input, running_mean, running_var, weight, bias, training, eps, residual, act
             )
         )
 

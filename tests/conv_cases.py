@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pooling_ext import cuda
 from pooling_ext.ops import cuda_conv
+from pooling_ext.ops.activations import IDENTITY, RELU
 from pooling_ext.ops.conv import conv_bias_act, conv_stats
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
@@ -141,7 +142,8 @@ def normalise(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) 
     """The reference's batch norm, in float64."""
     mean, var = norm["stats"]
     weight, bias = norm["bn_weight"].double(), norm["bn_bias"].double()
-    return reference.batch_norm_act(x.double(), mean, var, weight, bias, False, eps, None, relu)
+    activation = RELU if relu else IDENTITY
+    return reference.batch_norm_act(x.double(), mean, var, weight, bias, False, eps, None, activation)
 
 
 def assert_rounded(actual: Tensor, expected: Tensor) -> None:

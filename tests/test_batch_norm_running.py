@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pooling_ext
 from pooling_ext.ops import batch_norm_running, conv_bn_act
+from pooling_ext.ops.activations import IDENTITY, RELU, Activation
 from pooling_ext.ops.conv_bn_act.call import INFERENCE
 from pooling_ext.ops.conv_bn_act.implementations import from_size
 from pooling_ext.testing import reference
@@ -54,7 +55,8 @@ class Called(TorchDispatchMode):
 @LAYOUTS
 @RESIDUAL
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_normalises(shape, residual, layout, dtype):
+@pytest.mark.parametrize("activation", [RELU, Activation("silu"), Activation("leaky_relu", 0.2)], ids=str)
+def test_normalises(activation, shape, residual, layout, dtype):
     t = arguments(shape, dtype, layout, residual)
     vectors = [t[name] for name in ("running_mean", "running_var", "weight", "bias")]
     added = t.get("residual")
@@ -62,12 +64,13 @@ def test_normalises(shape, residual, layout, dtype):
     wide = None if added is None else added.double()
     mean, variance, weight, bias = (vector.double() for vector in vectors)
     expected = reference.batch_norm_act(
-        t["input"].double(), mean, variance, weight, bias, False, 1e-5, wide, True
+        t["input"].double(), mean, variance, weight, bias, False, 1e-5, wide, activation
     )
-    output = batch_norm_running.normalise(t["input"], *vectors, added, 1e-5, True)
+    rest = added, 1e-5, *activation.arguments
+    output = batch_norm_running.normalise(t["input"], *vectors, *rest)
     assert_close(output, expected, scale=2.0)
     overwritten = with_layout(t["input"].clone(), layout)
-    assert batch_norm_running.overwrite(overwritten, *vectors, added, 1e-5, True) is None
+    assert batch_norm_running.overwrite(overwritten, *vectors, *rest) is None
     assert torch.equal(overwritten, output)  # also where vectors overlap
     assert added is None or torch.equal(added, before)
 
@@ -78,10 +81,11 @@ def test_vectors_of_any_kind(dtype):
     x = torch.randn(2, 5, 3, 3)
     mean, variance = torch.randn(10).to(dtype)[::2], torch.rand(5, 2).to(dtype)[:, 1]
     expected = TF.batch_norm(x, mean.float(), variance.float())
-    output = batch_norm_running.normalise(x, mean, variance, None, None, None, 1e-5, False)
+    rest = None, None, None, 1e-5, *IDENTITY.arguments
+    output = batch_norm_running.normalise(x, mean, variance, *rest)
     torch.testing.assert_close(output, expected)
     with pytest.raises(RuntimeError, match="value per channel"):
-        batch_norm_running.normalise(x, mean[:4], variance, None, None, None, 1e-5, False)
+        batch_norm_running.normalise(x, mean[:4], variance, *rest)
 
 
 @DTYPES

@@ -25,6 +25,7 @@ from helpers import (
 from torch import nn
 
 import pooling_ext.functional as F
+from pooling_ext.ops.activations import IDENTITY, RELU, Activation
 from pooling_ext.ops.batch_norm_act import batch_norm_arguments
 from pooling_ext.testing.tolerances import assert_close
 
@@ -161,22 +162,25 @@ def test_running_statistics_are_updated_in_float64(dtype, momentum):
 
 @pytest.mark.native
 @pytest.mark.parametrize("parameters", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("activation", [RELU, Activation("silu")], ids=["relu", "silu"])
 @LAYOUT
-def test_training_in_one_operator_is_that_of_its_parts(layout, parameters):
+def test_training_in_one_operator_is_that_of_its_parts(layout, activation, parameters):
     """The same output and gradients as from statistics, sums and the rest one after the other."""
     ops = torch.ops.pooling_ext
     tensors = arguments((6, 19, 9, 7), torch.float32, layout, residual=True, parameters=parameters)
     x, weight, bias = (tensors[name] for name in ("input", "weight", "bias"))
     grad = torch.randn(6, 19, 9, 7)
     for residual in (None, tensors["residual"]):
-        output, stats = ops.batch_norm_act_training(x, weight, bias, residual, 1e-5, True)
+        act = 1e-5, *activation.arguments
+        output, stats = ops.batch_norm_act_training(x, weight, bias, residual, *act)
         assert_same(stats, ops.batch_norm_stats(x))
-        assert_same(output, ops.batch_norm_act(x, stats, weight, bias, residual, 1e-5, True))
-        kept = None if residual is None else output
-        found = ops.batch_norm_act_training_backward(grad, x, stats, weight, bias, kept, 1e-5, True)
-        masked, sums = ops.batch_norm_act_sums(grad, x, stats, weight, bias, kept, 1e-5, True)
-        passed = (grad, True) if kept is None else (masked, False)
-        through = ops.batch_norm_act_backward(passed[0], x, stats, weight, bias, sums, 378.0, 1e-5, passed[1])
+        assert_same(output, ops.batch_norm_act(x, stats, weight, bias, residual, *act))
+        kept = None if residual is None else output if activation == RELU else residual
+        found = ops.batch_norm_act_training_backward(grad, x, stats, weight, bias, kept, *act)
+        masked, sums = ops.batch_norm_act_sums(grad, x, stats, weight, bias, kept, *act)
+        inner, rest = (grad, activation) if kept is None else (masked, IDENTITY)
+        after = sums, 378.0, 1e-5, *rest.arguments
+        through = ops.batch_norm_act_backward(inner, x, stats, weight, bias, *after)
         assert_same(found[0], through)
         assert_same(found[1], masked)
         slopes = (sums[1] * (stats[1] + 1e-5).rsqrt()).to(parameters)

@@ -29,12 +29,12 @@ def norm(input, weight, bias, residual=None, training=True, mean=None, var=None,
     )
 
 
-def norm_as_torch(input, weight, bias, residual=None, training=True):
+def norm_as_torch(input, weight, bias, residual=None, training=True, activation="relu"):
     mean = var = None
     if not training:
         mean = torch.linspace(-1, 1, input.shape[1], dtype=weight.dtype)
         var = torch.linspace(0.5, 2, input.shape[1], dtype=weight.dtype)
-    return composition(input, mean, var, weight, bias, training, residual=residual)
+    return composition(input, mean, var, weight, bias, training, residual=residual, activation=activation)
 
 
 def stem(input, weight, bias, training=True):
@@ -63,12 +63,13 @@ def _cases():
         label = "training" if training else "eval"
         for residual in (True, False):
             names = ("input", "weight", "bias", *(("residual",) if residual else ()))
-            yield pytest.param(
-                lambda *args, t=training: norm(*args, training=t),
-                lambda *args, t=training: norm_as_torch(*args, training=t),
-                names,
-                id=f"norm-{label}-{'residual' if residual else 'plain'}",
-            )
+            for activation in ("relu", "silu", "gelu"):
+                yield pytest.param(
+                    lambda *args, t=training, a=activation: norm(*args, training=t, activation=a),
+                    lambda *args, t=training, a=activation: norm_as_torch(*args, training=t, activation=a),
+                    names,
+                    id=f"norm-{activation}-{label}-{'residual' if residual else 'plain'}",
+                )
         yield pytest.param(
             lambda *args, t=training: stem(*args, training=t),
             lambda *args, t=training: stem_as_torch(*args, training=t),

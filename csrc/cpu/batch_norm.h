@@ -1,4 +1,4 @@
-// Batch normalisation with residual and ReLU: what its launchers and kernels agree on.
+// Batch normalisation with residual and activation: what its launchers and kernels agree on.
 #pragma once
 
 #include <cmath>
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "common/activation_kind.h"
 #include "cpu/kernels.h"
 
 namespace pooling_ext {
@@ -36,9 +37,22 @@ inline Through through_of(double gradient, double product, double away, double s
     return {-scale * share, scale * (away * share - gradient)};
 }
 
-// How a backward pass knows what ReLU let through: it need not (there is none), from the input, or
-// from the output where a residual went into it.
-enum class Mask { None, Input, Output };
+// What a backward pass multiplies a gradient by. ReLU's factors are 0 and 1, told from its input
+// or, where a residual went into it, from its output; other activations' are derivatives at their
+// input, which is made of the batch norm's input and, with Sum, the residual. The gradient of a
+// residual is written.
+enum class Gate { None, Relu, ReluOutput, Derivative, DerivativeOfSum };
+
+// That of a call whose activation this is, with something kept for a residual or not.
+inline Gate gate_of(Activation activation, bool kept) {
+    if (activation == Activation::None) return Gate::None;
+    if (activation == Activation::Relu) return kept ? Gate::ReluOutput : Gate::Relu;
+    return kept ? Gate::DerivativeOfSum : Gate::Derivative;
+}
+
+constexpr bool writes_gradient(Gate gate) {
+    return gate == Gate::ReluOutput || gate == Gate::DerivativeOfSum;
+}
 
 struct BatchNormJob {
     // An element is at (n, c, i) of batch * channels * inner, or at (n, i, c) in channels-last.
@@ -47,9 +61,9 @@ struct BatchNormJob {
     const void* x = nullptr;
     const void* residual = nullptr;  // may be none
     const void* grad = nullptr;
-    const void* output = nullptr;  // with Mask::Output
-    void* y = nullptr;             // the output, or the gradient of the input
-    void* masked = nullptr;        // with Mask::Output, where `grad` goes, masked
+    const void* kept = nullptr;     // ReLU's output, or the residual, as the gate says
+    void* y = nullptr;              // the output, or the gradient of the input
+    void* residual_grad = nullptr;  // where the gate writes it
     // For each channel: center, scale and shift of its Affine; in Step::Backward also slope and
     // offset of the input's gradient, grad * scale + (x - center) * slope + offset.
     const double* center = nullptr;
@@ -57,8 +71,9 @@ struct BatchNormJob {
     const double* shift = nullptr;
     const double* slope = nullptr;  // none where the statistics are constants
     const double* offset = nullptr;
-    bool relu = false;
-    Mask mask = Mask::None;
+    Activation activation = Activation::None;
+    double negative_slope = 0;  // of LeakyRelu
+    Gate gate = Gate::None;
     bool streams = false;    // what is written goes past the cache
     bool undivided = false;  // all is one unit, in channels-last
     // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with

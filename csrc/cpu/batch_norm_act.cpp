@@ -23,6 +23,18 @@ struct ChannelArguments {
     }
 };
 
+// Prepares a backward pass through the activation, with what was kept of a residual's call. The
+// gradient of the residual, or a tensor of no size.
+Tensor open_gate(BatchNormCall& call, const MaybeTensor& kept) {
+    BatchNormJob& job = call.job;
+    job.gate = gate_of(job.activation, kept.has_value());
+    if (!writes_gradient(job.gate)) return empty({0}, call.input.scalar_type(), false);
+    job.kept = call.like_input(*kept);
+    Tensor residual_grad = call.empty_like_input();
+    job.residual_grad = residual_grad.data_ptr();
+    return residual_grad;
+}
+
 Tensor stats_of(BatchNormCall& call) {
     Tensor stats = call.run_sums(Step::Stats, Step::Merge);
     double* const variance = static_cast<double*>(stats.data_ptr()) + call.job.channels;
@@ -37,44 +49,44 @@ Tensor batch_norm_stats(const Tensor& input) {
 }
 
 Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-                      const MaybeTensor& bias, const MaybeTensor& residual, double eps, bool relu) {
+                      const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+                      int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor output = call.empty_like_input();
     if (residual) call.job.residual = call.like_input(*residual);
     call.job.y = output.data_ptr();
-    call.job.relu = relu;
+    set_activation(call.job, activation, negative_slope);
     call.run(Step::Act);
     return output;
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor& input,
                                                const Tensor& stats, const MaybeTensor& weight,
-                                               const MaybeTensor& bias, const MaybeTensor& output,
-                                               double eps, bool relu) {
+                                               const MaybeTensor& bias, const MaybeTensor& kept,
+                                               double eps, int64_t activation,
+                                               double negative_slope) {
     BatchNormCall call(input);
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
-    Tensor masked = output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
     call.job.grad = call.like_input(grad);
-    call.job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
-    if (output) {
-        call.job.output = call.like_input(*output);
-        call.job.masked = masked.data_ptr();
-    }
+    set_activation(call.job, activation, negative_slope);
+    Tensor residual_grad = open_gate(call, kept);
     Tensor sums = call.run_sums(Step::Sums, Step::Total);
     affines.about_mean(sums);
-    return {masked, sums};
+    return {residual_grad, sums};
 }
 
 Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Tensor& stats,
                                const MaybeTensor& weight, const MaybeTensor& bias,
-                               const MaybeTensor& sums, double count, double eps, bool relu) {
+                               const MaybeTensor& sums, double count, double eps,
+                               int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor result = call.empty_like_input();
     call.job.grad = call.like_input(grad);
     call.job.y = result.data_ptr();
-    call.job.mask = relu ? Mask::Input : Mask::None;
+    set_activation(call.job, activation, negative_slope);
+    open_gate(call, std::nullopt);
     if (sums) affines.add_slopes(call.job, *sums, count);
     call.run(Step::Backward);
     return result;
@@ -85,13 +97,13 @@ Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Te
 std::tuple<Tensor, Tensor> batch_norm_act_training(const Tensor& input, const MaybeTensor& weight,
                                                    const MaybeTensor& bias,
                                                    const MaybeTensor& residual, double eps,
-                                                   bool relu) {
+                                                   int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     BatchNormJob& job = call.job;
     Tensor output = call.empty_like_input();
     if (residual) job.residual = call.like_input(*residual);
     job.y = output.data_ptr();
-    job.relu = relu;
+    set_activation(job, activation, negative_slope);
     if (job.numel() == 0) {
         Tensor stats = call.empty_sums();
         double* const data = static_cast<double*>(stats.data_ptr());
@@ -112,18 +124,15 @@ std::tuple<Tensor, Tensor> batch_norm_act_training(const Tensor& input, const Ma
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
     const Tensor& grad, const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-    const MaybeTensor& bias, const MaybeTensor& output, double eps, bool relu) {
+    const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation,
+    double negative_slope) {
     BatchNormCall call(input);
     BatchNormJob& job = call.job;
     Tensor result = call.empty_like_input();
-    Tensor masked = output ? call.empty_like_input() : empty({0}, input.scalar_type(), false);
     job.grad = call.like_input(grad);
     job.y = result.data_ptr();
-    job.mask = output ? Mask::Output : relu ? Mask::Input : Mask::None;
-    if (output) {
-        job.output = call.like_input(*output);
-        job.masked = masked.data_ptr();
-    }
+    set_activation(job, activation, negative_slope);
+    Tensor residual_grad = open_gate(call, kept);
     Tensor sums = call.empty_sums();
     double* const data = static_cast<double*>(sums.data_ptr());
     if (job.channels_last || job.numel() == 0) {
@@ -131,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
         call.run_sums(Step::Sums, Step::Total, sums);
         affines.about_mean(sums);
         affines.add_slopes(job, sums, call.count());
-        if (output) {
-            job.grad = job.masked;
-            job.mask = Mask::None;
+        if (writes_gradient(job.gate)) {
+            job.grad = job.residual_grad;
+            job.gate = Gate::None;
         }
         affines.normalise(data + job.channels);
         call.run(Step::Backward);
@@ -142,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
         job.sums = data;
         call.run(Step::TrainBackward);
     }
-    return {result, masked, vector_like(weight, data + job.channels, job.channels),
+    return {result, residual_grad, vector_like(weight, data + job.channels, job.channels),
             vector_like(bias, data, job.channels)};
 }
 

@@ -1,5 +1,6 @@
-// The forward pass of batch normalisation with residual and ReLU, compiled once for each
+// The forward pass of batch normalisation with residual and activation, compiled once for each
 // instruction set: statistics, output, and both for one channel after the other.
+#include "cpu/batch_norm_activation.h"
 #include "cpu/batch_norm_rows.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -193,16 +194,23 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
+// What follows the sum of the normalised input and the residual: nothing, ReLU, or another
+// activation.
+enum class After { None, Relu, Other };
+
 // What makes the output, which may lie where x does.
-template <bool kResidual, bool kRelu, class In>
+template <bool kResidual, After kAfter, class In>
 struct Acts {
     static constexpr bool kMany = kResidual;  // whether several tensors are read
+    static constexpr bool kBuffers = kAfter == After::Other;
+    const BatchNormJob& job;
     const In *x, *residual;
     In* y;
     bool streams;
 
     Acts(const BatchNormJob& job, int64_t start)
-        : x(static_cast<const In*>(job.x) + start),
+        : job(job),
+          x(static_cast<const In*>(job.x) + start),
           residual(kResidual ? static_cast<const In*>(job.residual) + start : nullptr),
           y(static_cast<In*>(job.y) + start),
           streams(job.streams) {}
@@ -213,26 +221,64 @@ struct Acts {
     }
 
     template <class Kind, class X = typename Kind::X>
-    POOLING_EXT_INLINE void act(Kind kind, int64_t i, X given, X center, X scale, X shift) const {
+    POOLING_EXT_INLINE X sum(Kind kind, int64_t i, X given, X center, X scale, X shift) const {
         X z = (given - center) * scale + shift;
         if constexpr (kResidual) z += kind.get(residual + i);
-        if constexpr (kRelu) z = rectified(kind, z);
+        return z;
+    }
+
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE void act(Kind kind, int64_t i, X given, X center, X scale, X shift) const {
+        X z = sum(kind, i, given, center, scale, shift);
+        if constexpr (kAfter == After::Relu) z = rectified(kind, z);
+        put(kind, i, z);
+    }
+
+    template <class Kind, class X = typename Kind::X>
+    POOLING_EXT_INLINE void put(Kind kind, int64_t i, X z) const {
         write(kind, y + i, z, streams);
     }
 };
+
+// Calls run(constants) with an Acts of the job's kind.
+template <class In, class Run>
+void with_acts(const BatchNormJob& job, const Run& run) {
+    const auto with_residual = [&](auto residual) {
+        constexpr bool kResidual = decltype(residual)::value;
+        if (job.activation == Activation::None)
+            run(std::type_identity<Acts<kResidual, After::None, In>>{});
+        else if (job.activation == Activation::Relu)
+            run(std::type_identity<Acts<kResidual, After::Relu, In>>{});
+        else
+            run(std::type_identity<Acts<kResidual, After::Other, In>>{});
+    };
+    job.residual != nullptr ? with_residual(std::true_type{}) : with_residual(std::false_type{});
+}
 
 template <class All, class In, class T>
 POOLING_EXT_INLINE void act_channel(const All& all, int64_t n, T center, T scale, T shift) {
     in_pieces<kBurstMany, In>(n, [&](int64_t from, int64_t some) {
         if constexpr (All::kMany) all.prefetch_all(from, some, kAheadMany);
-        each_vector_in_place<In>(
-            some,
-            [&](auto kind, int64_t i)
-                POOLING_EXT_INLINE_LAMBDA { return kind.get(all.x + from + i); },
-            [&](auto kind, int64_t i, auto given) POOLING_EXT_INLINE_LAMBDA {
-                all.act(kind, from + i, given, kind.splat(center), kind.splat(scale),
-                        kind.splat(shift));
+        if constexpr (All::kBuffers) {
+            Values<In, kPieceMany<In> + Vector<In>::kSize> values;
+            each_vector<In>(some, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+                values.add(kind, all.sum(kind, from + i, kind.get(all.x + from + i),
+                                         kind.splat(center), kind.splat(scale), kind.splat(shift)));
             });
+            values.template activate<false>(all.job);
+            each_vector<In>(some, [&](auto kind, int64_t i) POOLING_EXT_INLINE_LAMBDA {
+                all.put(kind, from + i, values.take(kind));
+            });
+        } else {
+            each_vector_in_place<In>(
+                some,
+                [&](auto kind, int64_t i)
+                    POOLING_EXT_INLINE_LAMBDA { return kind.get(all.x + from + i); },
+                [&](auto kind, int64_t i, auto given) POOLING_EXT_INLINE_LAMBDA {
+                    all.act(kind, from + i, given, kind.splat(center), kind.splat(scale),
+                            kind.splat(shift));
+                });
+        }
     });
 }
 
@@ -243,9 +289,21 @@ POOLING_EXT_INLINE void act_rows(const All& all, int64_t rows, int64_t n, const 
         using Some = Columns<decltype(kind), decltype(many)::value>;
         const Some center(centers + i), scale(scales + i), shift(shifts + i);
         all.prefetch_all(i * rows, Some::kElements * rows, ahead_of<In>(rows, n, kAheadMany));
-        down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
-            all.act(kind, at, kind.get(all.x + at), center.x[v], scale.x[v], shift.x[v]);
-        });
+        if constexpr (All::kBuffers) {
+            Values<In, Some::kElements * kRowsTogether + Vector<In>::kSize> values;
+            down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+                values.add(kind, all.sum(kind, at, kind.get(all.x + at), center.x[v], scale.x[v],
+                                         shift.x[v]));
+            });
+            values.template activate<false>(all.job);
+            down_rows<Some>(rows, n, i, [&](int64_t at, int) POOLING_EXT_INLINE_LAMBDA {
+                all.put(kind, at, values.take(kind));
+            });
+        } else {
+            down_rows<Some>(rows, n, i, [&](int64_t at, int v) POOLING_EXT_INLINE_LAMBDA {
+                all.act(kind, at, kind.get(all.x + at), center.x[v], scale.x[v], shift.x[v]);
+            });
+        }
     });
 }
 
@@ -255,8 +313,8 @@ void act_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory
     Scratch scratch(memory);
     const Coefficients<T> center(job, job.center, scratch), scale(job, job.scale, scratch),
         shift(job, job.shift, scratch);
-    with_constants(job.residual != nullptr, job.relu, [&](auto residual, auto relu) {
-        using All = Acts<decltype(residual)::value, decltype(relu)::value, In>;
+    with_acts<In>(job, [&](auto acts) {
+        using All = typename decltype(acts)::type;
         units_backwards(job, begin, end, [&](int64_t from, int64_t to, int64_t channel) {
             if (job.channels_last)
                 row_groups<kRowsTogether>(job, from, to, [&](int64_t at, int64_t rows, int64_t n) {
@@ -276,8 +334,8 @@ template <class In>
 void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
     using T = Accumulator<In>;
     const double count = double(job.batch * job.inner);
-    with_constants(job.residual != nullptr, job.relu, [&](auto residual, auto relu) {
-        using All = Acts<decltype(residual)::value, decltype(relu)::value, In>;
+    with_acts<In>(job, [&](auto acts) {
+        using All = typename decltype(acts)::type;
         ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
             Moments moments[ChannelBlock::kMost];
             T center[ChannelBlock::kMost], scale[ChannelBlock::kMost], shift[ChannelBlock::kMost];

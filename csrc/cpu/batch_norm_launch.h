@@ -9,6 +9,7 @@
 #include "cpu/batch_norm.h"
 #include "cpu/launch.h"
 #include "cpu/numeric.h"
+#include "launchers/activation.h"
 
 namespace pooling_ext {
 
@@ -100,7 +101,7 @@ struct BatchNormCall {
         const int64_t size = input.element_size();
         const int64_t run = job.channels_last ? job.channels : job.inner;
         return job.numel() * size >= kLeast && run * size % kLine == 0 && job.y != job.x &&
-               (uintptr_t(job.y) | uintptr_t(job.masked)) % kLine == 0;
+               (uintptr_t(job.y) | uintptr_t(job.residual_grad)) % kLine == 0;
     }
 
     void run(Step step) {
@@ -189,6 +190,11 @@ struct Affines {
         job.offset = offset.data();
     }
 };
+
+inline void set_activation(BatchNormJob& job, int64_t activation, double negative_slope) {
+    job.activation = activation_of(activation);
+    job.negative_slope = negative_slope;
+}
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 

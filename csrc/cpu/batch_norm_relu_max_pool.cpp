@@ -257,8 +257,8 @@ struct StemCall {
         // One pixel is the same in both formats; pooling goes by the output's.
         norm.job.channels_last = norm.channels_last;
         pool.p = params_of(sizes_of(input), windows, norm.channels_last);
-        norm.job.relu = true;
-        norm.job.mask = Mask::Input;
+        norm.job.activation = Activation::Relu;
+        norm.job.gate = Gate::Relu;
     }
 
     Tensor empty_output(ScalarType dtype) const { return empty(out_, dtype, norm.channels_last); }

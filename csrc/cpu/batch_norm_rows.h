@@ -100,6 +100,9 @@ POOLING_EXT_INLINE void in_pieces(int64_t n, const Run& run) {
 // Bytes ahead, and in a burst: of one tensor, and of several at once.
 constexpr int64_t kAheadOne = 8192, kBurstOne = 2048, kAheadMany = 2048, kBurstMany = 512;
 
+template <class In>
+constexpr int64_t kPieceMany = kBurstMany / int64_t(sizeof(In));
+
 // Calls run with its arguments as constants.
 template <class Run>
 void with_constants(bool a, bool b, const Run& run) {

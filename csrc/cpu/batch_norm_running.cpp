@@ -37,8 +37,8 @@ class RunningAffines {
 };
 
 void act(BatchNormCall& call, const Tensor& mean, const Tensor& variance, const MaybeTensor& weight,
-         const MaybeTensor& bias, const MaybeTensor& residual, double eps, bool relu,
-         const Tensor& output) {
+         const MaybeTensor& bias, const MaybeTensor& residual, double eps, int64_t activation,
+         double negative_slope, const Tensor& output) {
     BatchNormJob& job = call.job;
     const RunningAffines affines(job.channels, mean, variance, weight, bias, eps,
                                  is_double(call.input));
@@ -47,24 +47,26 @@ void act(BatchNormCall& call, const Tensor& mean, const Tensor& variance, const 
     job.shift = affines.shift;
     if (residual) job.residual = call.like_input(*residual);
     job.y = output.data_ptr();
-    job.relu = relu;
+    set_activation(job, activation, negative_slope);
     call.run(Step::Act);
 }
 
 Tensor batch_norm_act_running(const Tensor& input, const Tensor& mean, const Tensor& variance,
                               const MaybeTensor& weight, const MaybeTensor& bias,
-                              const MaybeTensor& residual, double eps, bool relu) {
+                              const MaybeTensor& residual, double eps, int64_t activation,
+                              double negative_slope) {
     BatchNormCall call(input);
     Tensor output = call.empty_like_input();
-    act(call, mean, variance, weight, bias, residual, eps, relu, output);
+    act(call, mean, variance, weight, bias, residual, eps, activation, negative_slope, output);
     return output;
 }
 
 void batch_norm_act_running_in_place(Tensor input, const Tensor& mean, const Tensor& variance,
                                      const MaybeTensor& weight, const MaybeTensor& bias,
-                                     const MaybeTensor& residual, double eps, bool relu) {
+                                     const MaybeTensor& residual, double eps, int64_t activation,
+                                     double negative_slope) {
     BatchNormCall call(input);
-    act(call, mean, variance, weight, bias, residual, eps, relu, call.input);
+    act(call, mean, variance, weight, bias, residual, eps, activation, negative_slope, call.input);
     if (call.input.data_ptr() != input.data_ptr()) torch::stable::copy_(input, call.input);
 }
 

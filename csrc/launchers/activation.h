@@ -1,8 +1,8 @@
 // An activation from the number that an operator takes.
 #pragma once
 
+#include "common/activation_kind.h"
 #include "common/pool_call.h"
-#include "kernels/cpu/conv/activation_kind.h"
 
 namespace pooling_ext {
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/tables.h"
+#include "tests/activations.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {
@@ -51,8 +52,8 @@ struct Case {
         text << names[int(step)] << " " << format.name << " batch=" << job.batch
              << " channels=" << job.channels << " inner=" << job.inner
              << " channels_last=" << job.channels_last << " undivided=" << job.undivided
-             << " relu=" << job.relu << " mask=" << int(job.mask) << " residual=" << residual
-             << " constants=" << constants;
+             << " activation=" << int(job.activation) << " gate=" << int(job.gate)
+             << " residual=" << residual << " constants=" << constants;
         return text.str();
     }
 };
@@ -78,11 +79,12 @@ Case make_case(Random& r) {
         if (job.streams) run = (run + line - 1) / line * line;
     } while (job.numel() > 150000);
     job.undivided = r.chance(5);
-    job.relu = r.chance(2);
+    job.activation = Activation(r.pick(0, r.chance(2) ? 1 : kActivations - 1));
+    job.negative_slope = 0.25;
     c.residual = r.chance(2);
     c.constants = r.chance(3);
     const bool sums = c.step == Step::Sums || c.step == Step::TrainBackward;
-    job.mask = Mask(r.pick(0, sums ? 2 : 1));
+    job.gate = gate_of(job.activation, sums && r.chance(2));
     return c;
 }
 
@@ -141,7 +143,7 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
     const bool forward = c.step == Step::Train;
     const int64_t n = job.numel(), channels = job.channels;
     const double count = double(job.batch * job.inner);
-    const Elements other(c.format, n, r, c.coarse), output(c.format, n, r, c.coarse);
+    const Elements other(c.format, n, r, c.coarse), kept(c.format, n, r, c.coarse);
     const Elements y(c.format, n), masked(c.format, n), steps(c.format, n),
         steps_masked(c.format, n);
     const auto numbers = [&](int64_t size) { return std::unique_ptr<double[]>(new double[size]); };
@@ -156,7 +158,7 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
     job.sums = sums.get(), job.eps = 1e-5, job.y = y.data();
     if (forward && c.residual) job.residual = other.data();
     if (!forward) job.grad = other.data();
-    if (job.mask == Mask::Output) job.output = output.data(), job.masked = masked.data();
+    if (writes_gradient(job.gate)) job.kept = kept.data(), job.residual_grad = masked.data();
     run(c, job, c.step, r);
 
     BatchNormJob step = job;
@@ -181,7 +183,7 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
     if (forward) {
         run(c, step, Step::Act, r);
     } else {
-        if (job.mask == Mask::Output) step.masked = steps_masked.data();
+        if (writes_gradient(job.gate)) step.residual_grad = steps_masked.data();
         const Numbers found = run_sums(c, step, Step::Sums, Step::Total, r);
         for (int64_t k = 0; k < channels; ++k) {
             const double away = moments[k] - center[k];
@@ -193,13 +195,14 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
             slope[k] = through.slope, offset[k] = through.offset;
         }
         step.slope = slope.data(), step.offset = offset.data();
-        if (job.mask == Mask::Output) step.grad = step.masked, step.mask = Mask::None;
+        if (writes_gradient(job.gate)) step.grad = step.residual_grad, step.gate = Gate::None;
         run(c, step, Step::Backward, r);
     }
     for (int64_t i = 0; i < n; ++i) {
         // As bits, since float16 may overflow to an infinity.
         if (y.array.get(i) != steps.array.get(i)) fail("element", i, y[i], {steps[i], 0});
-        if (job.masked) check("masked", i, masked[i], steps_masked[i], 0);
+        if (job.residual_grad && masked.array.get(i) != steps_masked.array.get(i))
+            fail("masked", i, masked[i], {steps_masked[i], 0});
     }
 }
 
@@ -226,10 +229,10 @@ void check_job(const Case& c, Random& r) {
 
     const bool forward = c.step == Step::Act;
     const Elements other(c.format, n, r, c.coarse);  // the residual, or the gradient
-    const Elements output(c.format, n, r, c.coarse), y(c.format, n), masked(c.format, n);
+    const Elements kept(c.format, n, r, c.coarse), y(c.format, n), masked(c.format, n);
     if (forward && c.residual) job.residual = other.data();
     if (!forward) job.grad = other.data();
-    if (job.mask == Mask::Output) job.output = output.data(), job.masked = masked.data();
+    if (writes_gradient(job.gate)) job.kept = kept.data(), job.residual_grad = masked.data();
     // The output may go where the input lies.
     const Elements& result = forward && !job.streams && r.chance(3) ? x : y;
     progress->counted[kInPlace] += &result == &x;
@@ -245,27 +248,37 @@ void check_job(const Case& c, Random& r) {
         const double terms = std::abs(d * scale[k]) + std::abs(shift[k]);
         if (forward) {
             const double sum = z + (c.residual ? other[i] : 0);
-            values[i] = job.relu && sum < 0 ? 0 : sum;
-            slack[i] = roundoff * (terms + std::abs(sum - z));
+            values[i] = activated(job.activation, sum, job.negative_slope);
+            slack[i] = 2 * roundoff * (terms + std::abs(sum - z) + std::abs(values[i]));
             continue;
         }
-        double g = other[i];
-        // Its sign is rounding's: what may pass or not.
-        const bool unsure = job.mask == Mask::Input && std::abs(z) <= roundoff * terms;
-        if (job.mask == Mask::Input && z <= 0) g = 0;
-        if (job.mask == Mask::Output && output[i] <= 0) g = 0;
+        double g = other[i], given = z;
+        if (job.gate == Gate::DerivativeOfSum) given += kept[i];
+        if (job.gate == Gate::ReluOutput) given = kept[i];
+        const double room = job.gate == Gate::ReluOutput ? 0 : roundoff * (terms + std::abs(given));
+        // On which side of a bend it is, is rounding's affair.
+        const bool unsure = room > 0 && bends_near(given, room);
+        const double factor = derivative(job.activation, given, job.negative_slope);
+        g *= factor;
+        // No derivative changes faster than its argument, but where it jumps.
+        const double off = job.gate == Gate::Derivative || job.gate == Gate::DerivativeOfSum
+                               ? std::abs(other[i]) * 2 * (room + roundoff)
+                               : 0;
         if (c.step == Step::Sums) {
             values[i] = g;
+            slack[i] =
+                off + (unsure ? 2 * std::abs(other[i]) : 0) + (off > 0 ? c.format.rounding(g) : 0);
+            doubtful[k] += off * (1 + std::abs(d));
             first[k] += g, second[k] += g * d;
             size[k] += std::abs(g) * (1 + std::abs(d));
-            if (unsure) doubtful[k] += std::abs(other[i]) * (1 + std::abs(d));
+            if (unsure) doubtful[k] += 2 * std::abs(other[i]) * (1 + std::abs(d));
             continue;
         }
         const double through = batch ? d * slope[k] + offset[k] : 0;
         values[i] = g * scale[k] + through;
         slack[i] = roundoff * (std::abs(g * scale[k]) +
                                (batch ? std::abs(d * slope[k]) + std::abs(offset[k]) : 0)) +
-                   (unsure ? std::abs(other[i] * scale[k]) : 0);
+                   (off + (unsure ? 2 * std::abs(other[i]) : 0)) * std::abs(scale[k]);
     }
     if (c.step == Step::Sums) {
         const Numbers found = run_sums(c, job, Step::Sums, Step::Total, r);
@@ -274,7 +287,8 @@ void check_job(const Case& c, Random& r) {
             check("sum", k, found[k], double(first[k]), room);
             check("sum of products", k, found[channels + k], double(second[k]), room);
         }
-        for (int64_t i = 0; job.masked && i < n; ++i) check("masked", i, masked[i], values[i], 0);
+        for (int64_t i = 0; job.residual_grad && i < n; ++i)
+            check("masked", i, masked[i], values[i], slack[i]);
         return;
     }
     run(c, job, c.step, r);

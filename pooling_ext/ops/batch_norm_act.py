@@ -1,4 +1,4 @@
-"""Batch normalisation, an optional residual and ReLU as one operator.
+"""Batch normalization, an optional residual and an activation as one operator.
 
 Ioffe and Szegedy, "Batch Normalization" (2015). The statistics are one ``(2, C)`` float64 tensor: means and
 biased variances.
@@ -20,17 +20,19 @@ from ..errors import ArgumentError
 from ..exporting import is_exporting
 from . import _library
 from ._dispatch import public
+from .activations import IDENTITY, RELU, Activation, activation_of
 from .batch_norm_running import normalise
 from .batch_norm_statistics import (
     batch_count,
     channel_sums,
+    means_of_all,
     statistics,
-    sums_of_all,
     update_running,
 )
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-ACTIVATIONS = ("relu", "identity")
+#: The last arguments of the operators, :attr:`Activation.arguments`.
+_ACTIVATION = "int activation, float negative_slope"
 backends.register("batch_norm_act", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
 
 
@@ -46,20 +48,21 @@ def vector_like(input: Tensor, vector: Tensor | None) -> Tensor:
 
 _forward = _library.define(
     "batch_norm_act(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "bool relu)",
+    f"{_ACTIVATION})",
     "Tensor",
     lambda input, *_: like(input),
     vmap=False,
 )
 
-# The gradient of what ReLU was given (of no size unless there is a residual), and its sums over
-# each channel: of itself, and of its products with `input - mean`.
+# The gradient of what the activation was given (of no size unless something is kept), and its sums over
+# each channel: of itself, and of its products with `input - mean`. `kept` is given where a residual went
+# into the output: for ReLU the output, for the other activations the residual.
 _sums = _library.define(
     "batch_norm_act_sums(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
-    "Tensor? output, float eps, bool relu)",
+    f"Tensor? kept, float eps, {_ACTIVATION})",
     "(Tensor, Tensor)",
-    lambda grad, input, stats, weight, bias, output, eps, relu: (
-        like(input) if output is not None else input.new_empty(0),
+    lambda grad, input, stats, weight, bias, kept, *_: (
+        like(input) if kept is not None else input.new_empty(0),
         channel_sums(input),
     ),
     vmap=False,
@@ -68,7 +71,7 @@ _sums = _library.define(
 # Without `sums` the statistics are constants.
 _input_grad = _library.define(
     "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
-    "Tensor? sums, float count, float eps, bool relu)",
+    f"Tensor? sums, float count, float eps, {_ACTIVATION})",
     "Tensor",
     lambda grad, input, *_: like(input),
     vmap=False,
@@ -77,26 +80,33 @@ _input_grad = _library.define(
 # The output and the input's own statistics: batch_norm_stats and batch_norm_act.
 _training = _library.define(
     "batch_norm_act_training(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "bool relu)",
+    f"{_ACTIVATION})",
     "(Tensor, Tensor)",
     lambda input, *_: (like(input), channel_sums(input)),
     vmap=False,
 )
 
-# The gradients of input, residual, weight and bias: batch_norm_act_sums and batch_norm_act_backward. The
-# output is given where a residual went into it; gradients of what there is not have no size.
+# The gradients of input, residual, weight and bias: batch_norm_act_sums and batch_norm_act_backward.
+# Gradients of what there is not have no size.
 _training_backward = _library.define(
     "batch_norm_act_training_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
-    "Tensor? output, float eps, bool relu)",
+    f"Tensor? kept, float eps, {_ACTIVATION})",
     "(Tensor, Tensor, Tensor, Tensor)",
-    lambda grad, input, stats, weight, bias, output, eps, relu: (
+    lambda grad, input, stats, weight, bias, kept, *_: (
         like(input),
-        like(input) if output is not None else input.new_empty(0),
+        like(input) if kept is not None else input.new_empty(0),
         vector_like(input, weight),
         vector_like(input, bias),
     ),
     vmap=False,
 )
+
+
+def _kept(activation: Activation, residual: Tensor | None, output: Tensor) -> Tensor | None:
+    """What backward needs beside the input, of which it makes what the activation was given."""
+    if residual is None or activation == IDENTITY:
+        return None
+    return output if activation == RELU else residual
 
 
 class _BatchNormAct(Function):
@@ -109,41 +119,38 @@ class _BatchNormAct(Function):
         residual: Tensor | None,
         stats: Tensor,
         eps: float,
-        relu: bool,
+        activation: Activation,
         count: float | None,
         group: Any,
     ) -> Tensor:
-        output = _forward(input, stats, weight, bias, residual, eps, relu)
-        # ReLU's mask needs the output only where a residual went into it.
-        kept = output if relu and residual is not None else None
-        ctx.save_for_backward(input, weight, bias, stats, kept)
-        ctx.options = eps, relu, count, group
+        output = _forward(input, stats, weight, bias, residual, eps, *activation.arguments)
+        ctx.save_for_backward(input, weight, bias, stats, _kept(activation, residual, output))
+        ctx.options = eps, activation, count, group
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, stats, output = ctx.saved_tensors
-        eps, relu, count, group = ctx.options
+        input, weight, bias, stats, kept = ctx.saved_tensors
+        eps, activation, count, group = ctx.options
         (grad,) = grads
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not is_compiling():
-            *wanted, masked = _differentiable_backward(grad, input, weight, bias, stats, output, ctx.options)
-            return *wanted, masked if needs_residual else None, None, None, None, None, None
-        masked = grad
+            *wanted, inner = _differentiable_backward(grad, input, weight, bias, stats, kept, ctx.options)
+            return *wanted, inner if needs_residual else None, None, None, None, None, None
+        inner = grad  # that of what the activation was given, if it is known
         sums: Any = None
-        if output is not None or count is not None or needs_weight or needs_bias:
-            masked, sums = _sums(grad, input, stats, weight, bias, output, eps, relu)
-            if output is None:
-                masked = grad
-            else:
-                relu = False  # it is in `masked` already
+        if kept is not None or count is not None or needs_weight or needs_bias:
+            found, sums = _sums(grad, input, stats, weight, bias, kept, eps, *activation.arguments)
+            if kept is not None:
+                inner, activation = found, IDENTITY
         grad_input = None
         grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
         grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            through = sums_of_all(sums, group) if count is not None else None
-            grad_input = _input_grad(masked, input, stats, weight, bias, through, count or 1.0, eps, relu)
-        grad_residual = masked if needs_residual else None
+            through, share = means_of_all(sums, count, group)
+            rest = share, eps, *activation.arguments
+            grad_input = _input_grad(inner, input, stats, weight, bias, through, *rest)
+        grad_residual = inner if needs_residual else None
         return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None
 
 
@@ -158,58 +165,56 @@ class _BatchNormActTraining(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         eps: float,
-        relu: bool,
+        activation: Activation,
         known: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         momentum: float,
     ) -> Tensor:
-        output, stats = _normalise(input, weight, bias, residual, eps, relu, known)
+        output, stats = _normalize(input, weight, bias, residual, eps, activation, known)
         # Before anything is saved: torch.utils.checkpoint, which runs this twice, may end there.
         update_running(input, stats, running_mean, running_var, momentum)
-        # ReLU's mask needs the output only where a residual went into it.
-        kept = output if relu and residual is not None else None
-        ctx.save_for_backward(input, weight, bias, stats, kept)
-        ctx.options = eps, relu
+        ctx.save_for_backward(input, weight, bias, stats, _kept(activation, residual, output))
+        ctx.options = eps, activation
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, stats, output = ctx.saved_tensors
-        eps, relu = ctx.options
+        input, weight, bias, stats, kept = ctx.saved_tensors
+        eps, activation = ctx.options
         (grad,) = grads
         if torch.is_grad_enabled() and not is_compiling():
-            options = eps, relu, 1.0, None
-            found = _differentiable_backward(grad, input, weight, bias, stats, output, options)
-            grad_input, grad_weight, grad_bias, masked = found
+            options = eps, activation, 1.0, None
+            found = _differentiable_backward(grad, input, weight, bias, stats, kept, options)
+            grad_input, grad_weight, grad_bias, inner = found
         else:
-            found = _training_backward(grad, input, stats, weight, bias, output, eps, relu)
-            grad_input, masked, grad_weight, grad_bias = found
-            if output is None:
-                masked = grad
+            found = _training_backward(grad, input, stats, weight, bias, kept, eps, *activation.arguments)
+            grad_input, inner, grad_weight, grad_bias = found
+            if kept is None:
+                inner = grad  # without an activation, or nobody asks for it
         needs_input, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         return (
             grad_input if needs_input else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            masked if needs_residual else None,
+            inner if needs_residual else None,
             *(None,) * 6,
         )
 
 
-def _normalise(
+def _normalize(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: Activation,
     stats: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the input's statistics, which may be known already."""
     if stats is None:
-        return _training(input, weight, bias, residual, eps, relu)
-    return _forward(input, stats, weight, bias, residual, eps, relu), stats
+        return _training(input, weight, bias, residual, eps, *activation.arguments)
+    return _forward(input, stats, weight, bias, residual, eps, *activation.arguments), stats
 
 
 def weight_grad(sums: Tensor, stats: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -226,21 +231,23 @@ def _differentiable_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
-    output: Tensor | None,
-    options: tuple[float, bool, float | None, Any],
+    kept: Tensor | None,
+    options: tuple[float, Activation, float | None, Any],
 ) -> tuple[Tensor | None, ...]:
     """The gradients out of operators that PyTorch can differentiate again."""
-    eps, relu, count, group = options
+    eps, activation, count, group = options
     if group is not None:
         raise RuntimeError("batch_norm_act(): there is no double backward across processes")
-    if relu:
-        if output is None:
-            output = _forward(input.detach(), stats, weight, bias, None, eps, True)
-        assert output is not None
-        grad = grad * (output > 0)
     wide = parameter_dtype(input)
     mean, var = stats.to(wide).unbind()
     wide_weight = None if weight is None else weight.to(wide)
+    if activation == RELU:
+        if kept is None:
+            kept = _forward(input.detach(), stats, weight, bias, None, eps, *RELU.arguments)
+        assert kept is not None
+        grad = grad * (kept > 0)
+    elif activation != IDENTITY:
+        grad = _activation_backward(grad, input, wide_weight, bias, (mean, var), kept, eps, activation, count)
     masks = [True, weight is not None, bias is not None]
     grad_input, *gradients = torch.ops.aten.native_batch_norm_backward(
         grad, input, wide_weight, mean, var, mean, (var + eps).rsqrt(), count is not None, eps, masks
@@ -250,6 +257,36 @@ def _differentiable_backward(
         for x, gradient in zip((weight, bias), gradients, strict=True)
     )
     return grad_input, for_weight, for_bias, grad
+
+
+def _activation_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: tuple[Tensor, Tensor],
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+    count: float | None,
+) -> Tensor:
+    """The gradient of what a curved activation was given, as a function of all that it depends on."""
+    wide_bias = None if bias is None else bias.to(moments[0].dtype)
+    # With the batch's statistics the input's own part in them counts, too.
+    z = F.batch_norm(
+        input,
+        *((None, None) if count is not None else moments),
+        weight,
+        wide_bias,
+        count is not None,
+        0.0,
+        eps,
+    )
+    z = z.to(input.dtype)
+    if residual is not None:
+        z = z + residual
+    (inner,) = torch.autograd.grad(activation(z), z, grad, create_graph=True)
+    return inner
 
 
 def parameter_dtype(input: Tensor) -> torch.dtype:
@@ -269,12 +306,13 @@ def batch_norm_act(
     residual: Tensor | None = None,
     activation: str = "relu",
     *,
+    negative_slope: float = 0.01,
     process_group: Any = None,
 ) -> Tensor:
     """``activation(batch_norm(input) + residual)`` in one pass after the statistics.
 
-    As :func:`torch.nn.functional.batch_norm`, :func:`torch.add` and :func:`torch.nn.functional.relu` in
-    turn, with statistics and arithmetic in float32 or better, rounded once.
+    As :func:`torch.nn.functional.batch_norm`, :func:`torch.add` and, say, :func:`torch.nn.functional.relu`
+    in turn, with statistics and arithmetic in float32 or better, rounded once.
 
     Args:
         input: ``(N, C, *)`` of any rank from 2; float32, float64, bfloat16 or float16, contiguous or
@@ -287,7 +325,9 @@ def batch_norm_act(
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
         residual: added before the activation; the input's shape and dtype.
-        activation: "relu" or "identity".
+        activation: "relu", "identity", "relu6", "silu", "hardswish", "leaky_relu", "gelu", "gelu_tanh" (the
+            approximation) or "hardsigmoid".
+        negative_slope: that of leaky_relu.
         process_group: a torch.distributed group over which the statistics of training are taken, as
             :class:`torch.nn.SyncBatchNorm` does.
 
@@ -299,10 +339,8 @@ def batch_norm_act(
         ArgumentError: an argument does not go with the input's shape, or is out of range.
     """
     parameters = {"weight": weight, "bias": bias}
-    momentum, eps = check(
-        input, residual, activation, parameters, running_mean, running_var, training, momentum, eps
-    )
-    relu = activation == "relu"
+    act = activation_of(activation, negative_slope)
+    momentum, eps = check(input, residual, parameters, running_mean, running_var, training, momentum, eps)
     backend = backends.choose("batch_norm_act", input)
     if (
         backend is backends.ATEN
@@ -320,23 +358,21 @@ def batch_norm_act(
             momentum,
             eps,
             residual,
-            relu,
+            act,
             process_group,
         )
     if training and process_group is None:
-        return in_training(
-            input, running_mean, running_var, weight, bias, momentum, eps, residual, relu, None
-        )
+        return in_training(input, running_mean, running_var, weight, bias, momentum, eps, residual, act, None)
     if is_compiling():
         input, weight, bias, residual = distinct(input, weight, bias, residual)
     wanted = needs_grad(input, weight, bias, residual)
     if backend is backends.CPU and not training and not wanted:
-        return normalise(input, running_mean, running_var, weight, bias, residual, eps, relu)
+        return normalise(input, running_mean, running_var, weight, bias, residual, eps, *act.arguments)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
     if wanted:
         group = process_group if training else None
-        return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, relu, count, group)
-    return _forward(input, stats, weight, bias, residual, eps, relu)
+        return _BatchNormAct.apply(input, weight, bias, residual, stats, eps, act, count, group)
+    return _forward(input, stats, weight, bias, residual, eps, *act.arguments)
 
 
 def in_training(
@@ -348,7 +384,7 @@ def in_training(
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation,
     stats: Tensor | None,
 ) -> Tensor:
     """:func:`batch_norm_act` in training, without checks; ``stats`` are the input's if they are known."""
@@ -357,8 +393,8 @@ def in_training(
         input, weight, bias, residual = distinct(input, weight, bias, residual)
     if needs_grad(input, weight, bias, residual):
         running = running_mean, running_var, momentum
-        return _BatchNormActTraining.apply(input, weight, bias, residual, eps, relu, stats, *running)
-    output, stats = _normalise(input, weight, bias, residual, eps, relu, stats)
+        return _BatchNormActTraining.apply(input, weight, bias, residual, eps, activation, stats, *running)
+    output, stats = _normalize(input, weight, bias, residual, eps, activation, stats)
     update_running(input, stats, running_mean, running_var, momentum)
     return output
 
@@ -366,7 +402,6 @@ def in_training(
 def check(
     input: Tensor,
     residual: Tensor | None,
-    activation: str,
     parameters: dict[str, Tensor | None],
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -375,8 +410,6 @@ def check(
     eps: Any,
 ) -> tuple[float, float]:
     """Check the arguments of :func:`batch_norm_act`, and return ``momentum`` and ``eps`` as floats."""
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
     if type(momentum) is not float:
         momentum = as_float(momentum, "momentum")
     if type(eps) is not float:
@@ -466,7 +499,7 @@ def _aten_batch_norm_act(
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation,
     group: Any,
 ) -> Tensor:
     if training and group is not None:
@@ -479,7 +512,7 @@ def _aten_batch_norm_act(
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         output = output + residual
-    return F.relu(output) if relu else output
+    return activation(output)
 
 
 def batch_norm_arguments(bn: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from .batch_norm_act import (
     transformed,
     weight_grad,
 )
-from .batch_norm_statistics import channel_sums, statistics, sums_of_all
+from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
 
 backends.register("batch_norm_relu_max_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
@@ -105,9 +105,9 @@ class _BatchNormReluMaxPool(Function):
         grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
         grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            through = sums_of_all(sums, group) if count is not None else None
+            through, count = means_of_all(sums, count, group)
             grad_input = _input_grad(
-                grads[0], places, input, stats, weight, bias, through, count or 1.0, eps, *windows
+                grads[0], places, input, stats, weight, bias, through, count, eps, *windows
             )
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
@@ -165,7 +165,7 @@ def batch_norm_relu_max_pool(
         ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
     """
     parameters = {"weight": weight, "bias": bias}
-    momentum, eps = check(input, None, "relu", parameters, running_mean, running_var, training, momentum, eps)
+    momentum, eps = check(input, None, parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
     if aten or transformed() or input.dim() != 4 or not _usual(windows) or loses_grad(input, weight, bias):

@@ -10,7 +10,7 @@ from . import _library
 
 _ARGUMENTS = (
     "Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "bool relu"
+    "int activation, float negative_slope"
 )
 
 normalise = _library.define(

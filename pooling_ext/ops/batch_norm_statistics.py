@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..errors import ArgumentError
 from . import _library
@@ -55,7 +56,7 @@ def statistics(
     if count == 0:  # which PyTorch takes, and gives gradients of zero
         stats = torch.zeros_like(stats)
     _update(running_mean, running_var, stats, count, momentum)
-    return stats, float(count)
+    return stats, count if is_compiling() else float(count)
 
 
 def _elements(input: Tensor) -> int:
@@ -112,9 +113,27 @@ def _update(
 ) -> None:
     """Moves the running statistics, if there are any, towards those of a batch."""
     if running_mean is not None and running_var is not None and count > 0:
+        if is_compiling():  # the operator takes no symbol for the count
+            running_mean.lerp_(stats[0].to(running_mean.dtype), momentum)
+            elements = stats.new_full((), count)
+            unbiased = stats[1] * (elements / (elements - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+            return
         # Their versions stay, as with PyTorch's batch norm, which saves them for a backward that does not
         # read them: a module may be called twice before it, once by PyTorch's operator and once by ours.
         _move_running(running_mean, running_var, stats, float(count), momentum)
+
+
+def means_of_all(sums: Tensor, count: float | None, group: Any) -> tuple[Tensor | None, float]:
+    """The sums and the count that an input's gradient takes, of which the mean is what counts.
+
+    Args:
+        count: of elements; None where the statistics are constants.
+    """
+    if count is None:
+        return None, 1.0
+    total = sums_of_all(sums, group)
+    return (total / count, 1.0) if is_compiling() else (total, count or 1.0)
 
 
 def sums_of_all(sums: Tensor, group: Any) -> Tensor:

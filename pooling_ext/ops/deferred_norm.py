@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .activations import IDENTITY, RELU, Activation
 from .batch_norm_act import (
     _differentiable_backward,
     _forward,
@@ -30,7 +31,7 @@ from .tuned_conv import Geometry, Way, choose, conv_input_grad, conv_stats
 
 
 class Deferred(NamedTuple):
-    """``relu(batch_norm(output))`` that is yet to be computed.
+    """``relu(batch_norm(output))``, or without ReLU, that is yet to be computed.
 
     Attributes:
         output: a convolution's, ``(N, C, H, W)``.
@@ -46,11 +47,20 @@ class Deferred(NamedTuple):
     eps: float
     relu: bool
 
+    @property
+    def activation(self) -> Activation:
+        return RELU if self.relu else IDENTITY
+
     def computed(self) -> Tensor:
         running = None, None
         return in_training(
-            self.output, *running, self.weight, self.bias, 0.0, self.eps, None, self.relu, self.stats
+            self.output, *running, self.weight, self.bias, 0.0, self.eps, None, self.activation, self.stats
         )
+
+    def normalized(self) -> Tensor:
+        """:meth:`computed` without gradients."""
+        rest = None, self.eps, *self.activation.arguments
+        return _forward(self.output, self.stats, self.weight, self.bias, *rest)
 
     def convolved(self, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """The convolution of :meth:`computed`, whose dtype ``weight`` has, and its statistics."""
@@ -126,13 +136,14 @@ def _backward(
     Args:
         of_norm, of_conv: which are wanted.
     """
-    input, stats, bn_weight, bn_bias, eps, relu = norm
+    input, stats, bn_weight, bn_bias, eps, _ = norm
     grad_input = grad_bn_weight = grad_bn_bias = grad_weight = grad_bias = None
     if any(of_norm):
         masked, sums = conv_input_grad(grad, weight, input, geometry, *norm[1:])
         if of_norm[0]:
             count = float(input.numel() // input.shape[1])
-            grad_input = _input_grad(masked, input, stats, bn_weight, bn_bias, sums, count, eps, False)
+            rest = sums, count, eps, *IDENTITY.arguments
+            grad_input = _input_grad(masked, input, stats, bn_weight, bn_bias, *rest)
         if of_norm[1]:
             assert bn_weight is not None
             grad_bn_weight = weight_grad(sums, stats, eps, bn_weight)
@@ -140,8 +151,8 @@ def _backward(
             assert bn_bias is not None
             grad_bn_bias = bias_grad(sums, bn_bias)
     if any(of_conv):
-        again = _forward(input, stats, bn_weight, bn_bias, None, eps, relu)
-        _, grad_weight, grad_bias = _conv_backward(grad, again, weight, geometry, (False, *of_conv))
+        wanted = (False, *of_conv)
+        _, grad_weight, grad_bias = _conv_backward(grad, norm.normalized(), weight, geometry, wanted)
     return (grad_input, grad_bn_weight, grad_bn_bias), (grad_weight, grad_bias)
 
 
@@ -158,7 +169,7 @@ def _differentiable(
     through, *for_conv = _conv_backward(grad, norm.computed(), weight, geometry, wanted)
     if through is None:
         return (None, None, None), tuple(for_conv)
-    options = norm.eps, norm.relu, 1.0, None
+    options = norm.eps, norm.activation, 1.0, None
     *for_norm, _ = _differentiable_backward(
         through, norm.output, norm.weight, norm.bias, norm.stats, None, options
     )
@@ -185,11 +196,12 @@ def _ways(*_: Any) -> dict[str, Way]:
 @torch.no_grad()
 def _apart(*args: Any) -> None:
     norm, weight, bias, geometry = _arguments(*args)
-    input, stats, bn_weight, bn_bias, eps, relu = norm
-    normalised = _forward(input, stats, bn_weight, bn_bias, None, eps, relu)
-    output, _ = conv_stats(normalised, weight, bias, geometry)
-    grad, *_ = _conv_backward(output, normalised, weight, geometry, (True, True, bias is not None))
-    _training_backward(grad, input, stats, bn_weight, bn_bias, None, eps, relu)
+    input, stats, bn_weight, bn_bias, eps, _ = norm
+    normalized = norm.normalized()
+    output, _ = conv_stats(normalized, weight, bias, geometry)
+    grad, *_ = _conv_backward(output, normalized, weight, geometry, (True, True, bias is not None))
+    rest = None, eps, *norm.activation.arguments
+    _training_backward(grad, input, stats, bn_weight, bn_bias, *rest)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from .conv_activations import ACTIVATIONS as ACTIVATIONS
+from .activations import ACTIVATIONS as ACTIVATIONS
 
 
 def in_channels_last(input: Tensor, weight: Tensor) -> bool:

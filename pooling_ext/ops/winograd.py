@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from .conv_activations import ACTIVATIONS as ACTIVATIONS
+from .activations import ACTIVATIONS as ACTIVATIONS
 
 _POINTS, _PADDED = 36, 16
 

@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..ops.activations import Activation
 from ..windows import Ints, Windows
 
 
@@ -140,9 +141,11 @@ def batch_norm_act(
     training: bool,
     eps: float,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation,
 ) -> Tensor:
-    """``relu((input - mean) / sqrt(var + eps) * weight + bias + residual)``, the batch's moments in training.
+    """``activation((input - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    In training with the batch's moments.
 
     All of it is differentiable, so that autograd gives the gradients' reference.
     """
@@ -162,7 +165,9 @@ def batch_norm_act(
         output = output + each_channel(bias)
     if residual is not None:
         output = output + residual.to(torch.float64)
-    return output.relu() if relu else output
+    if activation.name == "hardsigmoid":  # of which PyTorch's gradient in float64 has float32's sixth
+        return (output + 3).clamp(0, 6) / 6
+    return activation(output)
 
 
 def _wide(input: Tensor, windows: Windows) -> tuple[Tensor, Ints, Ints]:

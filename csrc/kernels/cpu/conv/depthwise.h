@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/activation_kind.h"
 #include "cpu/kernels.h"
-#include "kernels/cpu/conv/activation_kind.h"
 
 namespace pooling_ext {
 

@@ -246,7 +246,7 @@ class Convolution {
             for (int64_t i = 0; i < call.vectors; ++i)
                 statistics_.add(v + i, call.to + i * kApart, call.valid, first);
         if (job_.activation == Activation::None) return;
-        Activations<T>::with(job_.activation, T(job_.slope), [&](const auto& apply) {
+        with_function<T>(job_.activation, T(job_.slope), [&](const auto& apply) {
             for (int64_t i = 0; i < call.vectors; ++i)
                 for (int64_t k = 0; k < call.valid; ++k) {
                     T* const x = call.to + i * kApart + k * L::kSize;

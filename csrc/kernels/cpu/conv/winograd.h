@@ -1,7 +1,7 @@
 // Winograd's convolutions: what their launchers and kernels agree on.
 #pragma once
 
-#include "kernels/cpu/conv/activation_kind.h"
+#include "common/activation_kind.h"
 #include "kernels/cpu/conv/winograd_shape.h"
 
 namespace pooling_ext {
