@@ -14,8 +14,15 @@ from itertools import product
 import torch
 
 from pooling_ext import backends, cuda
-from pooling_ext.testing.launches import CASES, PHASES, LaunchCase
+from pooling_ext.ops.activations import ACTIVATIONS
+from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, PHASES, LaunchCase
 
+# Every activation, with a residual and without.
+EVERY_CASE = CASES + tuple(
+    replace(case, name=f"{case.name}-{name}", kwargs={"activation": name})
+    for case in (ACTIVATION_CASES[0], ACTIVATION_CASES[-1])
+    for name in ACTIVATIONS
+)
 DTYPES = (torch.float32, torch.bfloat16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -51,13 +58,13 @@ def main() -> int:
         if not cuda.on_cpu():
             print("POOLING_EXT_CUDA_ON_CPU names no library.", file=sys.stderr)
             return 2
-        for case in CASES:
+        for case in EVERY_CASE:
             for channels, size in ((48, 16), (37, 13)):
                 shape = (min(case.shape[0], channels), *(min(side, size) for side in case.shape[1:]))
                 run(replace(case, shape=shape), "cpu", "cuda", batch=2)
         run_convolutions("cpu")
     elif torch.cuda.is_available():
-        for case in CASES:
+        for case in EVERY_CASE:
             for backend in ("cuda", "triton"):
                 run(case, "cuda", backend)
         if cuda.why_not() is None:
@@ -66,7 +73,7 @@ def main() -> int:
     else:
         print("There is no GPU that PyTorch can use.", file=sys.stderr)
         return 2
-    print(f"{len(CASES)} operators ran.")
+    print(f"{len(EVERY_CASE)} operators ran.")
     return 0
 
 

@@ -21,11 +21,21 @@ import pooling_ext
 import pooling_ext.functional as F
 from pooling_ext import backends, cli, cuda, triton
 from pooling_ext.testing.cuda_counts import counted, thread_order
-from pooling_ext.testing.launches import BACKWARD, CASES, FORWARD, PHASES, TRAINING, LaunchCase
+from pooling_ext.testing.launches import (
+    ACTIVATION_CASES,
+    BACKWARD,
+    CASES,
+    FORWARD,
+    PHASES,
+    TRAINING,
+    LaunchCase,
+)
 
 ROOT = Path(__file__).parents[1]
 OURS = [
-    case for case in CASES if case.op in {*cuda.OPERATORS, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
+    case
+    for case in CASES + ACTIVATION_CASES
+    if case.op in {*cuda.OPERATORS, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
 ]
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 on_cpu = pytest.mark.skipif(not cuda.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")

@@ -7,10 +7,10 @@ import torch
 from helpers import on_gpus
 from torch import Tensor
 
-from pooling_ext.testing.launches import CASES, FORWARD, PHASES, LaunchCase
+from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, FORWARD, PHASES, LaunchCase
 
 pytestmark = [pytest.mark.gpu, on_gpus()]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
+cases = pytest.mark.parametrize("case", CASES + ACTIVATION_CASES, ids=str)
 
 
 def tensors_of(case: LaunchCase, device: str = "cuda") -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from pooling_ext.testing.launches import CASES, CONVOLUTIONS, PHASES, recorded_on_meta
+from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, CONVOLUTIONS, PHASES, recorded_on_meta
 from pooling_ext.triton.conv_configs import AMD_STAGES
 from pooling_ext.triton.launching import Launch
 
@@ -134,7 +134,7 @@ def launches() -> list[tuple[str, str, Launch]]:
     """Every launch of the cases, each named after the first call that makes it."""
     found: dict[str, tuple[str, str, Launch]] = {}
     with recorded_on_meta() as recorded:
-        for case in CASES:
+        for case in CASES + ACTIVATION_CASES:
             if case.name in SKIPPED:
                 continue
             for dtype in DTYPES:

@@ -7,13 +7,11 @@
 
 #include <cmath>
 
+#include "cuda/activation.cuh"
 #include "cuda/batch_norm.h"
 #include "cuda/channels.cuh"
 
 namespace pooling_ext::cuda {
-
-POOLING_EXT_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
-POOLING_EXT_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
 POOLING_EXT_DEVICE double value_of(const ChannelVector& vector, int64_t channel, double otherwise) {
     if (vector.data == nullptr) return otherwise;
@@ -113,6 +111,28 @@ POOLING_EXT_DEVICE T rectified(T z) {
 template <class T>
 POOLING_EXT_DEVICE T through(T z, T grad) {
     return z <= 0 ? T(0) : grad;
+}
+
+// What a kernel is told of the activation: which of those in activation.cuh it is, or whether it is
+// ReLU. (A structure in the place of the bool has the compiler take more registers.)
+template <bool kCurved>
+using ToldActivation = std::conditional_t<kCurved, ActivationFunction, bool>;
+
+template <bool kCurved>
+ToldActivation<kCurved> told(const ActivationFunction& activation) {
+    if constexpr (kCurved)
+        return activation;
+    else
+        return activation.kind == Activation::Relu;
+}
+
+// Calls use(constant) with `flag` as a constant.
+template <class Use>
+void with_flag(bool flag, const Use& use) {
+    if (flag)
+        use(std::true_type());
+    else
+        use(std::false_type());
 }
 
 }  // namespace pooling_ext::cuda

@@ -1,6 +1,7 @@
 // Batch normalisation on a GPU: what its launchers and kernels agree on.
 #pragma once
 
+#include "common/activation_kind.h"
 #include "common/pool_job.h"
 #include "cuda/channel_tiles.h"
 #include "cuda/kernels.h"
@@ -26,20 +27,31 @@ struct Norm {
     double count = 1;
 };
 
+// What comes after a batch norm.
+struct ActivationFunction {
+    Activation kind = Activation::None;
+    double slope = 0;  // of LeakyRelu, for negative numbers
+
+    // Whether it is neither ReLU nor nothing.
+    bool curved() const { return kind != Activation::None && kind != Activation::Relu; }
+};
+
 struct BatchNormJob {
     explicit BatchNormJob(const ChannelTiles& tiles) : tiles(tiles) {}
 
     ChannelTiles tiles;
     DType dtype = DType::Float32;
     Norm norm;
-    bool relu = false;
+    ActivationFunction activation;
     const void* x = nullptr;
     const void* residual = nullptr;  // may be none
     const void* grad = nullptr;
-    const void* output = nullptr;  // of a residual, where ReLU's mask is needed
-    void* y = nullptr;             // the output, or the gradient of the input
-    void* masked = nullptr;        // with `output`: where `grad` goes, masked
-    double* parts = nullptr;       // two rows of `channels` for each split
+    // Of a call with a residual: ReLU's output or, for another activation, the residual. With it
+    // the gradient of the residual, which is that of what the activation was given, is written.
+    const void* kept = nullptr;
+    void* residual_grad = nullptr;
+    void* y = nullptr;        // the output, or the gradient of the input
+    double* parts = nullptr;  // two rows of `channels` for each split
 };
 
 // Means and sums of squared deviations of each split.

@@ -1,4 +1,4 @@
-// Batch normalisation with residual and ReLU, backward: the two passes of Ioffe and Szegedy.
+// Batch normalisation with residual and activation, backward: the two passes of Ioffe and Szegedy.
 #include "cuda/batch_norm.cuh"
 
 namespace pooling_ext::cuda {
@@ -7,45 +7,59 @@ namespace {
 template <int N>
 constexpr int kUnroll = N == 1 ? 4 : 2;
 
-// With kOutput, ReLU's mask is the output's, and the gradient is written masked.
-template <class In, int N, bool kOutput>
+// kKept: a residual went into the output, and its gradient is written. kCurved: the activation is
+// neither ReLU nor nothing.
+template <class In, int N, bool kKept, bool kCurved>
 __global__ void __launch_bounds__(kThreads)
-    sums_parts(const In* grad, const In* x, const In* output, In* masked, double* parts, Norm norm,
-               bool relu, ChannelTiles tiles) {
+    sums_parts(const In* grad, const In* x, const In* kept, In* residual_grad, double* parts,
+               Norm norm, ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
     __shared__ Lanes<T, N> gradients, products;
     const Position<N> p(tiles);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     T gradient[N] = {}, product[N] = {};
-    constexpr int U = kUnroll<N>;
+    // With all of these a second vector would leave a multiprocessor half as many threads.
+    constexpr int U = kKept && kCurved && N > 1 ? 1 : kUnroll<N>;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
         Vec<In, N> grads[U], values[U];
-        [[maybe_unused]] Vec<In, N> outputs[kOutput ? U : 1];
+        [[maybe_unused]] Vec<In, N> others[kKept ? U : 1];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (!there[u]) continue;
             grads[u] = load<N>(grad + at[u]);
             values[u] = load<N>(x + at[u]);
-            if constexpr (kOutput) outputs[u] = load<N>(output + at[u]);
+            if constexpr (kKept) others[u] = load<N>(kept + at[u]);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (!there[u]) continue;
+            [[maybe_unused]] T factors[N];
+            if constexpr (kCurved) {
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    const T d = widen(values[u].at[i]) - c.center[i];
+                    factors[i] = fused(d, c.scale[i], c.shift[i]);
+                    if constexpr (kKept) factors[i] += widen(others[u].at[i]);
+                }
+                activate<true>(activation.kind, T(activation.slope), factors);
+            }
             Vec<In, N> out;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const T d = widen(values[u].at[i]) - c.center[i];
                 T g = widen(grads[u].at[i]);
-                if constexpr (kOutput) {
-                    g = through(T(widen(outputs[u].at[i])), g);
-                    out.at[i] = narrow<In>(g);
-                } else if (relu) {
+                if constexpr (kCurved) {
+                    g = multiplied(factors[i], g);
+                } else if constexpr (kKept) {
+                    g = through(T(widen(others[u].at[i])), g);
+                } else if (activation) {
                     g = through(fused(d, c.scale[i], c.shift[i]), g);
                 }
+                if constexpr (kKept) out.at[i] = narrow<In>(g);
                 gradient[i] += g;
                 product[i] = fused(g, d, product[i]);
             }
-            if constexpr (kOutput) store<N>(masked + at[u], out);
+            if constexpr (kKept) store<N>(residual_grad + at[u], out);
         }
     });
 #pragma unroll
@@ -87,13 +101,16 @@ __global__ void __launch_bounds__(kThreads)
         });
 }
 
-template <class In, int N>
+template <class In, int N, bool kCurved>
 __global__ void __launch_bounds__(kThreads)
-    spread_gradient(const In* grad, const In* x, In* y, Norm norm, bool relu, ChannelTiles tiles) {
+    spread_gradient(const In* grad, const In* x, In* y, Norm norm,
+                    ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
     const Position<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
-    const bool sums = norm.sums != nullptr, reads_x = relu || sums;
+    const bool sums = norm.sums != nullptr;
+    bool reads_x = true;
+    if constexpr (!kCurved) reads_x = activation || sums;
     constexpr int U = kUnroll<N>;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
         Vec<In, N> grads[U], values[U];
@@ -106,12 +123,23 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (!there[u]) continue;
+            [[maybe_unused]] T factors[N];
+            if constexpr (kCurved) {
+#pragma unroll
+                for (int i = 0; i < N; ++i)
+                    factors[i] =
+                        fused(widen(values[u].at[i]) - c.center[i], c.scale[i], c.shift[i]);
+                activate<true>(activation.kind, T(activation.slope), factors);
+            }
             Vec<In, N> out;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const T d = reads_x ? widen(values[u].at[i]) - c.center[i] : T(0);
                 T g = widen(grads[u].at[i]);
-                if (relu) g = through(fused(d, c.scale[i], c.shift[i]), g);
+                if constexpr (kCurved)
+                    g = multiplied(factors[i], g);
+                else if (activation)
+                    g = through(fused(d, c.scale[i], c.shift[i]), g);
                 g *= c.scale[i];
                 if (sums) g += fused(d, c.slope[i], c.offset[i]);
                 out.at[i] = narrow<In>(g);
@@ -126,16 +154,15 @@ __global__ void __launch_bounds__(kThreads)
 void batch_norm_sums(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
-        const auto run = [&](auto output) {
-            launch<sums_parts<In, vector, output>>(
-                grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.grad),
-                static_cast<const In*>(job.x), static_cast<const In*>(job.output),
-                static_cast<In*>(job.masked), job.parts, job.norm, job.relu, job.tiles);
-        };
-        if (job.output != nullptr)
-            run(std::true_type());
-        else
-            run(std::false_type());
+        with_flag(job.kept != nullptr, [&](auto kept) {
+            with_flag(job.activation.curved(), [&](auto curved) {
+                launch<sums_parts<In, vector, kept, curved>>(
+                    grid_of(job.tiles), static_cast<Stream>(stream),
+                    static_cast<const In*>(job.grad), static_cast<const In*>(job.x),
+                    static_cast<const In*>(job.kept), static_cast<In*>(job.residual_grad),
+                    job.parts, job.norm, told<curved>(job.activation), job.tiles);
+            });
+        });
     });
 }
 
@@ -156,9 +183,12 @@ void batch_norm_total(const Norm& norm, DType dtype, const double* parts, int64_
 void batch_norm_backward(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
-        launch<spread_gradient<In, vector>>(
-            grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.grad),
-            static_cast<const In*>(job.x), static_cast<In*>(job.y), job.norm, job.relu, job.tiles);
+        with_flag(job.activation.curved(), [&](auto curved) {
+            launch<spread_gradient<In, vector, curved>>(
+                grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.grad),
+                static_cast<const In*>(job.x), static_cast<In*>(job.y), job.norm,
+                told<curved>(job.activation), job.tiles);
+        });
     });
 }
 

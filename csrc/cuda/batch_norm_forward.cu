@@ -1,4 +1,4 @@
-// Batch normalisation with residual and ReLU, forward.
+// Batch normalisation with residual and activation, forward.
 //
 // The statistics are shifted sums: each thread takes the mean of the first elements that it reads
 // in a column as center, so that a float32 sum of squares loses no more than the number of the
@@ -102,9 +102,10 @@ __global__ void __launch_bounds__(kThreads)
         });
 }
 
-template <class In, int N, bool kResidual>
+template <class In, int N, bool kResidual, bool kCurved>
 __global__ void __launch_bounds__(kThreads)
-    normalise(const In* x, const In* residual, In* y, Norm norm, bool relu, ChannelTiles tiles) {
+    normalise(const In* x, const In* residual, In* y, Norm norm, ToldActivation<kCurved> activation,
+              ChannelTiles tiles) {
     using T = Accumulator<In>;
     const Position<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
@@ -121,13 +122,17 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (!there[u]) continue;
-            Vec<In, N> out;
+            T z[N];
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                T z = fused(widen(values[u].at[i]) - c.center[i], c.scale[i], c.shift[i]);
-                if constexpr (kResidual) z += widen(added[u].at[i]);
-                out.at[i] = narrow<In>(relu ? rectified(z) : z);
+                z[i] = fused(widen(values[u].at[i]) - c.center[i], c.scale[i], c.shift[i]);
+                if constexpr (kResidual) z[i] += widen(added[u].at[i]);
+                if constexpr (!kCurved) z[i] = activation ? rectified(z[i]) : z[i];
             }
+            if constexpr (kCurved) activate<false>(activation.kind, T(activation.slope), z);
+            Vec<In, N> out;
+#pragma unroll
+            for (int i = 0; i < N; ++i) out.at[i] = narrow<In>(z[i]);
             store<N>(y + at[u], out);
         }
     });
@@ -170,16 +175,14 @@ void batch_norm_merge(const BatchNormJob& job, double* stats, StreamHandle strea
 void batch_norm_act(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
-        const auto run = [&](auto residual) {
-            launch<normalise<In, vector, residual>>(
-                grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.x),
-                static_cast<const In*>(job.residual), static_cast<In*>(job.y), job.norm, job.relu,
-                job.tiles);
-        };
-        if (job.residual != nullptr)
-            run(std::true_type());
-        else
-            run(std::false_type());
+        with_flag(job.residual != nullptr, [&](auto residual) {
+            with_flag(job.activation.curved(), [&](auto curved) {
+                launch<normalise<In, vector, residual, curved>>(
+                    grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.x),
+                    static_cast<const In*>(job.residual), static_cast<In*>(job.y), job.norm,
+                    told<curved>(job.activation), job.tiles);
+            });
+        });
     });
 }
 

@@ -115,7 +115,7 @@ _NORM: dict[str, Minimum] = {
     TRAINING: lambda y, places: 3,
     BACKWARD: lambda y, places: 5,
 }
-# The sums read the output too, for ReLU's mask, and write the masked gradient, which is the residual's.
+# The sums read ReLU's output too, or the residual, and write the residual's gradient.
 _NORM_ADD: dict[str, Minimum] = {
     FORWARD: lambda y, places: 3,
     TRAINING: lambda y, places: 4,
@@ -167,6 +167,25 @@ CASES: tuple[LaunchCase, ...] = (
     *(
         LaunchCase(f"bn-add-relu-{c}-{n}", "batch_norm_act", (c, n, n), _NORM_ADD, residual=True)
         for c, n in _NORM_ADD_SHAPES
+    ),
+)
+
+#: Batch norms with other activations than ReLU, for which kernels are compiled anew.
+ACTIVATION_CASES: tuple[LaunchCase, ...] = (
+    *(
+        LaunchCase(f"bn-{name}-256-14", "batch_norm_act", (256, 14, 14), _NORM, kwargs={"activation": name})
+        for name in ("silu", "gelu")
+    ),
+    *(
+        LaunchCase(
+            f"bn-add-{name}-512-28",
+            "batch_norm_act",
+            (512, 28, 28),
+            _NORM_ADD,
+            residual=True,
+            kwargs={"activation": name},
+        )
+        for name in ("hardswish", "leaky_relu")
     ),
 )
 

@@ -1,13 +1,9 @@
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false
-"""Batch normalisation with residual and ReLU in Triton.
+"""Batch normalisation with residual and activation in Triton.
 
-The statistics are shifted sums: a program takes the mean of its first tile as center, so that a float32 sum
-of squares loses no more than the number of its tiles in rounding errors, however large the mean is (where
-the center is far from the other elements, the deviation is as large). The programs' means and squared
-deviations are merged in float64 by Chan, Golub and LeVeque's formula ("Algorithms for computing the
-sample variance", 1983), in a fixed order. The backward pass has the two passes of Ioffe and Szegedy.
+The backward pass has the two passes of Ioffe and Szegedy.
 """
 
 from __future__ import annotations
@@ -17,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_parts, through, vector
+from ..ops.activations import ACTIVATIONS
+from .activations import activated, gradient
+from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_parts, vector
+from .batch_norm_statistics import batch_norm_stats, stats_parts
 from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
 from .launching import launch
 
@@ -31,55 +30,7 @@ __all__ = [
     "batch_norm_update_running",
 ]
 
-
-@triton.jit
-def _stats_kernel(
-    input,
-    parts,
-    counts,
-    rows,
-    channels,
-    inner,
-    tiles,
-    blocks,
-    splits,
-    LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    acc: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    channels, inner, split, channel, exists, row, column, within = program(
-        channels, inner, blocks, LAST, VECTOR, UNROLL, ROWS, COLUMNS
-    )
-
-    at, mask, n = tile(split, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
-    first = tl.sum(tl.load(input + at, mask=mask, other=0.0).to(acc), 0, keep_dims=True)
-    center = (add_lanes(first, LAST) / n).to(acc)
-    count = tl.cast(0, tl.int64)
-    deviations = tl.full((1, ROWS, COLUMNS), 0.0, acc)
-    squares = tl.full((1, ROWS, COLUMNS), 0.0, acc)
-    for i in range(split, tiles, splits):
-        at, mask, n = tile(i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS)
-        x = tl.load(input + at, mask=mask, other=0.0).to(acc)
-        d = tl.where(mask, x - center, 0.0)
-        deviations += tl.sum(d, 0, keep_dims=True)
-        squares += tl.sum(d * d, 0, keep_dims=True)
-        count += n
-
-    away = add_lanes(deviations, LAST)
-    mean = away / count
-    store_parts(
-        parts,
-        split,
-        center.to(tl.float64) + mean,
-        add_lanes(squares, LAST) - away * mean,
-        channels,
-        channel,
-        exists,
-    )
-    tl.store(counts + split, count.to(tl.float64), mask=tl.program_id(0) % blocks == 0)
+_IDENTITY = ACTIVATIONS.index("identity")
 
 
 @triton.jit
@@ -97,7 +48,8 @@ def _act_kernel(
     blocks,
     splits,
     eps: tl.float64,
-    RELU: tl.constexpr,
+    negative_slope: tl.float64,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -120,8 +72,7 @@ def _act_kernel(
         z = tl.fma(x - center, scale, shift)
         if residual is not None:
             z += added
-        if RELU:
-            z = tl.where(z < 0.0, 0.0, z)
+        z = activated(z, negative_slope, ACTIVATION)
         tl.store(output + at, z.to(output.dtype.element_ty), mask=mask)
 
 
@@ -129,8 +80,8 @@ def _act_kernel(
 def _sums_kernel(
     grad,
     input,
-    output,
-    masked,
+    kept,
+    residual_grad,
     parts,
     stats,
     weight,
@@ -142,7 +93,8 @@ def _sums_kernel(
     blocks,
     splits,
     eps: tl.float64,
-    RELU: tl.constexpr,
+    negative_slope: tl.float64,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -162,12 +114,15 @@ def _sums_kernel(
         )
         g = tl.load(grad + at, mask=mask, other=0.0).to(acc)
         x = tl.load(input + at, mask=mask, other=0.0).to(acc)
-        if output is not None:
-            g = through(tl.load(output + at, mask=mask, other=0.0).to(acc), g)
-            tl.store(masked + at, g.to(masked.dtype.element_ty), mask=mask)
+        if kept is not None:
+            other = tl.load(kept + at, mask=mask, other=0.0).to(acc)
         d = tl.where(mask, x - center, 0.0)
-        if RELU and output is None:
-            g = through(tl.fma(d, scale, shift), g)
+        z = tl.fma(d, scale, shift)
+        if kept is not None:
+            z = other if ACTIVATION == "relu" else z + other
+        g = gradient(z, g, negative_slope, ACTIVATION)
+        if kept is not None:
+            tl.store(residual_grad + at, g.to(residual_grad.dtype.element_ty), mask=mask)
         gradients += tl.sum(g, 0, keep_dims=True)
         products += tl.sum(g * d, 0, keep_dims=True)
     store_parts(
@@ -192,7 +147,8 @@ def _backward_kernel(
     splits,
     share: tl.float64,
     eps: tl.float64,
-    RELU: tl.constexpr,
+    negative_slope: tl.float64,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -211,32 +167,14 @@ def _backward_kernel(
             tiles - 1 - i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         g = tl.load(grad + at, mask=mask).to(acc)
-        if RELU or sums is not None:
+        if ACTIVATION != "identity" or sums is not None:
             d = tl.load(input + at, mask=mask).to(acc) - center
-        if RELU:
-            g = through(tl.fma(d, scale, shift), g)
+        if ACTIVATION != "identity":
+            g = gradient(tl.fma(d, scale, shift), g, negative_slope, ACTIVATION)
         y = g * scale
         if sums is not None:
             y += tl.fma(d, slope, offset)
         tl.store(grad_input + at, y.to(grad_input.dtype.element_ty), mask=mask)
-
-
-def stats_parts(view: Channels) -> Parts:
-    """Each program's means and squared deviations."""
-    walk = view.all()
-    parts = Parts(view.input, walk.splits(SUMS))
-    launch(
-        _stats_kernel,
-        (walk.blocks * parts.splits,),
-        view.input,
-        parts.sums,
-        parts.counts,
-        *walk.shape,
-        parts.splits,
-        num_warps=WARPS,
-        **walk.constants,
-    )
-    return parts
 
 
 def act(
@@ -246,7 +184,8 @@ def act(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> Tensor:
     output = view.empty()
     walk = view.all()
@@ -263,7 +202,8 @@ def act(
         *walk.shape,
         splits,
         eps,
-        RELU=relu,
+        negative_slope,
+        ACTIVATION=ACTIVATIONS[activation],
         num_warps=WARPS,
         **walk.constants,
     )
@@ -276,21 +216,22 @@ def sums_parts(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    output: Tensor | None,
+    kept: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> tuple[Tensor | None, Parts]:
-    """The masked gradient where a residual went into the output, and each program's sums."""
+    """The gradient of the residual where one went into the output, and each program's sums."""
     walk = view.all()
     parts = Parts(view.input, walk.splits(SUMS))
-    masked = None if output is None else view.empty()
+    residual_grad = None if kept is None else view.empty()
     launch(
         _sums_kernel,
         (walk.blocks * parts.splits,),
         view.like(grad),
         view.input,
-        None if output is None else view.like(output),
-        masked,
+        None if kept is None else view.like(kept),
+        residual_grad,
         parts.sums,
         stats,
         vector(weight),
@@ -298,11 +239,12 @@ def sums_parts(
         *walk.shape,
         parts.splits,
         eps,
-        RELU=relu,
+        negative_slope,
+        ACTIVATION=ACTIVATIONS[activation],
         num_warps=WARPS,
         **walk.constants,
     )
-    return masked, parts
+    return residual_grad, parts
 
 
 def spread_gradient(
@@ -314,7 +256,8 @@ def spread_gradient(
     sums: Tensor | None,
     count: float,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> Tensor:
     grad_input = view.empty()
     walk = view.all()
@@ -333,17 +276,12 @@ def spread_gradient(
         splits,
         1.0 / max(count, 1.0),
         eps,
-        RELU=relu,
+        negative_slope,
+        ACTIVATION=ACTIVATIONS[activation],
         num_warps=WARPS,
         **walk.constants,
     )
     return grad_input
-
-
-def batch_norm_stats(input: Tensor) -> Tensor:
-    if input.numel() == 0:
-        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
-    return stats_parts(Channels(input)).merge()
 
 
 def batch_norm_act(
@@ -353,9 +291,10 @@ def batch_norm_act(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> Tensor:
-    return act(Channels(input), stats, weight, bias, residual, eps, relu)
+    return act(Channels(input), stats, weight, bias, residual, eps, activation, negative_slope)
 
 
 def batch_norm_act_sums(
@@ -364,13 +303,14 @@ def batch_norm_act_sums(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    output: Tensor | None,
+    kept: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     view = Channels(input)
-    masked, parts = sums_parts(view, grad, stats, weight, bias, output, eps, relu)
-    return input.new_empty(0) if masked is None else masked, parts.total(stats, eps)
+    residual_grad, parts = sums_parts(view, grad, stats, weight, bias, kept, eps, activation, negative_slope)
+    return input.new_empty(0) if residual_grad is None else residual_grad, parts.total(stats, eps)
 
 
 def batch_norm_act_backward(
@@ -382,19 +322,27 @@ def batch_norm_act_backward(
     sums: Tensor | None,
     count: float,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> Tensor:
-    return spread_gradient(Channels(input), grad, stats, weight, bias, sums, count, eps, relu)
+    rest = count, eps, activation, negative_slope
+    return spread_gradient(Channels(input), grad, stats, weight, bias, sums, *rest)
 
 
 def batch_norm_act_training(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     view = Channels(input)
     if input.numel() == 0:
         return view.empty(), input.new_zeros((2, view.channels), dtype=torch.float64)
     stats = stats_parts(view).merge()
-    return act(view, stats, weight, bias, residual, eps, relu), stats
+    return act(view, stats, weight, bias, residual, eps, activation, negative_slope), stats
 
 
 def batch_norm_act_training_backward(
@@ -403,24 +351,25 @@ def batch_norm_act_training_backward(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    output: Tensor | None,
+    kept: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     view = Channels(input)
     grad_weight, grad_bias = (
         None if x is None else input.new_empty(x.shape, dtype=x.dtype) for x in (weight, bias)
     )
-    masked, parts = sums_parts(view, grad, stats, weight, bias, output, eps, relu)
+    residual_grad, parts = sums_parts(view, grad, stats, weight, bias, kept, eps, activation, negative_slope)
     sums = parts.total(stats, eps, grad_weight, grad_bias)
-    if masked is not None:
-        grad, relu = masked, False
-    count = view.batch * view.inner
-    grad_input = spread_gradient(view, grad, stats, weight, bias, sums, count, eps, relu)
+    if residual_grad is not None:
+        grad, activation = residual_grad, _IDENTITY
+    rest = view.batch * view.inner, eps, activation, negative_slope
+    grad_input = spread_gradient(view, grad, stats, weight, bias, sums, *rest)
     none = input.new_empty(0, dtype=torch.float64)
     return (
         grad_input,
-        input.new_empty(0) if masked is None else masked,
+        input.new_empty(0) if residual_grad is None else residual_grad,
         none if grad_weight is None else grad_weight,
         none if grad_bias is None else grad_bias,
     )

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _library
+from ..ops.activations import RELU
 from .batch_norm import Parts, affine, slopes, through, vector
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .geometry import (
@@ -389,7 +390,7 @@ def _pool(
 ) -> tuple[Tensor, Tensor | None]:
     stem = _Stem(input, windows)
     if not stem.small:
-        normal = batch_norm_act(input, stats, weight, bias, None, eps, True)
+        normal = batch_norm_act(input, stats, weight, bias, None, eps, *RELU.arguments)
         if with_places:
             return max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
         return max_pool(normal, *windows), None
@@ -458,7 +459,8 @@ def batch_norm_relu_max_pool_backward(
     stem = _Stem(input, windows)
     if not stem.small:
         spread = max_pool_backward(grad, places, list(input.shape), *windows)
-        return batch_norm_act_backward(spread, input, stats, weight, bias, sums, count, eps, True)
+        rest = count, eps, *RELU.arguments
+        return batch_norm_act_backward(spread, input, stats, weight, bias, sums, *rest)
     grad_input = torch.empty_like(stem.input)
     if input.numel():
         cells = (triton.cdiv(n, step) for n, step in zip(stem.g.size[1:], stem.g.stride[1:], strict=True))

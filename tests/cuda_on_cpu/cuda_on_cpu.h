@@ -73,6 +73,8 @@ inline unsigned lane() {
 
 }  // namespace cuda_on_cpu
 
+inline float __fdividef(float x, float y) { return x / y; }
+
 inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::exchange(mask, 0, 0); }
 
