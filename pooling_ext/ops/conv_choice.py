@@ -46,8 +46,9 @@ _TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
 
 SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
 _amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-#: Whether the processor multiplies bfloat16 matrices by instructions of their own.
-HAS_AMX = bool(_amx is not None and _amx())
+_most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+#: Whether oneDNN multiplies bfloat16 matrices by instructions of their own.
+HAS_AMX = bool(_amx is not None and _amx()) and (_most in ("", "ALL", "DEFAULT") or "AMX" in _most)
 
 
 #: The attribute of a class of ours that names the one of torch.nn whose place it takes.
@@ -196,8 +197,8 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
             conv.winograd_bytes >> 20,
             conv.tiles,
         )
-    if is_compiling():
-        return None
+    if is_compiling() and not _has_known_sizes(conv):
+        return _because("the stride is 2 and the sizes are symbols") if strided else None
     return _why_slower(WINOGRAD, conv, phase) or (_why_not_measured(conv, phase) if strided else None)
 
 
@@ -243,14 +244,30 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "its kernel does not fit the input"
     if phase == FORWARD and conv.dtype == torch.float16:
         return "PyTorch's is faster in float16"
-    if is_compiling():  # where sizes may be symbols
+    if is_compiling() and not _has_known_sizes(conv):
         return "PyTorch's is mostly faster" if phase == FORWARD else None
     return _why_slower(DEPTHWISE, conv, phase)
 
 
+def _has_known_sizes(conv: Conv) -> bool:
+    """Whether the sizes are numbers, and not the symbols of a compiler's trace that is for any size."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second to import
+
+    return all(has_static_value(size) for size in (conv.batch, *conv.size))
+
+
+# A compiler asks this while it traces, and keeps the answer; it knows no named tuples.
+def _speedup(kernels: str, conv: tuple[Any, ...], phase: str) -> tuple[float, bool] | None:
+    return conv_speeds.speedup(kernels, Conv(*conv), PHASES.index(phase))
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: two seconds.
+setattr(_speedup, "_dynamo_marked_constant", True)  # noqa: B010
+
+
 def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
     """What measurements say against our kernels."""
-    found = conv_speeds.speedup(kernels, conv, PHASES.index(phase))
+    found = _speedup(kernels, tuple(conv), phase)
     if found is None:
         return None
     ratio, same = found
@@ -262,7 +279,7 @@ def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
 
 def _why_not_measured(conv: Conv, phase: str) -> str | None:
     """Strided convolutions gain too little to be left to rules."""
-    if conv_speeds.speedup(WINOGRAD, conv, PHASES.index(phase)) is not None:
+    if _speedup(WINOGRAD, tuple(conv), phase) is not None:
         return None
     return "its stride is 2, and nothing like it was measured on such a processor (pooling-ext tune)"
 
