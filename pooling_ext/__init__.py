@@ -1,6 +1,7 @@
 """Faster CNNs for PyTorch: pooling and fused batch norm, patched into models or used directly; and freeze."""
 
 from . import _renamed, functional, nn
+from .accelerating import AccelerateReport, accelerate
 from .backends import explain, use_backend
 from .errors import ArgumentError, NativeUnavailableWarning
 from .freezing import Frozen, freeze
@@ -15,11 +16,13 @@ PatchReport = FusionReport  # its name before freeze had a report of the same cl
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
     "ArgumentError",
     "Frozen",
     "FusionReport",
     "NativeUnavailableWarning",
     "PatchReport",
+    "accelerate",
     "explain",
     "freeze",
     "functional",

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import _native, backends, conv_tuning, cuda, triton
+from .accelerating import bench
 
 Rows = list[tuple[str, str]]
 
@@ -103,20 +104,33 @@ def _print_table(title: str, rows: Rows) -> None:
     Console().print(table)
 
 
-def _bench(arguments: Sequence[str]) -> int:
+def _suites() -> tuple[str, ...]:
+    """Names of the benchmark suites, which only a checkout of the repository has."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "__main__.py").is_file():
-        print(
-            "pooling-ext bench: the benchmarks are not part of the installed package. Run it from a checkout "
-            "of the repository, installed with `pip install -e .`",
-            file=sys.stderr,
-        )
-        return 2
+        return ()
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    from benchmarks.__main__ import main as benchmarks_main
+    from benchmarks.registry import SUITES
 
-    return benchmarks_main(arguments)
+    return tuple(SUITES)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    suites = _suites()
+    if arguments and arguments[0] in suites:
+        from benchmarks.__main__ import main as benchmarks_main
+
+        return benchmarks_main(arguments)
+    parser = argparse.ArgumentParser(
+        prog="pooling-ext bench",
+        description="Measure a model as it is and accelerated, in training and inference.",
+        epilog=f"A suite in MODEL's place is python -m benchmarks SUITE: {', '.join(suites)}."
+        if suites
+        else None,
+    )
+    bench.add_arguments(parser)
+    return bench.run(arguments, parser.parse_args(arguments), cpu_model())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "bench",
         add_help=False,
-        help="measure against PyTorch (in a checkout); the same as python -m benchmarks",
+        help="measure a model of torchvision or timm, or (in a checkout) a suite of python -m benchmarks",
     )
     tune = commands.add_parser("tune", help="measure which convolutions of this CPU are to be ours")
     conv_tuning.add_arguments(tune)

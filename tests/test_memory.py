@@ -1,4 +1,4 @@
-"""reuse_cpu_memory, and what a training step holds: in processes of their own, as neither can be undone."""
+"""reuse_cpu_memory, and what a training step holds: in processes of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pooling_ext
 
 FAULTS = """
 import resource, torch, pooling_ext
+from pooling_ext import memory
 
 def faults(tensors=5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -21,23 +22,34 @@ def faults(tensors=5):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
+memory.stop_reusing_cpu_memory()  # nothing to undo
+assert not memory.is_cpu_memory_reused()
 before = faults()
 result = pooling_ext.reuse_cpu_memory()
 assert result and result.enabled and result.reason
 assert pooling_ext.reuse_cpu_memory()
 # Aligned allocations leave holes a little too small at first; they grow together within a dozen.
 faults(tensors=40)
-print(before, faults())
+after = faults()
+assert memory.is_cpu_memory_reused()
+memory.stop_reusing_cpu_memory()
+assert not memory.is_cpu_memory_reused()
+stopped = faults()
+assert pooling_ext.reuse_cpu_memory()
+faults(tensors=40)
+print(before, after, stopped, faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
 def test_large_tensors_reuse_memory():
-    """Page faults of five 64 MiB tensors, before and after."""
+    """Page faults of five 64 MiB tensors, before, after, when it is undone, and when it is redone."""
     result = run_python(FAULTS)
     assert result.returncode == 0, result.stderr
-    before, after = map(int, result.stdout.split()[-2:])
+    before, after, stopped, again = map(int, result.stdout.split()[-4:])
     assert after * 20 < before, f"{before} page faults before, {after} after"
+    assert stopped * 2 > before, f"{before} page faults before, {stopped} once undone"
+    assert again * 20 < before, f"{before} page faults before, {again} once redone"
 
 
 @pytest.mark.parametrize("library", ["musl", ""])
