@@ -20,7 +20,8 @@ from torch.compiler import is_compiling
 
 from . import _native, cuda, triton
 from .errors import ArgumentError
-from .exporting import is_exporting
+from .exporting import is_exporting, is_recording, leaves_us, tracing_state
+from .windows import Windows
 
 
 class Call(NamedTuple):
@@ -174,10 +175,12 @@ def choose(op: str, input: torch.Tensor) -> Backend:
         if usual
         else (op, input.device, input.dtype, input.layout, type(input))
     )
-    if not is_compiling() and _recorded is None:
+    if not is_compiling() and _recorded is None and tracing_state() is None:
         backend = _decisions.get(key)
         if backend is not None:
             return backend
+    if leaves_us():
+        return ATEN
     if is_exporting() and _forced is None and input.requires_grad and torch.is_grad_enabled():
         # Of an autograd Function the program would have the forward alone, and lose gradients silently.
         return ATEN
@@ -189,6 +192,14 @@ def choose(op: str, input: torch.Tensor) -> Backend:
     else:
         _decisions[key] = backend
     return backend
+
+
+def choose_pool(op: str, input: torch.Tensor, windows: Windows) -> Backend:
+    """:func:`choose` for a pooling operator over ``windows``."""
+    backend = choose(op, input)
+    # AOTInductor cannot hand our operators the empty list that tells adaptive windows. Those of one element,
+    # in which most models end, PyTorch's operators do for every size; the others they do not.
+    return ATEN if is_recording() and windows.is_global else backend
 
 
 def recording() -> bool:

@@ -1,8 +1,9 @@
-"""Whether a program is being exported."""
+"""Whether a program is made of what is called: by torch.export, torch.jit.trace or torch.onnx.export."""
 
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 _TOLD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
@@ -16,4 +17,18 @@ else:
         return False
 
 
-__all__ = ["is_exporting"]
+#: None unless torch.jit traces; the fastest way to ask, and one that torch.compile knows.
+tracing_state = torch._C._get_tracing_state
+
+
+def leaves_us() -> bool:
+    """Whether the program is to run without this library, so that PyTorch's operators stand in for ours."""
+    return tracing_state() is not None or (is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def is_recording() -> bool:
+    """Whether operators are recorded as Python runs, by torch.jit.trace or torch.export, unless strict."""
+    return tracing_state() is not None or (is_compiling() and not is_dynamo_compiling())
+
+
+__all__ = ["is_exporting", "is_recording", "leaves_us", "tracing_state"]

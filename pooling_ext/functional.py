@@ -3,6 +3,7 @@
 import pooling_ext.functional as F
 """
 
+from . import scripting as _scripting
 from .ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from .ops.avg_pool import (
     adaptive_avg_pool1d,
@@ -53,3 +54,7 @@ __all__ = [
     "max_pool2d",
     "max_pool3d",
 ]
+
+for _name in __all__:
+    if (_counterpart := _scripting.counterpart(_name)) is not None:
+        _scripting.compiles_as(globals()[_name], _counterpart)

@@ -13,9 +13,11 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from . import functional as F
 from .errors import ArgumentError
-from .ops.batch_norm_act import ACTIVATIONS, batch_norm_arguments
+from .ops.activations import activation_of
+from .ops.batch_norm_act import batch_norm_arguments
 from .ops.conv_bn_act.call import Call, has_plain_weights
 from .ops.conv_bn_act.implementations import run
+from .scripting import activated, compiled_from, renamed
 
 __all__ = [
     "AdaptiveAvgPool1d",
@@ -43,19 +45,24 @@ __all__ = [
 ]
 
 
-class _MaxPool:
-    """The forward of the max pooling modules, of any rank."""
+class _Windowed:
+    """What modules with windows of fixed size have in common."""
 
-    kernel_size: Any
-    stride: Any
-    padding: Any
-    dilation: Any
-    ceil_mode: bool
-    return_indices: bool
-    _pool: Any
+    def __prepare_scriptable__(self) -> Any:
+        for name, usual in (("padding", 0), ("safe", False)):
+            value = getattr(self, name, usual)
+            if isinstance(value, str) or (isinstance(self, _LPPool) and value != usual):
+                raise ArgumentError(
+                    f"{name}={value!r} is not PyTorch's, so torch.jit.script cannot compile it"
+                )
+        return self
 
-    def forward(self, input: Tensor) -> Any:
-        return type(self)._pool(
+
+class MaxPool1d(_Windowed, nn.MaxPool1d):
+    """:class:`torch.nn.MaxPool1d` on our kernels; see :func:`pooling_ext.functional.max_pool1d`."""
+
+    def forward(self, input: Tensor):
+        return F.max_pool1d(
             input,
             self.kernel_size,
             self.stride,
@@ -66,25 +73,37 @@ class _MaxPool:
         )
 
 
-class MaxPool1d(_MaxPool, nn.MaxPool1d):
-    """:class:`torch.nn.MaxPool1d` on our kernels; see :func:`pooling_ext.functional.max_pool1d`."""
-
-    _pool = staticmethod(F.max_pool1d)
-
-
-class MaxPool2d(_MaxPool, nn.MaxPool2d):
+class MaxPool2d(_Windowed, nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` on our kernels; see :func:`pooling_ext.functional.max_pool2d`."""
 
-    _pool = staticmethod(F.max_pool2d)
+    def forward(self, input: Tensor):
+        return F.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
 
 
-class MaxPool3d(_MaxPool, nn.MaxPool3d):
+class MaxPool3d(_Windowed, nn.MaxPool3d):
     """:class:`torch.nn.MaxPool3d` on our kernels; see :func:`pooling_ext.functional.max_pool3d`."""
 
-    _pool = staticmethod(F.max_pool3d)
+    def forward(self, input: Tensor):
+        return F.max_pool3d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
 
 
-class AvgPool1d(nn.AvgPool1d):
+class AvgPool1d(_Windowed, nn.AvgPool1d):
     """:class:`torch.nn.AvgPool1d` on our kernels; see :func:`pooling_ext.functional.avg_pool1d`."""
 
     def __init__(
@@ -108,52 +127,28 @@ class AvgPool1d(nn.AvgPool1d):
         )
 
 
-class _AvgPool:
-    """The forward of the 2-d and 3-d average pooling modules."""
-
-    kernel_size: Any
-    stride: Any
-    padding: Any
-    ceil_mode: bool
-    count_include_pad: bool
-    divisor_override: int | None
-    _pool: Any
-
-    def forward(self, input: Tensor) -> Tensor:
-        return type(self)._pool(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.ceil_mode,
-            self.count_include_pad,
-            self.divisor_override,
-        )
-
-
-class AvgPool2d(_AvgPool, nn.AvgPool2d):
+class AvgPool2d(_Windowed, nn.AvgPool2d):
     """:class:`torch.nn.AvgPool2d` on our kernels; see :func:`pooling_ext.functional.avg_pool2d`."""
 
-    _pool = staticmethod(F.avg_pool2d)
+    def forward(self, input: Tensor) -> Tensor:
+        window = (self.kernel_size, self.stride, self.padding)
+        return F.avg_pool2d(input, *window, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
-class AvgPool3d(_AvgPool, nn.AvgPool3d):
+class AvgPool3d(_Windowed, nn.AvgPool3d):
     """:class:`torch.nn.AvgPool3d` on our kernels; see :func:`pooling_ext.functional.avg_pool3d`."""
 
-    _pool = staticmethod(F.avg_pool3d)
+    def forward(self, input: Tensor) -> Tensor:
+        window = (self.kernel_size, self.stride, self.padding)
+        return F.avg_pool3d(input, *window, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
-class _LPPool:
-    """The constructor and forward of the Lp pooling modules, of any rank."""
+class _LPPool(_Windowed):
+    """The constructor of the Lp pooling modules, of any rank."""
 
-    norm_type: float
-    kernel_size: Any
-    stride: Any
-    ceil_mode: bool
     # Class attributes too, so that a torch.nn module can become one of these in place.
-    padding: Any = 0
-    safe: bool = False
-    _pool: Any
+    padding = 0
+    safe = False
 
     def __init__(
         self,
@@ -169,87 +164,74 @@ class _LPPool:
         self.padding = padding
         self.safe = safe
 
-    def forward(self, input: Tensor) -> Tensor:
-        return type(self)._pool(
-            input,
-            self.norm_type,
-            self.kernel_size,
-            self.stride,
-            self.ceil_mode,
-            padding=self.padding,
-            safe=self.safe,
-        )
-
 
 class LPPool1d(_LPPool, nn.LPPool1d):
     """:class:`torch.nn.LPPool1d` on our kernels; see :func:`pooling_ext.functional.lp_pool1d`."""
 
-    _pool = staticmethod(F.lp_pool1d)
+    @compiled_from(nn.LPPool1d.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        window = (self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool1d(input, *window, padding=self.padding, safe=self.safe)
 
 
 class LPPool2d(_LPPool, nn.LPPool2d):
     """:class:`torch.nn.LPPool2d` on our kernels; see :func:`pooling_ext.functional.lp_pool2d`."""
 
-    _pool = staticmethod(F.lp_pool2d)
+    @compiled_from(nn.LPPool2d.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        window = (self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool2d(input, *window, padding=self.padding, safe=self.safe)
 
 
 class LPPool3d(_LPPool, nn.LPPool3d):
     """:class:`torch.nn.LPPool3d` on our kernels; see :func:`pooling_ext.functional.lp_pool3d`."""
 
-    _pool = staticmethod(F.lp_pool3d)
-
-
-class _AdaptiveAvgPool:
-    output_size: Any
-    _pool: Any
-
+    @compiled_from(nn.LPPool3d.forward)
     def forward(self, input: Tensor) -> Tensor:
-        return type(self)._pool(input, self.output_size)
+        window = (self.norm_type, self.kernel_size, self.stride, self.ceil_mode)
+        return F.lp_pool3d(input, *window, padding=self.padding, safe=self.safe)
 
 
-class AdaptiveAvgPool1d(_AdaptiveAvgPool, nn.AdaptiveAvgPool1d):
+class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
     """:class:`torch.nn.AdaptiveAvgPool1d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_avg_pool1d)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool1d(input, self.output_size)
 
 
-class AdaptiveAvgPool2d(_AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """:class:`torch.nn.AdaptiveAvgPool2d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_avg_pool2d)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(input, self.output_size)
 
 
-class AdaptiveAvgPool3d(_AdaptiveAvgPool, nn.AdaptiveAvgPool3d):
+class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
     """:class:`torch.nn.AdaptiveAvgPool3d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_avg_pool3d)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.adaptive_avg_pool3d(input, self.output_size)
 
 
-class _AdaptiveMaxPool:
-    output_size: Any
-    return_indices: bool
-    _pool: Any
-
-    def forward(self, input: Tensor) -> Any:
-        return type(self)._pool(input, self.output_size, self.return_indices)
-
-
-class AdaptiveMaxPool1d(_AdaptiveMaxPool, nn.AdaptiveMaxPool1d):
+class AdaptiveMaxPool1d(nn.AdaptiveMaxPool1d):
     """:class:`torch.nn.AdaptiveMaxPool1d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_max_pool1d)
+    def forward(self, input: Tensor):
+        return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
-class AdaptiveMaxPool2d(_AdaptiveMaxPool, nn.AdaptiveMaxPool2d):
+class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
     """:class:`torch.nn.AdaptiveMaxPool2d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_max_pool2d)
+    def forward(self, input: Tensor):
+        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-class AdaptiveMaxPool3d(_AdaptiveMaxPool, nn.AdaptiveMaxPool3d):
+class AdaptiveMaxPool3d(nn.AdaptiveMaxPool3d):
     """:class:`torch.nn.AdaptiveMaxPool3d` on our kernels."""
 
-    _pool = staticmethod(F.adaptive_max_pool3d)
+    def forward(self, input: Tensor):
+        return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
 
 
 class _GlobalPool(nn.Module):
@@ -290,10 +272,19 @@ class GlobalLPPool2d(_GlobalPool):
         return f"norm_type={self.norm_type}, {super().extra_repr()}"
 
 
-def _check_activation(activation: str) -> str:
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-    return activation
+class _Activated:
+    """What modules that end in an activation have in common."""
+
+    activation = "relu"
+    negative_slope = 0.01  # also of modules pickled before there was one
+
+    def _set_activation(self, activation: str, negative_slope: float) -> None:
+        activation_of(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def _described(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"activation={self.activation!r}{slope}"
 
 
 class Conv2d(nn.Conv2d):
@@ -305,6 +296,7 @@ class Conv2d(nn.Conv2d):
 
     _pooling_ext_stands_for = nn.Conv2d
 
+    @compiled_from(nn.Conv2d.forward)
     def forward(self, input: Tensor) -> Tensor:
         # A trace by torch.jit gets PyTorch's operator, and no weight that was transformed for this call.
         if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
@@ -320,6 +312,7 @@ class Conv3d(nn.Conv3d):
 
     _pooling_ext_stands_for = nn.Conv3d
 
+    @compiled_from(nn.Conv3d.forward)
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
             geometry = self.stride, self.padding, self.dilation, self.groups
@@ -331,7 +324,15 @@ class Conv3d(nn.Conv3d):
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
+def _scripted_batch_norm_act(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    return activated(self._batch_norm(input), residual, self.activation, self.negative_slope)
+
+
+def _scripted_conv_bn_act(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    return activated(self.bn(self.conv(input)), residual, self.activation, self.negative_slope)
+
+
+class BatchNormAct2d(_Activated, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`, an optional residual and an activation in one pass.
 
     ``forward(input, residual=None)`` is ``activation(batch_norm(input) + residual)``; see
@@ -339,7 +340,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     BatchNorm2d's.
 
     Args:
-        activation: "relu" or "identity". The others are BatchNorm2d's.
+        activation: a name, as :func:`pooling_ext.functional.batch_norm_act` takes it.
+        negative_slope: that of leaky_relu. The others are BatchNorm2d's.
 
     Raises:
         ArgumentError: there is no such activation.
@@ -356,21 +358,24 @@ class BatchNormAct2d(nn.BatchNorm2d):
         dtype: Any = None,
         *,
         activation: str = "relu",
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = _check_activation(activation)
+        self._set_activation(activation, negative_slope)
 
+    _batch_norm = renamed(nn.BatchNorm2d.forward, "_batch_norm")  # for torch.jit.script
+
+    @compiled_from(_scripted_batch_norm_act)
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        return F.batch_norm_act(
-            input, **batch_norm_arguments(self), residual=residual, activation=self.activation
-        )
+        act = {"activation": self.activation, "negative_slope": self.negative_slope}
+        return F.batch_norm_act(input, **batch_norm_arguments(self), residual=residual, **act)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"
+        return f"{super().extra_repr()}, {self._described()}"
 
 
-class ConvBNAct2d(nn.Module):
+class ConvBNAct2d(_Activated, nn.Module):
     """:class:`torch.nn.Conv2d` (``conv``), :class:`torch.nn.BatchNorm2d` (``bn``) and an activation.
 
     ``forward(input, residual=None)`` is ``activation(bn(conv(input)) + residual)``; see
@@ -379,7 +384,8 @@ class ConvBNAct2d(nn.Module):
     Args:
         bias: whether the convolution has a bias, which the batch norm makes superfluous.
         eps: BatchNorm2d's, as are momentum, affine and track_running_stats.
-        activation: "relu" or "identity". The others are Conv2d's.
+        activation: a name, as :func:`pooling_ext.functional.batch_norm_act` takes it.
+        negative_slope: that of leaky_relu. The others are Conv2d's.
 
     Raises:
         ArgumentError: there is no such activation.
@@ -404,6 +410,7 @@ class ConvBNAct2d(nn.Module):
         affine: bool = True,
         track_running_stats: bool = True,
         activation: str = "relu",
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -420,13 +427,15 @@ class ConvBNAct2d(nn.Module):
             dtype,
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = _check_activation(activation)
+        self._set_activation(activation, negative_slope)
 
+    @compiled_from(_scripted_conv_bn_act)
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return F.conv_bn_act(self.conv, self.bn, input, residual, self.activation)
+        slope = self.negative_slope
+        return F.conv_bn_act(self.conv, self.bn, input, residual, self.activation, negative_slope=slope)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        return self._described()
 
 
 #: The torch.nn pooling module that each of ours replaces.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch.compiler import is_compiling
 
 from .arguments import as_bool, as_int
@@ -39,6 +40,11 @@ class Windows(NamedTuple):
         return not self.kernel_size
 
     @property
+    def is_global(self) -> bool:
+        """Whether this is one window over the whole input."""
+        return self.adaptive and all(_is_known(count == 1) for count in self.output_size)
+
+    @property
     def full(self) -> Windows:
         """These windows with nothing left out."""
         rank = len(self.output_size)
@@ -65,7 +71,9 @@ class Windows(NamedTuple):
         _, kernel_size, strides, padding, dilations = self.full
         before, after = padding[::2], padding[1::2]
         half = tuple((d * (k - 1) + 1) // 2 for k, d in zip(kernel_size, dilations, strict=True))
-        if before != after or any(pad > most for pad, most in zip(before, half, strict=True)):
+        if not all(map(_is_known, (a == b for a, b in zip(before, after, strict=True)))):
+            return None
+        if not all(map(_is_known, (pad <= most for pad, most in zip(before, half, strict=True)))):
             return None
         floor = tuple(
             _output_size(size, kernel, stride, pad, pad, dilation, False)
@@ -73,11 +81,14 @@ class Windows(NamedTuple):
                 sizes, kernel_size, strides, before, dilations, strict=True
             )
         )
-        return floor != self.output_size
+        # Of a size that is a symbol, the two are known to be the same where they were computed alike.
+        return not all(map(_is_known, (a == b for a, b in zip(floor, self.output_size, strict=True))))
 
     def has_empty(self, sizes: Ints) -> bool:
         """Whether a window has no element of the input in it (dilation can step over a small one)."""
         output_size, kernel_size, strides, padding, dilations = self.full
+        if is_compiling():  # sizes may be symbols
+            return any(dilation > 1 and pad for dilation, pad in zip(dilations, padding[::2], strict=True))
         return any(
             (first := max(0, -((o * stride - pad) // dilation))) >= kernel
             or o * stride - pad + dilation * first >= size
@@ -96,7 +107,7 @@ class Windows(NamedTuple):
             before = padding[2 * axis]
             end = (output_size[axis] - 1) * strides[axis] - before
             end += dilations[axis] * (kernel_size[axis] - 1) + 1
-            pads += [before, max(end - sizes[axis], 0)]
+            pads += [before, positive_part(end - sizes[axis])]
         return pads
 
     def counts(self, sizes: Ints, count_include_pad: bool) -> list[list[int]]:
@@ -110,6 +121,20 @@ class Windows(NamedTuple):
             ends = [min(start + kernel_size[axis], high) for start in starts]
             counts.append([end - max(start, low) for start, end in zip(starts, ends, strict=True)])
         return counts
+
+
+def _is_known(fact: Any) -> bool:
+    """Whether something is true; of symbols, whether it is for all that they may be."""
+    if not is_compiling():
+        return bool(fact)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports SymPy
+
+    return statically_known_true(fact)
+
+
+def positive_part(number: Any) -> Any:
+    """A number or 0, whichever is larger; it may be a symbol."""
+    return torch.sym_max(number, 0) if is_compiling() else max(number, 0)
 
 
 #: What is remembered by its value. Anything else (a list, NumPy's numbers, a tensor, which may change) is
@@ -202,7 +227,7 @@ def _padding(value: Any, rank: int, sizes: Ints, kernel_size: Ints, stride: Ints
             raise ArgumentError(f"padding must be an int, a tuple, 'same' or 'valid', but got {value!r}")
         pairs = []
         for size, step, extra in zip(sizes, stride, reach, strict=True):
-            total = max((-(-size // step) - 1) * step + extra + 1 - size, 0)
+            total = positive_part((size - 1) // step * step + extra + 1 - size)
             pairs += [total // 2, total - total // 2]
         return tuple(pairs)
     if isinstance(value, Sequence) and len(value) == 2 * rank:
@@ -244,10 +269,13 @@ def _spatial_sizes(rank: int, shape: Ints, may_be_zero: int = 0) -> Ints:
 
 def _output_size(size, kernel, stride, before, after, dilation, ceil_mode):
     span = size + before + after - dilation * (kernel - 1) - 1
-    count = (-(-span // stride) if ceil_mode else span // stride) + 1
-    if ceil_mode and (count - 1) * stride >= size + before:
-        count -= 1
-    return count
+    # Upwards without negative numbers, which ONNX divides the other way.
+    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if not ceil_mode:
+        return count
+    # A last window must not start in the trailing padding.
+    most = (size + before - 1) // stride + 1
+    return torch.sym_min(count, most) if is_compiling() else min(count, most)
 
 
 def adaptive_kernel(size: int, out: int) -> int:
@@ -288,6 +316,8 @@ def fixed_windows(rank: int, shape: Ints, kernel_size, stride, padding, dilation
             f"Output size is too small: input of size {list(shape)} with kernel_size={kernel}, "
             f"stride={step}, padding={padding!r} and dilation={spread} gives output size {list(output)}"
         )
+    if is_compiling():  # symbols tell nothing, and AOTInductor takes no empty lists
+        return Windows(output, kernel, step, pads, spread)
     return Windows(
         output,
         kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,6 +89,10 @@ def freeze(
         raise ArgumentError(f"dtype must be one of {_DTYPES} or None, but got {dtype}")
     if isinstance(model, Frozen):
         raise ArgumentError("model is frozen already")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            "model is a ScriptModule, compiled by torch.jit: freeze the module it was made from"
+        )
     source = getattr(model, "_orig_mod", model)  # torch.compile's wrapper is not traceable
     off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
     with random_state_kept(), torch.no_grad(), off[0], off[1]:
@@ -147,6 +152,27 @@ class Frozen(nn.Module):
         self.body, self.name, self.dtype, self.report = body, name, dtype, report
         self.format = FORMAT
         self.eval()
+        self._take_parameters()
+
+    def _take_parameters(self) -> None:
+        """Give this one's forward the model's parameters, by which torch.export tells its arguments."""
+        body = self.body
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return body(*args, **kwargs)
+
+        region = body.region if type(body) is Part else body
+        own = region.signature.parameters if isinstance(region, Region) else inspect.signature(body.forward)
+        forward.__signature__ = own  # type: ignore[attr-defined]
+        self.__dict__["forward"] = forward
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ArgumentError(
+            "torch.jit.script cannot compile a frozen model; torch.jit.trace(model, example) makes a script"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "forward"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         found = state.get("format", 0)
@@ -156,6 +182,7 @@ class Frozen(nn.Module):
                 f"one reads {FORMAT}); freeze the model again"
             )
         super().__setstate__(state)
+        self._take_parameters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
@@ -226,6 +253,7 @@ class _Job:
         body: nn.Module = self.twin() if region is None else region
         if region is None:
             self.report.replaced.clear()  # parts of a region that came to nothing
+            self.report.folded.clear()
             self.spent = 0
             args, kwargs = self._copied()
             body = self._parts(body, args, kwargs, "")
@@ -243,6 +271,7 @@ class _Job:
                 if isinstance(part, Region):
                     part.bind()
         conv_allotment.describe(body, self.report)
+        self.report.count_norms(self.source)
         return Frozen(body, self.name, self.dtype or self.own, self.report)
 
     def difference(self, frozen: Frozen) -> str | None:
@@ -294,7 +323,9 @@ class _Job:
             if inexact is not None:
                 self.report.warnings.append(f"{path}: {_LEFT_OUT} {inexact}")
         self.spent = before + conv_allotment.spent(region)  # that of parts inside it is counted already
-        self.report.replaced += report.replaced
+        self.report.folded |= report.folded
+        for entry in report.replaced:
+            self.report.replace(entry.path, entry.what, entry.why)
         for entry in report.skipped:
             self.report.skip(entry.path, entry.what, entry.why)
         return region

@@ -14,6 +14,8 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
+from ..exporting import tracing_state
+from . import plain
 from .cuda_graphs import Graphs
 from .layers import Call, PackedConv, PackedLinear, Prepacked
 from .signature import Signature
@@ -102,13 +104,17 @@ class Region(nn.Module):
 
     def bind(self) -> None:
         """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
+        self._run = self._bound(lambda layer: layer.function if isinstance(layer, Prepacked) else layer)
+        self._graphs = Graphs(self._run, self._cast) if self.device.type == "cuda" else None
+
+    def _bound(self, call_of: Callable[[Any], Any]) -> Callable[..., Any]:
+        """The graph's code as a function of the arguments, with ``call_of(layer)`` where it calls a layer."""
         names: dict[str, Any] = dict(self.graph.named_children())
         names |= dict(self.graph.named_buffers(recurse=False))
         for name, layer in names.items():
-            if isinstance(layer, Prepacked) or (isinstance(layer, Call) and not (layer.args or layer.kwargs)):
-                names[name] = layer.function
-        self._run = partial(type(self.graph).forward, SimpleNamespace(**names))
-        self._graphs = Graphs(self._run, self._cast) if self.device.type == "cuda" else None
+            plain_call = isinstance(layer, Call) and not (layer.args or layer.kwargs)
+            names[name] = layer.function if plain_call else call_of(layer)
+        return partial(type(self.graph).forward, SimpleNamespace(**names))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_run", "_graphs")}
@@ -121,11 +127,14 @@ class Region(nn.Module):
         tensors = self.signature.flatten(args, kwargs)
         back = None
         for want, x in zip(self.inputs, tensors, strict=True):
-            self._check(want, x)
+            if tracing_state() is None:  # sizes are tensors there
+                self._check(want, x)
             if want.floating:
                 back = back or x.dtype
         run: Callable[..., Any] = self._run
-        if self._graphs is None or is_compiling() or torch.cuda.is_current_stream_capturing():
+        if plain.is_wanted():
+            run, entered = self._bound(plain.plain), (floating(x, self.dtype) for x in tensors)
+        elif self._graphs is None or is_compiling() or torch.cuda.is_current_stream_capturing():
             entered = map(self._cast, tensors)
         else:  # which casts as it copies
             run, entered = self._graphs, iter(tensors)

@@ -63,6 +63,10 @@ class Signature:
                 del bound.arguments[parameter.name]
         return bound.args, bound.kwargs
 
+    @property
+    def parameters(self) -> inspect.Signature:
+        return inspect.Signature(self._parameters)
+
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensors among the arguments of a call.
 

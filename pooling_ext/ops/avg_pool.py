@@ -5,18 +5,21 @@ The operator is linear: its backward is its transpose, whose backward is the ope
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from .. import backends
 from ..arguments import as_bool, as_int
 from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..errors import ArgumentError
-from ..windows import Windows, adaptive_windows, fixed_windows
+from ..exporting import leaves_us, tracing_state
+from ..windows import Windows, adaptive_windows, fixed_windows, positive_part
 from . import _library
 from ._dispatch import public
 
@@ -110,7 +113,7 @@ def avg_pool(
         as_bool(count_include_pad, "count_include_pad")
     if len(windows.output_size) == 1 and _library.is_channels_last_1d(input):
         return avg_pool(input.unsqueeze(-2), windows.flat, count_include_pad, divisor_override).squeeze(-2)
-    if backends.choose("avg_pool", input) is backends.ATEN:
+    if backends.choose_pool("avg_pool", input, windows) is backends.ATEN:
         return _aten_avg_pool(input, windows, count_include_pad, divisor_override)
     if needs_autograd(input):
         return _average(input, windows, count_include_pad, divisor_override)
@@ -136,23 +139,44 @@ def _aten_avg_pool(input: Tensor, windows: Windows, count_include_pad: bool, div
     sizes = tuple(input.shape[-rank:])
     ceil_mode = windows.ceil_mode(sizes)
     extra = () if divisor is None else (divisor,)
-    if ceil_mode is not None:
+    # torch.onnx.export forgets the divisor.
+    sums_by_divisor = not leaves_us()
+    if ceil_mode is not None and (divisor is None or sums_by_divisor):
         pool = getattr(F, f"avg_pool{rank}d")
         return pool(input, kernel, stride, padding[::2], ceil_mode, count_include_pad, *extra)
-    # PyTorch pads both sides alike, so pad by hand, sum, and divide by our own counts. The 1-d
-    # operator has no divisor, so it borrows the 2-d one.
-    padded = F.pad(input, windows.explicit_padding(sizes))
-    if rank == 1:
-        sums = F.avg_pool2d(padded.unsqueeze(-2), (1, *kernel), (1, *stride), divisor_override=1).squeeze(-2)
+    # PyTorch pads both sides alike, so pad by hand, sum, and divide by our own counts.
+    sums = _sums(F.pad(input, windows.explicit_padding(sizes)), kernel, stride)
+    if divisor is not None:
+        counts = torch.tensor(divisor)
+    elif is_compiling() or tracing_state() is not None:  # for any size
+        counts = _counted(windows, sizes, count_include_pad)
     else:
-        sums = getattr(F, f"avg_pool{rank}d")(padded, kernel, stride, divisor_override=1)
-    counts = torch.ones((), dtype=torch.int64) if divisor is None else torch.tensor(divisor)
-    if divisor is None:
+        counts = torch.ones((), dtype=torch.int64)
         for axis_counts in windows.counts(sizes, count_include_pad):
             counts = counts.unsqueeze(-1) * torch.tensor(axis_counts)
     if input.is_floating_point() or input.is_complex():
         return sums / counts.to(sums)
     return torch.div(sums, counts.to(sums), rounding_mode="trunc")
+
+
+def _sums(padded: Tensor, kernel: Any, stride: Any) -> Tensor:
+    """Sums over windows without padding."""
+    rank = len(kernel)
+    if leaves_us():  # torch.onnx.export forgets a divisor
+        return getattr(F, f"avg_pool{rank}d")(padded, kernel, stride) * math.prod(kernel)
+    if rank == 1:  # which has no divisor, so it borrows that of two dimensions
+        return F.avg_pool2d(padded.unsqueeze(-2), (1, *kernel), (1, *stride), divisor_override=1).squeeze(-2)
+    return getattr(F, f"avg_pool{rank}d")(padded, kernel, stride, divisor_override=1)
+
+
+def _counted(windows: Windows, sizes: Any, count_include_pad: bool) -> Tensor:
+    """How many elements each window averages over, by pooling ones."""
+    _, kernel, stride, padding, _ = windows.full
+    sides = [side for axis in reversed(range(len(sizes))) for side in padding[2 * axis : 2 * axis + 2]]
+    ones = F.pad(torch.ones((1, *sizes)), sides, value=float(count_include_pad))
+    ends = zip(windows.explicit_padding(sizes), sides, strict=True)
+    overhang = [positive_part(needed - own) for needed, own in ends]
+    return _sums(F.pad(ones, overhang), kernel, stride).round()
 
 
 @public

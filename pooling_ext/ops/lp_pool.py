@@ -112,7 +112,7 @@ def lp_pool(input: Tensor, norm_type: Any, windows: Windows, safe: bool = False)
     if norm_type == -math.inf:
         return -max_pool(-input.abs(), windows)
     p = int(norm_type) if 1 <= norm_type <= _LARGEST_KERNEL_NORM else 0
-    chosen = backends.choose("lp_pool", input)
+    chosen = backends.choose_pool("lp_pool", input, windows)
     if chosen is backends.ATEN or p != norm_type:
         return _composed_lp_pool(input, float(norm_type), windows, safe)
     if not input.is_contiguous():

@@ -169,7 +169,7 @@ _max_pool = Differentiable(_MaxPool, _max_pool_jvp)
 
 def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> Any:
     """Max pooling of ``input`` over ``windows``: the output, or ``(output, indices)``."""
-    if backends.choose("max_pool", input) is backends.ATEN:
+    if backends.choose_pool("max_pool", input, windows) is backends.ATEN:
         return _aten_max_pool(input, windows, return_indices)
     differentiates = needs_autograd(input)
     # In two dimensions our operators look for themselves.

@@ -1,0 +1,85 @@
+"""A frozen graph on PyTorch's operators alone: for torch.export, torch.jit.trace and torch.func.
+
+Weights that oneDNN keeps in an order of its own become tensors again that any operator can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..exporting import is_recording
+from ..ops.batch_norm_act import transformed
+from .conv_engines import in_dtype
+from .layers import FrozenBatchNormAct, PackedConv, PackedLinear, Prepacked
+
+
+def is_wanted() -> bool:
+    """Whether what is called has to be PyTorch's operators."""
+    return is_recording() or transformed()
+
+
+def plain(layer: Any) -> Any:
+    """What a call of ``layer`` comes to; ``layer`` itself where that is PyTorch's operators anyway."""
+    if isinstance(layer, PackedConv):
+        return _conv(layer)
+    if isinstance(layer, PackedLinear):
+        return _linear(layer)
+    return _norm(layer) if isinstance(layer, FrozenBatchNormAct) else layer
+
+
+def _conv(layer: PackedConv) -> Callable[..., Tensor]:
+    weight, transposed = _dense(layer), layer.output_padding is not None
+    geometry = layer.stride, layer.padding, layer.dilation, transposed
+    rest = layer.output_padding or [0] * len(layer.stride), layer.groups
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torch.convolution(in_dtype(x, weight.dtype), weight, layer.bias, *geometry, *rest)
+        y = y if residual is None else y + in_dtype(residual, y.dtype)
+        return y if layer.activation is None else layer.activation(y)
+
+    return call
+
+
+def _linear(layer: PackedLinear) -> Callable[[Tensor], Tensor]:
+    weight = _dense(layer)
+
+    def call(x: Tensor) -> Tensor:
+        y = F.linear(in_dtype(x, weight.dtype), weight, layer.bias)
+        return y if layer.activation is None else layer.activation(y)
+
+    return call
+
+
+def _norm(layer: FrozenBatchNormAct) -> Callable[..., Tensor]:
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.batch_norm(x, layer.mean, layer.var, layer.weight, layer.bias, eps=layer.eps)
+        y = y if residual is None else y + residual
+        return F.relu(y) if layer.relu else y
+
+    return call
+
+
+def _dense(layer: Prepacked) -> Tensor:
+    if not layer.packed:
+        return layer.weight
+    with _unrecorded():
+        return layer.weight.to_dense()
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Let operators run as they do where no program is made of them."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[arg-type]
