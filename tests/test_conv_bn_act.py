@@ -316,7 +316,7 @@ def test_bad_arguments(training, grad):
     x = torch.randn(4, 8, 12, 14)
     with torch.set_grad_enabled(grad):
         with pytest.raises(ValueError, match="activation"):
-            F.conv_bn_act(convolution, norm, x, activation="gelu")
+            F.conv_bn_act(convolution, norm, x, activation="mish")
         with pytest.raises(ValueError, match="residual"):
             F.conv_bn_act(convolution, norm, x, torch.randn(4, 8, 12, 13))
         with pytest.raises(TypeError, match="residual"):

@@ -16,6 +16,7 @@ from torch import nn
 import pooling_ext
 from pooling_ext import ArgumentError
 from pooling_ext.freezing.layers import FrozenBatchNormAct, PackedConv, PackedLinear
+from pooling_ext.graph.activations import RELU
 
 FAMILIES = [
     "alexnet",
@@ -132,7 +133,7 @@ def test_everything_of_a_resnet_is_folded():
 def test_norm_before_convolution_stays_one_pass():
     frozen = pooling_ext.freeze(build("densenet121"), torch.randn(1, 3, 64, 64))
     norms = layers(frozen, FrozenBatchNormAct)
-    assert len(norms) == 62 and all(norm.relu for norm in norms[:-1])
+    assert len(norms) == 62 and all(norm.activation == RELU for norm in norms[:-1])
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])

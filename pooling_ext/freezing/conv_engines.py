@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
-from ..graph.activations import RELU, Activation
+from ..graph.activations import RELU, Activation, kernel_activation
 from ..ops import tuned_conv
-from ..ops.conv_activations import ACTIVATIONS
+from ..ops.activations import ACTIVATIONS
 from ..ops.conv_choice import Conv, depthwise_why_not, winograd_why_not
 from ..ops.depthwise_conv import depthwise_conv
 from ..ops.winograd import winograd_conv, winograd_weight
@@ -29,16 +30,6 @@ _mkldnn = torch.ops.mkldnn
 
 #: What oneDNN is told where there is no activation.
 NONE = Activation("none")
-#: The names of activations without parameters, and of those with the parameters that our kernels have.
-_KERNEL_NAMES = {
-    RELU: "relu",
-    Activation("hardtanh", (0.0, 6.0)): "relu6",
-    Activation("swish"): "silu",
-    Activation("hardswish"): "hardswish",
-    Activation("hardsigmoid"): "hardsigmoid",
-    Activation("gelu", (), "none"): "gelu",
-    Activation("gelu", (), "tanh"): "gelu_tanh",
-}
 _IDENTITY = (ACTIVATIONS.index("identity"), 0.0)
 
 Function = Callable[..., Tensor]
@@ -108,10 +99,8 @@ def _kernel_activation(activation: Activation | None) -> tuple[int, float] | Non
     """The index and the slope that our kernels take for an activation; None if they do not have it."""
     if activation is None:
         return _IDENTITY
-    if activation.name == "leaky_relu":
-        return ACTIVATIONS.index("leaky_relu"), activation.scalars[0]
-    name = _KERNEL_NAMES.get(activation)
-    return None if name is None else (ACTIVATIONS.index(name), 0.0)
+    found = kernel_activation(activation)
+    return None if found is None else (ACTIVATIONS.index(found.name), found.slope)
 
 
 # --- Winograd ----------------------------------------------------------------------------------------------
@@ -285,6 +274,9 @@ def _bind_onednn(layer: PackedConv) -> Function:
         if not layer.fits(x, residual):
             y = pointwise(x, weight, bias, *geometry, "none", [], "")
             return layer.finish(y, in_dtype(residual, y.dtype))
+        if is_compiling():  # which knows no other of these operators
+            y = pointwise(x, weight, bias, *geometry, "none", [], "") + residual
+            return y if layer.activation is None else layer.activation(y)
         if in_place and residual.is_contiguous(memory_format=_channels_last(x)):
             return overwrite(residual, x, *epilogue)
         return add(x, residual, *epilogue)

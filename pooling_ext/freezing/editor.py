@@ -147,5 +147,10 @@ class GraphEditor:
             self.graph.erase_node(node)
             stack += sources
 
+    def tell_norm(self, path: str | None) -> None:
+        """Note that a batch norm is no operation of its own any more."""
+        if path is not None:
+            self.report.folded.add(path)
+
     def tell(self, node: fx.Node, what: str, why: str) -> None:
         self.report.replace(self.path(node), what, why)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..graph.activations import RELU, Activation
+from ..graph.activations import RELU, Activation, kernel_activation
 from ..graph.op_tables import BATCH_NORMS, CONVS, TRANSPOSED, argument, name_of, only_user
 from .editor import GraphEditor
 from .layers import FrozenBatchNormAct, PackedConv, PackedLinear
@@ -22,11 +23,12 @@ _SUBTRACTIONS = (operator.sub, torch.sub, "sub")
 
 
 class _Norm(NamedTuple):
-    """A normalization that a node does, its input, and how the report names it."""
+    """A normalization that a node does, its input, how the report names it, and the batch norm's path."""
 
     values: Normalization | Affine
     input: fx.Node
     what: str
+    path: str | None = None
 
 
 def fold_and_fuse(editor: GraphEditor) -> None:
@@ -54,7 +56,7 @@ def _batch_norm(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
     if editor.kind(node) in BATCH_NORMS:
         module = editor.module(node)
         path = editor.path(node)
-        return _Norm(normalization(module, path), node.args[0], f"{type(module).__name__} {path}")
+        return _Norm(normalization(module, path), node.args[0], f"{type(module).__name__} {path}", path)
     if node.op != "call_function" or name_of(node) != "batch_norm":
         return None
     functional = node.target is TF.batch_norm
@@ -72,7 +74,13 @@ def _batch_norm(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
     mean, var, weight, bias = tensors
     if mean is None or var is None:
         return None
-    return _Norm(Normalization(mean, var, weight, bias, eps), node.args[0], "batch_norm")
+    # The forward of a module, if these are its statistics.
+    target = str(getattr(vectors[0], "target", "")).rpartition(".")[0]
+    module, what, path = editor.modules.get(target), "batch_norm", None
+    if isinstance(module, _BatchNorm):
+        path = editor.path_of(target)
+        what = f"{type(module).__name__} {path}"
+    return _Norm(Normalization(mean, var, weight, bias, eps), node.args[0], what, path)
 
 
 def _affine(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
@@ -134,6 +142,7 @@ def _fuse_layer(
             break
         normalizations.append(norm.values)
         parts.append(norm.what)
+        editor.tell_norm(norm.path)
         key.append(user.target if user.op == "call_module" else user)
         last, user = user, only_user(user)
     activation, residual = editor.activation(user), None
@@ -246,28 +255,37 @@ def _fuse_norm(editor: GraphEditor, node: fx.Node, norm: _Norm) -> None:
     """A batch norm that nothing takes in becomes one pass with what follows."""
     residual, last, parts = None, node, []
     user = only_user(node)
-    relu = editor.activation(user) == RELU
-    if relu:
+    activation = _of_our_kernels(editor, user)
+    if activation is not None:
         last = user
-        parts.append("relu")
+        parts.append(str(activation))
     elif (found := editor.addition(user)) is not None:
         after = only_user(user)
-        if editor.activation(after) == RELU and editor.aliasing.unchanged(found.other(node), user, after):
-            residual, last, relu = found.other(node), after, True
-            parts += ["add", "relu"]
+        activation = _of_our_kernels(editor, after)
+        if activation is not None and editor.aliasing.unchanged(found.other(node), user, after):
+            residual, last = found.other(node), after
+            parts += ["add", str(activation)]
+        else:
+            activation = None
     if not editor.aliasing.unchanged(norm.input, node, last):
-        residual, last, relu, parts = None, node, False, []
+        residual, last, activation, parts = None, node, None, []
     values = norm.values
     assert isinstance(values, Normalization)
     wide = torch.float64 if (editor.dtype or values.mean.dtype) == torch.float64 else torch.float32
     vectors = [None if x is None else x.detach().to(wide) for x in values[:4]]
-    layer = FrozenBatchNormAct(*vectors, values.eps, relu)  # type: ignore[arg-type]
-    path = editor.path(node) if node.op == "call_module" else node.name
+    layer = FrozenBatchNormAct(*vectors, values.eps, activation)  # type: ignore[arg-type]
+    path = norm.path or node.name
     name = editor.add(str(node.target) if node.op == "call_module" else node.name, layer)
     args = (norm.input,) if residual is None else (norm.input, residual)
-    what = type(editor.module(node)).__name__ if node.op == "call_module" else "batch_norm"
-    editor.report.replace(path, what, ", ".join(["one pass", *parts]))
+    editor.report.replace(path, norm.what.partition(" ")[0], ", ".join(["one pass", *parts]))
+    editor.tell_norm(norm.path)
     editor.substitute(last, last, name, args, path)
+
+
+def _of_our_kernels(editor: GraphEditor, node: fx.Node | None) -> Activation | None:
+    """The activation that a node applies, if the kernels of batch norm have it."""
+    found = editor.activation(node)
+    return None if found is None or kernel_activation(found) is None else found
 
 
 def _padding(module: Any, kind: type) -> tuple[list[int] | None, Sequence[int]]:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map
 
 from .. import backends
-from ..graph.activations import Activation
+from ..graph.activations import RELU, Activation, kernel_activation
+from ..ops.activations import IDENTITY
 from ..ops.batch_norm_act import _forward as _batch_norm_act
 from . import conv_engines
 from .conv_engines import NONE, in_dtype
@@ -194,10 +196,10 @@ class PackedConv(Prepacked):
         if residual.dtype is not self.weight.dtype:
             return False
         shapes = x.shape, residual.shape
-        if shapes == self._fitting:
+        if not is_compiling() and shapes == self._fitting:
             return True
         fits = residual.shape == self.output_shape(x)
-        if fits:
+        if fits and not is_compiling():  # a graph for all sizes remembers none
             self._fitting = shapes
         return fits
 
@@ -258,31 +260,44 @@ class PackedLinear(Prepacked):
 
 
 class FrozenBatchNormAct(nn.Module):
-    """Batch normalization by running statistics that could not be folded, with residual and ReLU.
+    """Batch normalization by running statistics that could not be folded, with residual and activation.
 
     Args:
         mean, var, weight, bias, eps: the normalization's.
-        relu: whether a ReLU follows.
+        activation: one that our kernels have, applied last.
     """
 
     def __init__(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        self,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        activation: Activation | None,
     ):
         super().__init__()
         self.stats = torch.stack((mean, var)).double()
         self.mean, self.var, self.weight, self.bias = mean, var, weight, bias
-        self.eps, self.relu = eps, relu
+        self.eps, self.activation = eps, activation
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "relu" in state:  # of an earlier version
+            state = {**state, "activation": RELU if state["relu"] else None}
+        super().__setstate__(state)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if _has_batch_norm_act(x) and (residual is None or residual.shape == x.shape):
-            return _batch_norm_act(x, self.stats, self.weight, self.bias, residual, self.eps, self.relu)
+            ours = IDENTITY if self.activation is None else kernel_activation(self.activation)
+            vectors = self.stats, self.weight, self.bias
+            return _batch_norm_act(x, *vectors, residual, self.eps, *ours.arguments)  # type: ignore[union-attr]
         y = F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.eps)
         if residual is not None:
             y = y + residual
-        return y.relu_() if self.relu else y
+        return y if self.activation is None else self.activation(y, inplace=True)
 
     def extra_repr(self) -> str:
-        return f"{self.mean.numel()}{', relu' * self.relu}"
+        return f"{self.mean.numel()}{'' if self.activation is None else f', {self.activation}'}"
 
 
 @cache

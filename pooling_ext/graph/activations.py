@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor, fx, nn
 
+from ..ops import activations as kernels
+
 
 class Activation(NamedTuple):
     """An elementwise function, under the name and with the arguments that oneDNN's post-ops take."""
@@ -42,6 +44,24 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 RELU = Activation("relu")
+
+#: Activations under the names that our kernels have for them.
+_KERNELS = {
+    RELU: kernels.RELU,
+    Activation("hardtanh", (0.0, 6.0)): kernels.Activation("relu6"),
+    Activation("swish"): kernels.Activation("silu"),
+    Activation("hardswish"): kernels.Activation("hardswish"),
+    Activation("hardsigmoid"): kernels.Activation("hardsigmoid"),
+    Activation("gelu", (), "none"): kernels.Activation("gelu"),
+    Activation("gelu", (), "tanh"): kernels.Activation("gelu_tanh"),
+}
+
+
+def kernel_activation(activation: Activation) -> kernels.Activation | None:
+    """What our kernels know ``activation`` as, or None if they do not have it."""
+    if activation.name == "leaky_relu":
+        return kernels.Activation("leaky_relu", activation.scalars[0])
+    return _KERNELS.get(activation)
 
 
 def _relu(inplace: bool = False) -> Activation:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ def submodule(path: str) -> str:
 def dotted(path: str, name: str) -> str:
     """The attribute ``name`` of the child at ``path`` as errors show it."""
     return ".".join(("self", path, name)) if path else f"self.{name}"
+
+
+def predicate(conditions: Sequence[str], constants: dict[str, Any]) -> Callable[[Any], bool]:
+    """The function of a module that says whether all conditions hold."""
+    source = (
+        "def holds(self):\n"
+        "    try:\n"
+        f"        return {' and '.join(conditions) or 'True'}\n"
+        "    except (AttributeError, KeyError):\n"
+        "        return False\n"
+    )
+    scope = dict(constants)
+    exec(compile(source, "<pooling_ext.graph.guards>", "exec"), scope)
+    return scope["holds"]
 
 
 def condition(

@@ -60,56 +60,19 @@ _VIEWS = """
     alpha_dropout feature_alpha_dropout stochastic_depth requires_grad_ unflatten
 """
 VIEWS = frozenset((*_VIEWS.split(), expect_length.__name__))
+_LAYOUT = """
+    contiguous reshape reshape_as flatten view ravel to float half bfloat16 double type type_as cpu
+    cuda
+"""
 #: Operators that share their argument's memory or copy it, which depends on its layout and dtype.
-LAYOUT = frozenset(
-    [
-        "contiguous",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "view",
-        "ravel",
-        "to",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "type",
-        "type_as",
-        "cpu",
-        "cuda",
-    ]
-)
+LAYOUT = frozenset(_LAYOUT.split())
+_RANDOM = """
+    rand randn randint randperm normal bernoulli multinomial poisson exponential uniform random
+    log_normal cauchy geometric empty new_empty empty_strided dropout dropout1d dropout2d dropout3d
+    alpha_dropout feature_alpha_dropout rrelu stochastic_depth
+"""
 #: Operators that draw numbers, or read memory that nobody wrote.
-RANDOM = frozenset(
-    [
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "normal",
-        "bernoulli",
-        "multinomial",
-        "poisson",
-        "exponential",
-        "uniform",
-        "random",
-        "log_normal",
-        "cauchy",
-        "geometric",
-        "empty",
-        "new_empty",
-        "empty_strided",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "rrelu",
-        "stochastic_depth",
-    ]
-)
+RANDOM = frozenset(_RANDOM.split())
 # Attributes of a tensor that share its memory.
 _MEMORY_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "data", "real", "imag"])
 # Methods of Python's containers that change them.
@@ -266,6 +229,15 @@ def _effect_of_module(
 
 # --- modules --------------------------------------------------------------------------------------
 
+#: The attribute of a class that patch makes, which holds the class that it stands for.
+BASE = "_pooling_ext_base"
+
+
+def base_of(cls: type) -> type:
+    """The class itself, or the one that a class of ours stands for."""
+    return cls.__dict__.get(BASE) or cls.__dict__.get(STANDS_FOR, cls)
+
+
 # What a subclass may not change to count as the class of torch.nn that it is made from.
 _BEHAVIOR = ("forward", "__call__", "_call_impl", "__getattr__", "_conv_forward", "_check_input_dim")
 
@@ -274,9 +246,9 @@ _BEHAVIOR = ("forward", "__call__", "_call_impl", "__getattr__", "_conv_forward"
 def unchanged_class(cls: type) -> type:
     """The class of torch.nn whose behavior ``cls`` has: its own, or one that a subclass does not change.
 
-    Our Conv2d counts as torch.nn's.
+    A class of ours counts as the one that it stands for.
     """
-    cls = cls.__dict__.get(STANDS_FOR, cls)
+    cls = base_of(cls)
     for known in cls.__mro__:
         if known.__module__.startswith("torch.nn.modules."):
             same = all(getattr(cls, name, None) is getattr(known, name, None) for name in _BEHAVIOR)

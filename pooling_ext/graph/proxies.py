@@ -65,6 +65,12 @@ class _Checks:
                 raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return object.__getattribute__(self, name)
 
+    def __format__(self: Any, spec: str) -> str:
+        watcher = self.tracer.watcher
+        if watcher.active and watcher.strict and not watcher.formats:
+            self.tracer.refuse("its forward makes text of a value")
+        return format(repr(self), spec)
+
     def __setattr__(self: Any, name: str, value: Any) -> None:
         if name not in _OWN:
             self.tracer.refuse(f"its forward sets the attribute {name} of a value")

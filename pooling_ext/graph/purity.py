@@ -64,7 +64,10 @@ class Watcher:
 
     Attributes:
         active: whether the forward is running.
+        formats: whether it may make text of values, which a graph gets wrong.
     """
+
+    formats = False
 
     def __init__(self, refuse: Callable[[str], None], strict: bool) -> None:
         self.refuse, self.strict = refuse, strict
@@ -138,7 +141,7 @@ class Watcher:
         if not self.strict:
             allowed = not f"{name}.".startswith(_REFUSED) and not _enters_autocast(name, frame)
         elif top == "torch":
-            allowed = f"{name}.".startswith(_TORCH)
+            allowed = f"{name}.".startswith(_TORCH) or code is torch._assert.__code__
         else:
             allowed = top in _STANDARD or (top != "numpy" and top not in sys.stdlib_module_names)
         if not allowed:

@@ -28,13 +28,15 @@ class Recorder:
             ``watcher``.
         module: what is copied; stays as it is.
         base: the class whose forward is traced.
+        norm: a batch norm of torch.nn whose forward, where that of ``base`` calls it, makes a node.
     """
 
-    def __init__(self, tracer: Any, module: nn.Module, base: type) -> None:
+    def __init__(self, tracer: Any, module: nn.Module, base: type, norm: type | None = None) -> None:
         self.tracer = tracer
         self.reads: dict[tuple[str, str], int] = {}
         self.paths: dict[int, tuple[str, nn.Module]] = {}  # by the copy's id
         self._copies: dict[int, nn.Module] = {}
+        self._norm = norm
         self.root = self._copy(module, "", base)
         self._before: dict[int, dict[str, Any]] = {}
         self._written: dict[int, set[str]] = {}
@@ -51,7 +53,7 @@ class Recorder:
             copy: nn.Module = _Scripted(module)
             copy.__dict__["_modules"] = {}
         else:
-            copy = object.__new__(_recording(cls or type(module)))
+            copy = object.__new__(_recording(cls or type(module), None if path else self._norm))
             fields = {
                 # The forward may change these, and must not change the module's.
                 key: value.copy() if type(value) in (dict, OrderedDict, list, set) else value
@@ -160,8 +162,23 @@ def _snapshot(fields: dict[str, Any]) -> dict[str, Any]:
     return snapshot
 
 
+def batch_norm_of(input: Any) -> Any:
+    """Stands in graphs for the batch norm that the forward of a subclass inherits."""
+    raise NotImplementedError
+
+
 @functools.cache
-def _recording(base: Any) -> type:
+def _inherited(norm: Any) -> type:
+    """Comes between ``norm`` and its subclasses, where their ``super().forward`` finds it."""
+
+    def forward(self: Any, input: Any) -> Any:
+        return self.__dict__[_MARK].tracer.create_proxy("call_function", batch_norm_of, (input,), {})
+
+    return type(norm.__name__, (norm,), {"forward": forward})
+
+
+@functools.cache
+def _recording(base: Any, norm: type | None = None) -> type:
     def recorder(self: Any) -> Recorder | None:
         found = object.__getattribute__(self, "__dict__").get(_MARK)
         return found if found is not None and found.tracer.watcher.active else None
@@ -195,6 +212,7 @@ def _recording(base: Any) -> type:
 
     members = {"__getattribute__": read, "__getattr__": fall_back, "__setattr__": write, "__call__": call}
     try:
-        return type(base.__name__, (base,), {**members, "__module__": base.__module__})
+        bases = (base,) if norm is None else (base, _inherited(norm))
+        return type(base.__name__, bases, {**members, "__module__": base.__module__})
     except Exception as error:
         raise Untraceable(f"{base.__name__} cannot be subclassed: {error}") from error

@@ -53,7 +53,10 @@ class Trace:
 
 
 def trace(
-    module: nn.Module, base: type, inline: Mapping[str, Callable[[Any], bool]] | None = None
+    module: nn.Module,
+    base: type,
+    inline: Mapping[str, Callable[[Any], bool]] | None = None,
+    norm: type | None = None,
 ) -> list[Trace]:
     """Trace the forward that ``module`` has as a ``base``, in each mode and for each kind of argument.
 
@@ -61,6 +64,7 @@ def trace(
         module: stays as it is.
         base: a class of it.
         inline: paths of children that are to be traced into, and what has to be true of them.
+        norm: a batch norm of torch.nn whose forward, where that of ``base`` calls it, makes a node.
 
     Raises:
         Untraceable: with the reason.
@@ -70,7 +74,7 @@ def trace(
     for kind in kinds:
         modes = [module.training]
         for mode in modes:
-            tracer = _LeafTracer(module, base, mode, kind, dict(inline or {}))
+            tracer = _LeafTracer(module, base, mode, kind, dict(inline or {}), norm)
             try:
                 traces.append(tracer.trace())
             except Untraceable:
@@ -91,9 +95,10 @@ class Tracer(TracerBase):
         module: whose forward it is.
         base: the class that has the forward.
         strict: see :class:`Watcher`.
+        norm: see :class:`Recorder`.
     """
 
-    def __init__(self, module: nn.Module, base: type, strict: bool) -> None:
+    def __init__(self, module: nn.Module, base: type, strict: bool, norm: type | None = None) -> None:
         self.graph = fx.Graph()
         self.scope = Scope("", None)
         self.module_stack = OrderedDict()
@@ -101,7 +106,7 @@ class Tracer(TracerBase):
         self.module = module
         self.problem: str | None = None
         self.watcher = Watcher(self.refuse, strict)
-        self.recorder = Recorder(self, module, base)
+        self.recorder = Recorder(self, module, base, norm)
         self._attributes: dict[str, fx.Proxy] = {}
 
     def refuse(self, why: str) -> NoReturn:
@@ -153,9 +158,12 @@ class Tracer(TracerBase):
 class _LeafTracer(Tracer):
     """Traces one module with its children as leaves, for :func:`trace`."""
 
-    def __init__(self, module: nn.Module, base: Any, training: bool, kind: type, inline: dict) -> None:
-        super().__init__(module, base, strict=True)
+    def __init__(
+        self, module: nn.Module, base: Any, training: bool, kind: type, inline: dict, norm: type | None
+    ) -> None:
+        super().__init__(module, base, strict=True, norm=norm)
         self.base, self.training, self.kind, self.inline = base, training, kind, inline
+        self.watcher.formats = norm is not None  # of its graph nothing but the batch norm and more is used
         self.arguments = _required_arguments(base.forward)
         self.asked_for_type = False
         self.recorder.root.__dict__["training"] = training

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
 from ..graph.guards import Untraceable
 from ..graph.report import FusionEntry, FusionReport
 from ..nn import CONVOLUTIONS, REPLACES
+from ..ops.conv_bn_act.call import calls_only_forward
 from ..ops.conv_choice import may_be_ours, stands_for
 from .codegen import Fusion, plan
+from .fused_calls import BATCH_NORMS
 from .patterns import base_class, worth_fusing
 
 _ORIGINAL: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in REPLACES.items()}
 _ORIGINAL |= {ours: theirs for theirs, ours in CONVOLUTIONS.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_SCRIPTED = {cls.__name__ for cls in (*_POOLING_BASES, *BATCH_NORMS)}
 _MARK = "_pooling_ext_patched"
 _ALREADY = "is one of ours already"
 
@@ -25,8 +30,9 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     """Make ``model`` run on our operators, in place, in training and in evaluation.
 
     Pooling modules and functions become ours. Where the forward of a module can be traced, what follows
-    each other in it is taken together: convolution, BatchNorm, the addition of a residual, ReLU, max
-    pooling; and an addition, ReLU and global average pooling. Convolutions that our kernels may do faster,
+    each other in it is taken together: convolution, batch norm, the addition of a residual, an activation,
+    max pooling; and an addition, ReLU and global average pooling. Other batch norms are fused alone, each
+    with the activation that its own forward may go on with. Convolutions that our kernels may do faster,
     3x3 ones, 3-d ones with such planes, and depthwise ones, become ours wherever they stand.
 
     A module keeps its identity, attributes, parameters, hooks and mode; its class becomes our subclass
@@ -36,7 +42,7 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
 
     Args:
         model: any module. It may be patched already.
-        strict: raise, and leave the model as it was, if something has to be skipped.
+        strict: raise, and leave the model as it was, if something has to be skipped or a batch norm is left.
         exact: leave out Winograd's convolution, whose results and gradients are off by some 1e-5 of their
             largest element in float32, where the direct convolution's are by 1e-6 and TF32's by 1e-3.
 
@@ -51,41 +57,48 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
     known: dict[Any, list[Fusion]] = {}
     convs: list[tuple[str, nn.Module]] = []  # that ours may take the place of
-    chained: set[nn.Module] = set()
+    norms: list[tuple[str, nn.Module]] = []
+    chained: set[nn.Module] = set()  # convolutions and batch norms
     for path, module in _modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in _SCRIPTED:
+                report.skipped.append(
+                    FusionEntry(path, str(module.original_name), "is compiled by torch.jit")
+                )
+            continue
         what = type(module).__name__
         ours = REPLACES.get(type(module))
         if ours is not None:
             classes.append((module, ours))
-            report.replaced.append(FusionEntry(path, what, f"{ours.__module__}.{ours.__qualname__}"))
+            report.replace(path, what, f"{ours.__module__}.{ours.__qualname__}")
         elif (theirs := stands_for(module)) in CONVOLUTIONS:
             if _may_be_ours(module, exact):
                 convs.append((path, module))
             elif module.__dict__.get(_MARK):  # it was ours by another patch
                 classes.append((module, theirs))
         elif type(module) in _ORIGINAL:
-            report.skipped.append(FusionEntry(path, what, _ALREADY))
+            report.skip(path, what, _ALREADY)
         elif isinstance(module, _POOLING_BASES):
             why = "has no counterpart here" if type(module) in _POOLING_BASES else "has a class of its own"
-            report.skipped.append(FusionEntry(path, what, why))
+            report.skip(path, what, why)
+        elif isinstance(module, _BatchNorm):
+            norms.append((path, module))
         else:
             try:
                 fusion = plan(module, known, exact)
             except Untraceable as error:
                 if worth_fusing(module):
-                    report.skipped.append(FusionEntry(path, what, str(error)))
+                    report.skip(path, what, str(error))
                 continue
-            if fusion is None:
-                continue
-            chained.update(module.get_submodule(part.conv) for part in fusion.parts if part.conv is not None)
-            if type(module) is fusion.cls:
-                report.skipped += [FusionEntry(path, part.steps, _ALREADY) for part in fusion.parts]
-                continue
-            classes.append((module, fusion.cls))
-            report.replaced += [
-                FusionEntry(path, part.steps, f"pooling_ext.functional.{part.operator}")
-                for part in fusion.parts
-            ]
+            if fusion is not None:
+                _tell(report, classes, path, module, fusion, chained)
+    for path, module in norms:
+        if module not in chained or not calls_only_forward(module):
+            try:
+                _tell(report, classes, path, module, plan(module, exact=exact), chained)
+            except Untraceable as error:
+                report.leave_norm(path, type(module).__name__, str(error))
+    report.batch_norms = len(norms)
     for path, module in convs:
         cls = CONVOLUTIONS[stands_for(module)]
         ours = type(module) is cls
@@ -100,6 +113,29 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
         raise ArgumentError(f"patch(strict=True) cannot replace everything in model: {listed}")
     _set_classes(classes)
     return report
+
+
+def _tell(
+    report: FusionReport,
+    classes: list[tuple[nn.Module, type[nn.Module]]],
+    path: str,
+    module: nn.Module,
+    fusion: Any,
+    chained: set[nn.Module],
+) -> None:
+    """Note what is fused in ``module``; what is in a chain of another module already is not told again."""
+    already = type(module) is fusion.cls
+    if not already:
+        classes.append((module, fusion.cls))
+    for part in fusion.parts:
+        taken = [module.get_submodule(name) for name in (part.conv, part.norm) if name is not None]
+        if part.norm is not None and taken[-1] in chained and taken[-1] is not module:
+            continue
+        chained.update(taken)
+        if already:
+            report.skip(path, part.steps, _ALREADY)
+        else:
+            report.replace(path, part.steps, f"pooling_ext.functional.{part.operator}")
 
 
 def _may_be_ours(conv: Any, exact: bool) -> bool:

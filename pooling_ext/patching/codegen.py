@@ -14,24 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.fx.graph import _format_target
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
 from ..graph.guards import Untraceable, submodule
+from ..graph.modules import find_steps, kind_of
+from ..graph.op_tables import BASE, BATCH_NORMS, unchanged_class
 from ..graph.tracer import Trace, trace
-from .fused_calls import BATCH_NORMS
-from .patterns import (
-    BASE,
-    Fused,
-    base_class,
-    is_plain_sequential,
-    plain_class,
-    rewrite,
-    sequentials_to_inline,
-)
+from ..scripting import with_names_of
+from .fused_calls import LoneBatchNorm
+from .nodes import is_plain_sequential, step_name
+from .patterns import Fused, base_class, rewrite, sequentials_to_inline
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,18 @@ def plan(
         Untraceable: its forward cannot be traced, or be replaced.
     """
     base = base_class(type(module)) or type(module)
+    if isinstance(module, _BatchNorm):
+        return _lone(module, base, exact)
     if not _may_have_chains(module, base):
         return None
     if "forward" in module.__dict__:
         raise Untraceable("it has a forward of its own")
-    for kind in (torch.jit.ScriptModule, fx.GraphModule):
-        if isinstance(module, kind):
-            raise Untraceable(f"it is a {kind.__name__}")
+    if isinstance(module, fx.GraphModule):
+        raise Untraceable(
+            "it is a GraphModule, whose class changes with its graph: patch what it is traced from"
+        )
     known = {} if known is None else known
-    structure = (base, *((name, plain_class(child)) for name, child in module.named_modules() if name))
+    structure = (base, *((name, kind_of(child)) for name, child in module.named_modules() if name))
     for fusion in known.get(structure, ()):
         if all(variant.guard(module) is not None for variant in fusion.variants):
             return fusion
@@ -112,10 +111,24 @@ def plan(
     return fusion
 
 
+def _lone(module: nn.Module, base: type, exact: bool) -> Fusion:
+    """A batch norm that no chain takes, with what its own forward goes on with."""
+    if "forward" in module.__dict__:
+        raise Untraceable("it has a forward of its own")
+    kind, steps = unchanged_class(base), find_steps(module)
+    if kind not in BATCH_NORMS:
+        if steps is None:
+            raise Untraceable("its forward is not known to be a batch norm and steps that follow it")
+        kind = steps.norm
+    what = "-".join([base.__name__, *map(step_name, steps.of(module) if steps else ())])
+    cls = _lone_class(base, LoneBatchNorm(kind, steps), exact)  # type: ignore[arg-type]
+    return Fusion(cls, (Fused(what, "batch_norm_act", norm=""),), ())
+
+
 def _may_have_chains(module: nn.Module, base: type) -> bool:
     forward = base.forward
     if forward is nn.Sequential.forward:
-        return any(isinstance(child, BATCH_NORMS) for child in module.children())
+        return any(isinstance(child, _BatchNorm) for child in module.children())
     return not (forward.__module__ or "").startswith(("torch.", "pooling_ext."))
 
 
@@ -191,9 +204,11 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...], exact: bool) -> type
     count = len(arguments)
     choices = [(variant.kind, variant.training, variant.guard, variant.run) for variant in variants]
 
+    traces = is_tracing  # all names are local, as with_names_of asks
+
     @functools.wraps(traced_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base.forward is traced_forward and not is_tracing():
+        if base.forward is traced_forward and not traces():
             values = args
             if kwargs:
                 fits = len(args) + len(kwargs) == count
@@ -210,6 +225,26 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...], exact: bool) -> type
                                 return run(self, children, *values)
         return base.forward(self, *args, **kwargs)
 
+    return _class_with(base, forward, exact)
+
+
+@functools.cache
+def _lone_class(base: Any, norm: LoneBatchNorm, exact: bool) -> type:
+    inherited = base.forward
+    traces = is_tracing
+
+    @functools.wraps(inherited)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if base.forward is inherited and len(args) == 1 and not kwargs and not traces():
+            return norm(self, args[0], inherited)
+        return base.forward(self, *args, **kwargs)
+
+    return _class_with(base, forward, exact)
+
+
+def _class_with(base: Any, forward: Any, exact: bool) -> type:
+    """A subclass of ``base`` with another forward, which can be pickled."""
+
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, max(2, protocol))
         if reduced[0].__name__ == "__newobj__" and reduced[1][0] is type(self):
@@ -217,7 +252,8 @@ def _fused_class(base: Any, variants: tuple[_Variant, ...], exact: bool) -> type
         return reduced
 
     key = f"{_process} {next(_numbers)}"
-    _classes[key] = _subclass(base, {"forward": forward, "__reduce_ex__": reduce})
+    members = {"forward": with_names_of(base.forward, forward), "__reduce_ex__": reduce}
+    _classes[key] = _subclass(base, members)
     return _classes[key]
 
 

@@ -15,6 +15,21 @@ class NormAct(nn.BatchNorm2d):
     def forward(self, input):
         return F.relu(super().forward(input))
 """
+_WRITTEN_OUT_CLASS = """\
+class NormAct2d(nn.BatchNorm2d):
+    def __init__(self, channels, act=None, drop=0.0):
+        super().__init__(channels)
+        self.drop = nn.Dropout2d(drop) if drop else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x):
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        x = F.batch_norm(x, *statistics, self.training, self.momentum, self.eps)
+        x = self.drop(x)
+        return self.act(x)
+"""
 _CONV_CLASS = '''\
 class Conv(nn.Conv2d):
     """Changes nothing."""
@@ -104,15 +119,21 @@ def convolution(program: Program, shape: Shape, channels: int | None = None, kee
 def norm(program: Program, channels: int) -> str:
     rng = program.rng
     place = rng.random()
-    if place < 0.72:
+    if place < 0.68:
         return f"nn.BatchNorm2d({channels})"
     if place < 0.84:
         options = ("affine=False", "momentum=None", "eps=0.01", "momentum=0.5")
         return f"nn.BatchNorm2d({channels}, {rng.choice(options)})"
     if place < 0.89:
         return f"{program.helper('Norm', _NORM_CLASS)}({channels})"
-    if place < 0.92:
+    if place < 0.91:
         return f"{program.helper('NormAct', _NORM_ACT_CLASS)}({channels})"
+    if place < 0.95:
+        name = program.helper("NormAct2d", _WRITTEN_OUT_CLASS)
+        act = rng.choice(
+            ("", "", f", {activation(rng, rng.random() < 0.5)}", ", nn.Identity()", ", drop=0.25")
+        )
+        return f"{name}({channels}{act})"
     if place < 0.98:
         name = rng.choice(tuple(_FROZEN_CLASSES))
         return f"{program.helper(name, _FROZEN_CLASSES[name])}({channels})"
@@ -147,7 +168,8 @@ def activation(rng: random.Random, in_place: bool) -> str:
 
 def nothing(rng: random.Random) -> str:
     """The constructor of what does nothing in eval mode."""
-    return rng.choice(("nn.Identity()", "nn.Identity()", "nn.Dropout(0.25)", "nn.Dropout2d(0.25)"))
+    always = ("nn.Identity()", "nn.Identity()", "nn.Identity()", "nn.Dropout(0.0)", "nn.Sequential()")
+    return rng.choice((*always, "nn.Dropout(0.25)", "nn.Dropout2d(0.25)"))
 
 
 def pool(rng: random.Random, shape: Shape) -> tuple[str, str, Shape]:

@@ -47,6 +47,7 @@ _COMMON: dict[Callable[[Scope], None], float] = {
     statements.conv_norm_act: 5,
     statements.conv: 1.5,
     statements.norm: 1.2,
+    statements.other_rank: 0.5,
     statements.activation: 2.5,
     statements.residual: 3,
     statements.fused_residual: 1.5,

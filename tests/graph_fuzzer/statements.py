@@ -73,6 +73,8 @@ def conv_norm_act(scope: Scope) -> None:
     memory = Memory()
 
     def step(expression: str) -> str:
+        if scope.rng.random() < 0.12:
+            expression = f"self.{scope.member('nothing', layers.nothing(scope.rng))}({expression})"
         if nested:
             return expression
         scope.assign(expression, shape, memory, name)
@@ -115,6 +117,22 @@ def norm(scope: Scope) -> None:
     scope.layers.append(Layer(f"self.{name}", value.shape, value.shape))
     value.memory.saved = True
     scope.assign(f"self.{name}({value.name})", value.shape)
+
+
+def other_rank(scope: Scope) -> None:
+    """A batch norm of one or three dimensions, perhaps with an activation."""
+    value = scope.image()
+    c, h, w = value.shape
+    rank = scope.rng.choice((1, 3))
+    name = scope.member("norm", f"nn.BatchNorm{rank}d({c})")
+    there, back = (
+        (".flatten(2)", f".view(-1, {c}, {h}, {w})") if rank == 1 else (".unsqueeze(2)", ".squeeze(2)")
+    )
+    text = f"self.{name}({value.name}{there})"
+    if scope.rng.random() < 0.7:
+        text = scope.rng.choice(("F.relu({})", "{}.relu_()", "F.silu({})", "{}.sigmoid()")).format(text)
+    value.memory.saved = True
+    scope.assign(text + back, value.shape, Memory(saved=True))
 
 
 def activation(scope: Scope) -> None:

@@ -1,4 +1,4 @@
-"""Convolution, batch normalization, an optional residual and ReLU, from the modules that hold them.
+"""Convolution, batch normalization, an optional residual and an activation, from modules that hold them.
 
 One ordered list of implementations (:mod:`.implementations`) does every call, be it of the function here, of
 a module or of a block of a patched model: Winograd's and the depthwise kernels, oneDNN with the statistics
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ...errors import ArgumentError
-from ..batch_norm_act import ACTIVATIONS
+from ..activations import IDENTITY, activation_of
 from .call import Call, is_plain
 from .implementations import run
 from .norm import run_eager
@@ -29,6 +28,8 @@ def conv_bn_act(
     input: Tensor,
     residual: Tensor | None = None,
     activation: str = "relu",
+    *,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     """``activation(bn(conv(input)) + residual)``.
 
@@ -38,7 +39,8 @@ def conv_bn_act(
             statistics are updated in training.
         input: ``(N, C_in, H, W)``, what ``conv`` takes.
         residual: added before the activation; the output's shape and dtype.
-        activation: "relu" or "identity".
+        activation: a name, as :func:`batch_norm_act` takes it.
+        negative_slope: that of leaky_relu.
 
     Returns:
         ``(N, C_out, H_out, W_out)``.
@@ -47,20 +49,19 @@ def conv_bn_act(
         ArgumentError: an argument does not go with the others.
         RuntimeError: the input does not go with ``conv``.
     """
-    if activation not in ACTIVATIONS:
-        raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {activation!r}")
-    relu = torch.relu if activation == "relu" else None
+    found = activation_of(activation, negative_slope)
+    act = None if found == IDENTITY else found
     plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d
     if not plain and not _are_fusible(conv, bn):
-        return run_eager(Call(None, bn, conv(input), residual, relu))
+        return run_eager(Call(None, bn, conv(input), residual, act))
     if not isinstance(input, Tensor) or not is_plain(conv):
         input = _convolved(conv, bn, input)
-        return run(Call(None, bn, input, residual, relu, checked=True))
+        return run(Call(None, bn, input, residual, act, checked=True, activation=found))
     if not plain or input.dim() != 4:
         _check_batch(conv, input, input)
         checked: Any = bn
         checked._check_input_dim(input)
-    return run(Call(conv, bn, input, residual, relu, checked=True))
+    return run(Call(conv, bn, input, residual, act, checked=True, activation=found))
 
 
 def _are_fusible(conv: Any, bn: Any) -> bool:

@@ -12,20 +12,22 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ... import backends
 from .._library import suggests_channels_last
+from ..activations import IDENTITY, Activation
 from ..batch_norm_act import transformed
 from ..conv_choice import Conv, stands_for_conv2d
 
 #: The reason of those on the list that do no batch norm by itself.
 NO_CONVOLUTION = "there is no convolution"
 
-TRAINING, NO_RELU, EVALUATION, FOLDED, POOLED = "training", "no ReLU", "evaluation", "folded", "pooled"
+TRAINING, NO_ACTIVATION, EVALUATION = "training", "no activation", "evaluation"
+FOLDED, POOLED = "folded", "pooled"
 INFERENCE = "inference"
 #: Elements from which on a call of ours saves more than it costs, on each thread. Below, the modules run one
 #: by one. For 4 or 8 bytes an element in channels_last and contiguous, then for 2 bytes in both; measured
 #: on one AVX-512 core with batch norms of 32 to 512 channels and 1x1 convolutions between as many.
 LEAST_ELEMENTS = {
     TRAINING: (1 << 16, 1 << 16, 1 << 16, 1 << 16),
-    NO_RELU: (1 << 17, 1 << 16, 1 << 17, 1 << 17),
+    NO_ACTIVATION: (1 << 17, 1 << 16, 1 << 17, 1 << 17),
     EVALUATION: (1 << 17, 1 << 18, 1 << 17, 1 << 17),  # with gradients, or traced
     INFERENCE: (0, 0, 0, 0),  # without; one call takes the place of two or three
     FOLDED: (1 << 18, 1 << 20, 1 << 18, 1 << 19),  # rather than INFERENCE
@@ -95,19 +97,21 @@ def autocast_dtype(device: str = "cpu") -> torch.dtype | None:
 
 
 class Call:
-    """``relu(add(bn(conv(input)), residual))``, without what is None.
+    """``act(add(bn(conv(input)), residual))``, without what is None.
 
     Attributes:
         conv: a convolution that :func:`is_plain`.
         bn: a batch norm that does what PyTorch's do, and nothing besides.
         input: a tensor.
         residual: a tensor, or anything that ``add`` takes.
-        relu: the ReLU's module or function.
+        act: the activation's module or function.
+        activation: what it is.
         add: an addition, in place or not; "+" where it is None.
         fresh: whether nobody else has ``input``, so that it may be overwritten.
         checked: whether arguments that do not go together are an error of ours rather than PyTorch's.
         exact: whether Winograd, which is less accurate than the direct convolution, is left out.
         following: the convolution into which alone the result goes, if there is one.
+        norm: the forward of ``bn`` that normalizes, where its own does more; None for its own.
         trains: whether the batch norm uses the statistics of the batch.
     """
 
@@ -117,6 +121,8 @@ class Call:
     residual: Any
 
     __slots__ = (
+        "act",
+        "activation",
         "add",
         "bn",
         "checked",
@@ -125,7 +131,7 @@ class Call:
         "following",
         "fresh",
         "input",
-        "relu",
+        "norm",
         "residual",
         "trains",
         "wants_grad",
@@ -137,16 +143,19 @@ class Call:
         bn: Any,
         input: Tensor,
         residual: Any = None,
-        relu: Callable[[Any], Any] | None = None,
+        act: Callable[[Any], Any] | None = None,
         add: Callable[[Any, Any], Any] | None = None,
         fresh: bool = False,
         checked: bool = False,
         following: Any = None,
         exact: bool = False,
+        activation: Activation = IDENTITY,
+        norm: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self.conv, self.bn, self.input, self.residual = conv, bn, input, residual
-        self.relu, self.add, self.fresh, self.checked = relu, add, fresh, checked
-        self.following, self.exact = following, exact
+        self.act, self.activation, self.add = act, activation, add
+        self.fresh, self.checked = fresh, checked
+        self.following, self.exact, self.norm = following, exact, norm
         self.trains = bn is not None and (bn.training or bn._buffers.get("running_mean") is None)
         self.wants_grad = torch.is_grad_enabled() and self._needs_grad()
 
@@ -160,10 +169,6 @@ class Call:
                         return True
         residual = self.residual
         return self.input.requires_grad or (isinstance(residual, Tensor) and residual.requires_grad)
-
-    @property
-    def activation(self) -> str:
-        return "identity" if self.relu is None else "relu"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,7 +191,7 @@ class Call:
             self.trains,
             self.wants_grad,
             self.fresh,
-            self.relu is None,
+            self.activation,
             self.add is None,
             autocast_dtype(),
             torch.get_num_threads(),

@@ -11,8 +11,8 @@ from torch.compiler import is_compiling
 
 from ... import backends
 from .. import batch_norm_running, winograd_weights
+from ..activations import Activation
 from ..batch_norm_act import batch_norm_arguments, eps_of, in_training, transformed
-from ..conv_activations import ACTIVATIONS
 from ..conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
 from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
 from ..depthwise_conv import depthwise_conv
@@ -20,7 +20,19 @@ from ..winograd import winograd_conv
 from ..winograd_weights import Norm
 from .call import FOLDED, NO_CONVOLUTION, Call, autocast_dtype, least_elements
 
-# The dtypes in which oneDNN rectifies as it writes.
+#: Activations as oneDNN's post-ops: the name, the algorithm and the scalars.
+_POST_OPS: dict[str, tuple[str, str, list[float]]] = {
+    "identity": ("none", "", []),
+    "relu": ("relu", "", []),
+    "relu6": ("hardtanh", "", [0.0, 6.0]),
+    "silu": ("swish", "", []),
+    "hardswish": ("hardswish", "", []),
+    "leaky_relu": ("leaky_relu", "", []),
+    "gelu": ("gelu", "none", []),
+    "gelu_tanh": ("gelu", "tanh", []),
+    "hardsigmoid": ("hardsigmoid", "", []),
+}
+# The dtypes in which oneDNN applies one as it writes.
 _FOLDED = frozenset((torch.float32, torch.bfloat16))
 backends.register("conv_bn_act", cpu=_FOLDED)
 
@@ -143,8 +155,7 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
         geometry.padding,
         geometry.features,
         geometry.groups,
-        ACTIVATIONS.index(call.activation),
-        0.0,
+        *call.activation.arguments,
         geometry.stride,
         geometry.dilation,
     )
@@ -160,8 +171,8 @@ def run_depthwise(call: Call, prepared: Prepared) -> Any:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         else:
             weight, bias = batch_norm_running.fold(weight, bias, *norm, dtype)
-        after, padding = ACTIVATIONS.index(call.activation), prepared.geometry.padding[:2]
-        return depthwise_conv(call.input.to(dtype), weight, bias, call.conv.stride, padding, after, 0.0)
+        padding, after = prepared.geometry.padding[:2], call.activation.arguments
+        return depthwise_conv(call.input.to(dtype), weight, bias, call.conv.stride, padding, *after)
 
 
 def _constants(call: Call) -> Norm | None:
@@ -192,7 +203,7 @@ def _run_planned(call: Call, plan: Plan) -> Any:
         return call
     arguments = batch_norm_arguments(bn)
     running = arguments["running_mean"], arguments["running_var"]
-    rest = arguments["momentum"], arguments["eps"], call.residual, call.relu is not None, stats
+    rest = arguments["momentum"], arguments["eps"], call.residual, call.activation, stats
     return in_training(output, *running, bn.weight, bn.bias, *rest)
 
 
@@ -229,7 +240,7 @@ def folded_why_not(call: Call) -> str | None:
     if (reason := _why_not_here(call)) is not None:
         return reason
     if call.dtype not in _FOLDED:
-        return f"oneDNN does not rectify {call.dtype}"
+        return f"oneDNN applies no activation to {call.dtype}"
     if call.dtype == torch.bfloat16 and not _has_bfloat16():
         return "oneDNN has no bfloat16 on this processor"
     made, weights = outputs(conv, input), conv._parameters["weight"].numel()
@@ -250,14 +261,17 @@ def run_folded(call: Call, _: None) -> Tensor:
 
 
 @torch.no_grad()
-def _fold_and_run(conv: Any, norm: Any, input: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+def _fold_and_run(conv: Any, norm: Any, input: Tensor, act: Activation, dtype: torch.dtype) -> Tensor:
     own = conv._parameters
     weight, bias = batch_norm_running.fold(own["weight"], own["bias"], *norm, dtype)
     if input.dtype != dtype:
         input = input.to(dtype)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    after = "relu" if activation == "relu" else "none"
-    return torch.ops.mkldnn._convolution_pointwise.default(input, weight, bias, *geometry, after, [], "")
+    name, algorithm, scalars = _POST_OPS[act.name]
+    scalars = [act.slope] if act.name == "leaky_relu" else scalars
+    return torch.ops.mkldnn._convolution_pointwise.default(
+        input, weight, bias, *geometry, name, scalars, algorithm
+    )
 
 
 # --- PyTorch's --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A convolution, batch norm, addition and ReLU in the fastest of a GPU's ways."""
+"""A convolution, batch norm, addition and activation in the fastest of a GPU's ways."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import backends
 from .. import _library, tuned_conv
+from ..activations import IDENTITY, RELU
 from ..batch_norm_act import (
     batch_norm_arguments,
     in_training,
@@ -66,7 +67,7 @@ def run(call: Call, deferred: Deferred | None) -> Any:
     if deferred is not None and (not trains or conv.groups != 1):
         input = deferred.computed()
     first = input.output if isinstance(input, Deferred) else input
-    device, relu = first.device.type, call.relu is not None
+    device, relu = first.device.type, call.activation == RELU
     dtype = autocast_dtype(device) or first.dtype
     geometry = tuned_conv.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     with torch.autocast(device, enabled=False):
@@ -75,7 +76,8 @@ def run(call: Call, deferred: Deferred | None) -> Any:
                 weight, bias = _fold(conv, bn)
                 weight = weight.to(dtype, memory_format=torch.channels_last)
                 x = first.to(dtype)
-                return tuned_conv.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
+                output = tuned_conv.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
+                return output if relu else call.activation(output)
         weight = conv.weight.to(dtype)
         bias = None if conv.bias is None else conv.bias.to(dtype)
         if isinstance(input, Deferred):
@@ -85,12 +87,13 @@ def run(call: Call, deferred: Deferred | None) -> Any:
         arguments = batch_norm_arguments(bn)
         running = arguments["running_mean"], arguments["running_var"]
         momentum, eps = arguments["momentum"], arguments["eps"]
-        if call.following is not None and residual is None:
+        if call.following is not None and residual is None and call.activation in (RELU, IDENTITY):
             norm = Deferred(output, stats, bn.weight, bn.bias, eps, relu)
             if norm.pays(call.following):
                 update_running(output, stats, *running, momentum)
                 return norm
-        return in_training(output, *running, bn.weight, bn.bias, momentum, eps, residual, relu, stats)
+        rest = momentum, eps, residual, call.activation, stats
+        return in_training(output, *running, bn.weight, bn.bias, *rest)
 
 
 def _fold(conv: Any, bn: Any) -> tuple[Tensor, Tensor]:

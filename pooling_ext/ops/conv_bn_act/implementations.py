@@ -10,7 +10,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from ... import backends
-from ...exporting import is_exporting
+from ...exporting import is_exporting, tracing_state
 from . import cpu, gpu, norm
 from .call import LEAST_ELEMENTS, NO_CONVOLUTION, Call
 
@@ -82,11 +82,11 @@ _small = _SMALL
 def run(call: Call) -> Any:
     """Do ``call`` in the first way that can.
 
-    An exported program has PyTorch's operators. It is for every size of a batch, where the list asks
-    for sizes; and it can be trained, where of an autograd Function it would have the forward alone.
+    An exported or traced program has PyTorch's operators. It is for every size of a batch, where the list
+    asks for sizes; and it can be trained, where of an autograd Function it would have the forward alone.
     """
     # Around small operators a look at the list shows.
-    if is_exporting() or (call.wants_grad and _is_small(call)):
+    if is_exporting() or tracing_state() is not None or (call.wants_grad and _is_small(call)):
         if call.conv is not None:
             call.continue_with(cpu.convolved(call))
         return norm.run_eager(call)

@@ -1,7 +1,8 @@
-"""What follows a convolution: a batch norm, addition and ReLU, in one pass or one by one."""
+"""What follows a convolution: a batch norm, addition and activation, in one pass or one by one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from ..batch_norm_act import (
 from .call import (
     EVALUATION,
     INFERENCE,
-    NO_RELU,
+    NO_ACTIVATION,
     TRAINING,
     Call,
     calls_only_forward,
@@ -35,11 +36,19 @@ from .call import (
 _VECTORS = frozenset((Tensor, nn.Parameter, type(None)))
 
 
+#: The dimensions of what our kernels take from batch norms; features alone, (N, C), are PyTorch's.
+_DIMS = {nn.BatchNorm1d: (3,), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (3, 4, 5)}
+
+
+def _has_dims(bn: Any, dims: int) -> bool:
+    return any(isinstance(bn, kind) and dims in known for kind, known in _DIMS.items())
+
+
 def _why_not_fused(call: Call) -> str | None:
     if call.bn is None:
         return "there is no batch norm"
-    if call.input.dim() != 4:
-        return f"the input has {call.input.dim()} dimensions, not 4"
+    if not _has_dims(call.bn, call.input.dim()):
+        return f"the input has {call.input.dim()} dimensions"
     residual = call.residual
     if residual is not None and not (
         isinstance(residual, Tensor) and residual.shape == call.input.shape and alike(call.input, residual)
@@ -90,15 +99,11 @@ def run_running(call: Call, _: None = None) -> Tensor:
     bn, input = call.bn, call.input
     running, own = bn._buffers, bn._parameters
     mean, variance = running["running_mean"], running["running_var"]
-    relu, eps = call.relu is not None, eps_of(bn)
+    rest = own["weight"], own["bias"], call.residual, eps_of(bn), *call.activation.arguments
     if call.fresh:
-        batch_norm_running.overwrite(
-            input, mean, variance, own["weight"], own["bias"], call.residual, eps, relu
-        )
+        batch_norm_running.overwrite(input, mean, variance, *rest)
         return input
-    return batch_norm_running.normalise(
-        input, mean, variance, own["weight"], own["bias"], call.residual, eps, relu
-    )
+    return batch_norm_running.normalise(input, mean, variance, *rest)
 
 
 def fused_why_not(call: Call) -> str | None:
@@ -107,7 +112,7 @@ def fused_why_not(call: Call) -> str | None:
         return reason
     if isinstance(call.bn, nn.SyncBatchNorm):
         return None  # PyTorch's own is for GPUs, so ours takes it at any size
-    how = EVALUATION if not call.trains else NO_RELU if call.relu is None else TRAINING
+    how = EVALUATION if not call.trains else NO_ACTIVATION if call.act is None else TRAINING
     least = least_elements(how, call.input)
     if call.input.numel() < least:
         return f"{call.input.numel()} elements are fewer than {least}, from which on it pays"
@@ -116,7 +121,9 @@ def fused_why_not(call: Call) -> str | None:
 
 def run_fused(call: Call, _: None = None) -> Tensor:
     arguments = batch_norm_arguments(call.bn)
-    return batch_norm_act(call.input, **arguments, residual=call.residual, activation=call.activation)
+    name, slope = call.activation
+    rest = {"residual": call.residual, "activation": name, "negative_slope": slope}
+    return batch_norm_act(call.input, **arguments, **rest)
 
 
 def run_eager(call: Call, _: None = None) -> Any:
@@ -126,12 +133,12 @@ def run_eager(call: Call, _: None = None) -> Any:
         if call.checked:
             call.bn._check_input_dim(output)
             _check_devices(call.bn, output)
-        output = _batch_norm(call.bn, output)
+        output = _batch_norm(call.bn, output, call.norm)
     if call.checked and call.residual is not None:
         _check_residual(call.residual, output)
     if call.residual is not None or call.add is not None:
         output = output + call.residual if call.add is None else call.add(output, call.residual)
-    return output if call.relu is None else call.relu(output)
+    return output if call.act is None else call.act(output)
 
 
 def _check_devices(bn: Any, output: Tensor) -> None:
@@ -152,10 +159,30 @@ def _check_residual(residual: Any, output: Tensor) -> None:
         )
 
 
-def _batch_norm(bn: Any, input: Any) -> Any:
-    """``bn(input)``, without what takes PyTorch's module longer than the operator takes when small."""
-    if type(bn) is not nn.BatchNorm2d or not calls_only_forward(bn) or _has_any_global_hook():
-        return bn(input)
+def _batch_norm(bn: Any, input: Any, norm: Callable[[Any, Any], Any] | None) -> Any:
+    """``bn(input)``, without what takes PyTorch's module longer than the operator takes when small.
+
+    Args:
+        norm: see :class:`Call`.
+    """
+    arguments = None
+    if norm is not None:
+        # All of torch.nn's have one forward; for other numbers of dimensions it looks at them.
+        plain = norm is nn.BatchNorm2d.forward
+    else:
+        plain = type(bn) is nn.BatchNorm2d and calls_only_forward(bn) and not _has_any_global_hook()
+    if plain and isinstance(input, Tensor) and input.dim() == 4:
+        arguments = _plain_arguments(bn)
+    if arguments is None:
+        return bn(input) if norm is None else norm(bn, input)
+    if bn.training:
+        counter: Any = bn._buffers["num_batches_tracked"]
+        counter.add_(1)
+    return F.batch_norm(input, *arguments)
+
+
+def _plain_arguments(bn: Any) -> tuple[Any, ...] | None:
+    """What a batch norm gives to the operator after the input; None where its forward has to tell."""
     buffers, parameters = bn._buffers, bn._parameters
     try:
         mean, variance, counter = (
@@ -165,12 +192,8 @@ def _batch_norm(bn: Any, input: Any) -> Any:
         )
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:  # somebody keeps them elsewhere
-        return bn(input)
-    training, momentum = bn.training, bn.momentum
+        return None
+    momentum = bn.momentum
     if mean is None or counter is None or momentum is None or not bn.track_running_stats:
-        return bn(input)
-    if not isinstance(input, Tensor) or input.dim() != 4:
-        return bn(input)
-    if training:
-        counter.add_(1)
-    return F.batch_norm(input, mean, variance, weight, bias, training, momentum, bn.eps)
+        return None
+    return mean, variance, weight, bias, bn.training, momentum, bn.eps
