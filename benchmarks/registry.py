@@ -15,6 +15,7 @@ SUITES: dict[str, str] = {
     "model": "benchmarks.model",
     "bytes": "benchmarks.bytes",
     "gpu": "benchmarks.gpu",
+    "coverage": "benchmarks.coverage",
 }
 
 

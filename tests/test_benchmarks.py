@@ -18,6 +18,8 @@ import pooling_ext
 from benchmarks import (
     block,
     block_cases,
+    coverage,
+    coverage_models,
     depthwise,
     gpu,
     machine,
@@ -354,3 +356,31 @@ def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
     assert [len(entries) for entries in so_far] == [2 * len(rivals)] * 2, "not written as it came"
     if not torch.cuda.is_available():
         assert gpu.run(args) == 2
+
+
+def test_coverage():
+    """The table has what the reports count, and why batch norms are left."""
+
+    class Doubled(torch.nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    def make(last):
+        layers = [torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1), last]
+        return torch.nn.Sequential(*layers)
+
+    whole = coverage_models.CoverageCase("torchvision", "whole", lambda: make(torch.nn.ReLU()), (3, 8, 8))
+    part = coverage_models.CoverageCase("torchvision", "part", lambda: make(Doubled(4)), (3, 8, 8))
+    rows = [coverage.count(case) for case in (whole, part)]
+    assert [(row.patched, row.alone) for row in rows] == [((1, 1), 0), ((1, 2), 0)]
+    assert [row.is_met for row in rows] == [True, False]
+    page = coverage.table(rows)
+    assert "1 of 2 models have 95% or more" in page and "| whole | 1 of 1 | 0 | 1 of 1 |" in page
+    assert "- part: patch leaves 1 (Doubled 3): its forward is not known" in page
+
+
+def test_coverage_knows_its_models():
+    names = [case.name for case in coverage_models.cases()]
+    assert {case.name for case in model_zoo.FAMILIES} <= set(names) and "r3d_18" in names
+    model, example = next(case for case in coverage_models.cases() if case.name == "r3d_18").build()
+    assert pooling_ext.patch(model, strict=True).batch_norms_fused == 20 and example.dim() == 5
