@@ -48,6 +48,10 @@ def network() -> nn.Module:
     )
 
 
+def unfoldable() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 16, 3, padding=1))
+
+
 def settled(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model.train()(torch.rand(4, 4, 12, 10))
@@ -96,6 +100,7 @@ def _cases() -> dict[str, tuple[Callable[[], nn.Module], int]]:
         "patched-residual": (lambda: patched(Residual), 2),
         "frozen": (lambda: frozen(network), 2),
         "frozen-residual": (lambda: frozen(Residual), 2),
+        "frozen-norm": (lambda: frozen(unfoldable), 2),
     }
     return cases
 
@@ -189,7 +194,7 @@ def test_traced(name):
     torch.jit.save(traced, io.BytesIO())
 
 
-@every(*BEYOND, "frozen", "frozen-residual")
+@every(*BEYOND, "frozen", "frozen-residual", "frozen-norm")
 def test_scripted(name):
     model, inputs = made(name)
     classes = [type(module) for module in model.modules()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -287,7 +286,8 @@ class FrozenBatchNormAct(nn.Module):
         super().__setstate__(state)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _has_batch_norm_act(x) and (residual is None or residual.shape == x.shape):
+        fits = residual is None or residual.shape == x.shape
+        if fits and backends.choose("batch_norm_act", x) is not backends.ATEN:
             ours = IDENTITY if self.activation is None else kernel_activation(self.activation)
             vectors = self.stats, self.weight, self.bias
             return _batch_norm_act(x, *vectors, residual, self.eps, *ours.arguments)  # type: ignore[union-attr]
@@ -298,15 +298,6 @@ class FrozenBatchNormAct(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.mean.numel()}{'' if self.activation is None else f', {self.activation}'}"
-
-
-@cache
-def _has_cpu_kernel(name: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "CPU")
-
-
-def _has_batch_norm_act(x: Tensor) -> bool:
-    return _has_cpu_kernel("batch_norm_act") and backends.choose("batch_norm_act", x) is not backends.ATEN
 
 
 class InPlaceActivation(nn.Module):

@@ -61,7 +61,7 @@ def _norm(layer: FrozenBatchNormAct) -> Callable[..., Tensor]:
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = F.batch_norm(x, layer.mean, layer.var, layer.weight, layer.bias, eps=layer.eps)
         y = y if residual is None else y + residual
-        return F.relu(y) if layer.relu else y
+        return y if layer.activation is None else layer.activation(y)
 
     return call
 
