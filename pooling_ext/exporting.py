@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _TOLD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
@@ -31,4 +35,13 @@ def is_recording() -> bool:
     return tracing_state() is not None or (is_compiling() and not is_dynamo_compiling())
 
 
-__all__ = ["is_exporting", "is_recording", "leaves_us", "tracing_state"]
+def constant_in_graphs(function: Function) -> Function:
+    """Let torch.compile call ``function`` as it traces, and keep the result.
+
+    As torch.compiler.assume_constant_result, which imports the compiler: that takes two seconds.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
+
+__all__ = ["constant_in_graphs", "is_exporting", "is_recording", "leaves_us", "tracing_state"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pooling_ext
-from pooling_ext.freezing.api import FORMAT
+from pooling_ext.freezing.frozen import FORMAT
 from pooling_ext.patching import codegen
 
 DATA = Path(__file__).parent / "data"

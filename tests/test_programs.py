@@ -94,7 +94,8 @@ def _cases() -> dict[str, tuple[Callable[[], nn.Module], int]]:
         "Conv3d": (lambda: p.Conv3d(4, 4, (1, 3, 3), groups=4), 3),
         "BatchNormAct2d": (lambda: p.BatchNormAct2d(4).eval(), 2),
         "ConvBNAct2d": (lambda: p.ConvBNAct2d(4, 4, 3).eval(), 2),
-        "BatchNormAct2d-training": (lambda: p.BatchNormAct2d(4), 2),
+        "BatchNormAct2d-training": (lambda: p.BatchNormAct2d(4, activation="silu"), 2),
+        "leaky": (lambda: p.ConvBNAct2d(4, 4, 3, activation="leaky_relu", negative_slope=0.2).eval(), 2),
         "ConvBNAct2d-training": (lambda: p.ConvBNAct2d(4, 4, 3), 2),
         "patched": (lambda: patched(network), 2),
         "patched-residual": (lambda: patched(Residual), 2),
@@ -356,3 +357,10 @@ def test_graph_modules_and_scripts_in_a_patched_model():
             pooling_ext.patch(model, strict=True)
     with pytest.raises(ArgumentError, match="freeze the module it was made from"):
         pooling_ext.freeze(torch.jit.script(settled(network())), x)
+
+
+@pytest.mark.slow
+def test_frozen_models_compile_by_inductor():
+    model, (x, *_) = made("frozen")
+    compiled = torch.compile(model, fullgraph=True)
+    check(model, lambda x: compiled(x), x)

@@ -1,6 +1,7 @@
 """freeze: a model made into a module for inference alone."""
 
-from .api import Frozen, freeze
+from .api import freeze
+from .frozen import Frozen
 from .region import Region
 
 __all__ = ["Frozen", "Region", "freeze"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from ..patching import unpatch
 from . import conv_allotment
 from .check import Undecided, cloned, difference, random_state_kept, replica, state_kept
 from .editor import GraphEditor
+from .frozen import Frozen
 from .layers import PackedConv
 from .parts import Part, freeze_parts
 from .passes import rewrite
@@ -31,8 +30,6 @@ from .signature import Signature, call_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OURS = tuple(getattr(ours, name) for name in ours.__all__)
-#: Of pickled frozen models. Another version of this package may write another one.
-FORMAT = 1
 _LEFT_OUT = "Winograd's kernels are left out: with them"
 
 
@@ -134,82 +131,6 @@ def _to_blame(job: _Job, frozen: Frozen) -> str:
             if job.difference(frozen) is None:
                 return path
     return ", ".join(entry.path for entry in frozen.report.skipped[:-1]) or "(root)"
-
-
-class Frozen(nn.Module):
-    """What :func:`freeze` returns: call it like the model it was made from.
-
-    It may be called from several threads at once, copied, pickled and saved with ``torch.save``. It has no
-    parameters, stays in eval mode, and computes on the device and in the dtype that it was made for.
-
-    Attributes:
-        report: a :class:`FusionReport` of what was folded and prepacked, and what was left.
-        dtype: what it computes in.
-    """
-
-    def __init__(self, body: nn.Module, name: str, dtype: torch.dtype | None, report: FusionReport):
-        super().__init__()
-        self.body, self.name, self.dtype, self.report = body, name, dtype, report
-        self.format = FORMAT
-        self.eval()
-        self._take_parameters()
-
-    def _take_parameters(self) -> None:
-        """Give this one's forward the model's parameters, by which torch.export tells its arguments."""
-        body = self.body
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return body(*args, **kwargs)
-
-        region = body.region if type(body) is Part else body
-        own = region.signature.parameters if isinstance(region, Region) else inspect.signature(body.forward)
-        forward.__signature__ = own  # type: ignore[attr-defined]
-        self.__dict__["forward"] = forward
-
-    def __prepare_scriptable__(self) -> Any:
-        raise ArgumentError(
-            "torch.jit.script cannot compile a frozen model; torch.jit.trace(model, example) makes a script"
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "forward"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        found = state.get("format", 0)
-        if found != FORMAT:
-            raise ArgumentError(
-                f"this frozen model was saved by another version of pooling_ext (format {found}, and this "
-                f"one reads {FORMAT}); freeze the model again"
-            )
-        super().__setstate__(state)
-        self._take_parameters()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Frozen:
-        return super().train(False)  # there is nothing left to train
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        for region in self.modules():
-            if isinstance(region, Region):
-                probe = torch.empty(0, dtype=region.dtype, device=region.device)
-                moved = fn(probe)
-                if moved.dtype != probe.dtype or moved.device != probe.device:
-                    raise ArgumentError(
-                        f"a frozen module stays on {region.device} in {region.dtype}, but got "
-                        f"{moved.device}, {moved.dtype}; freeze the model again there"
-                    )
-        return self
-
-    def __repr__(self) -> str:
-        lines = [f"Frozen({self.name}, {str(self.dtype).removeprefix('torch.')}):"]
-        for path, region in self.body.named_modules():
-            if isinstance(region, Region):
-                lines += [f"  {path}:"] if path else []
-                lines += [f"  {line}" for line in repr(region).splitlines()]
-        lines.append(f"  {len(self.report.replaced)} layers frozen, {len(self.report.skipped)} kept")
-        return "\n".join(lines)
 
 
 @dataclass

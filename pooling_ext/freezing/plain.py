@@ -1,5 +1,6 @@
-"""A frozen graph on PyTorch's operators alone: for torch.export, torch.jit.trace and torch.func.
+"""What the layers of a frozen graph come to: as they are, in compiled graphs, on PyTorch's operators alone.
 
+The last is for torch.export, torch.jit.trace and torch.func.
 Weights that oneDNN keeps in an order of its own become tensors again that any operator can read.
 """
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..exporting import is_recording
+from ..exporting import constant_in_graphs, is_recording
 from ..ops.batch_norm_act import transformed
 from .conv_engines import in_dtype
 from .layers import FrozenBatchNormAct, PackedConv, PackedLinear, Prepacked
@@ -32,6 +33,24 @@ def plain(layer: Any) -> Any:
     if isinstance(layer, PackedLinear):
         return _linear(layer)
     return _norm(layer) if isinstance(layer, FrozenBatchNormAct) else layer
+
+
+def packed(layer: Any) -> Any:
+    """What a call of ``layer`` comes to, without the cost of calling a module of ours."""
+    return layer.function if isinstance(layer, Prepacked) else layer
+
+
+def compiled(layer: Any) -> Any:
+    """What a call of ``layer`` comes to in compiled graphs, which take no packed weight of a Linear."""
+    if not isinstance(layer, PackedLinear) or not layer.packed:
+        return packed(layer)
+    dense = constant_in_graphs(lambda: _dense(layer))
+    dtype = layer.weight.dtype
+
+    def call(x: Tensor) -> Tensor:
+        return layer.finish(F.linear(in_dtype(x, dtype), dense(), layer.bias))
+
+    return call
 
 
 def _conv(layer: PackedConv) -> Callable[..., Tensor]:

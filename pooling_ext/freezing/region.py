@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from ..exporting import tracing_state
 from . import plain
 from .cuda_graphs import Graphs
-from .layers import Call, PackedConv, PackedLinear, Prepacked
+from .layers import Call, PackedConv, PackedLinear
 from .signature import Signature
 
 
@@ -104,7 +104,8 @@ class Region(nn.Module):
 
     def bind(self) -> None:
         """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
-        self._run = self._bound(lambda layer: layer.function if isinstance(layer, Prepacked) else layer)
+        self._run = self._bound(plain.packed)
+        self._compiled = self._bound(plain.compiled)
         self._graphs = Graphs(self._run, self._cast) if self.device.type == "cuda" else None
 
     def _bound(self, call_of: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -117,7 +118,9 @@ class Region(nn.Module):
         return partial(type(self.graph).forward, SimpleNamespace(**names))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_run", "_graphs")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_run", "_compiled", "_graphs")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -134,7 +137,9 @@ class Region(nn.Module):
         run: Callable[..., Any] = self._run
         if plain.is_wanted():
             run, entered = self._bound(plain.plain), (floating(x, self.dtype) for x in tensors)
-        elif self._graphs is None or is_compiling() or torch.cuda.is_current_stream_capturing():
+        elif is_compiling():
+            run, entered = self._compiled, map(self._cast, tensors)
+        elif self._graphs is None or torch.cuda.is_current_stream_capturing():
             entered = map(self._cast, tensors)
         else:  # which casts as it copies
             run, entered = self._graphs, iter(tensors)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _native
+from ..exporting import constant_in_graphs
 from . import conv_speeds
 
 #: What a convolution is in training: each is decided for itself.
@@ -256,13 +257,10 @@ def _has_known_sizes(conv: Conv) -> bool:
     return all(has_static_value(size) for size in (conv.batch, *conv.size))
 
 
-# A compiler asks this while it traces, and keeps the answer; it knows no named tuples.
+# A compiler, which asks too, knows no named tuples.
+@constant_in_graphs
 def _speedup(kernels: str, conv: tuple[Any, ...], phase: str) -> tuple[float, bool] | None:
     return conv_speeds.speedup(kernels, Conv(*conv), PHASES.index(phase))
-
-
-# As torch.compiler.assume_constant_result, which would import the compiler: two seconds.
-setattr(_speedup, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
