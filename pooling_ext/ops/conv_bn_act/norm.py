@@ -112,6 +112,8 @@ def fused_why_not(call: Call) -> str | None:
         return reason
     if isinstance(call.bn, nn.SyncBatchNorm):
         return None  # PyTorch's own is for GPUs, so ours takes it at any size
+    if is_compiling() and not call.trains and not call.wants_grad:
+        return "a compiled graph is fused by the compiler"
     how = EVALUATION if not call.trains else NO_ACTIVATION if call.act is None else TRAINING
     least = least_elements(how, call.input)
     if call.input.numel() < least:
