@@ -76,7 +76,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Clock:
         clock.reused = value
         return MemoryReuse(value, "large tensors reuse freed memory")
 
-    def frozen_forward(self: Frozen, *args: Any, **kwargs: Any) -> Any:
+    def frozen_call(self: Frozen, *args: Any, **kwargs: Any) -> Any:
         clock.frozen = True
         try:
             clock.tick()
@@ -89,7 +89,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(memory, "is_cpu_memory_reused", lambda: clock.reused)
     monkeypatch.setattr(measure, "clock", clock)
     monkeypatch.setattr(Net, "clock", clock)
-    monkeypatch.setattr(Frozen, "forward", frozen_forward)
+    monkeypatch.setattr(Frozen, "__call__", frozen_call)
     monkeypatch.setattr(measure, "SECONDS", 4.0)
     monkeypatch.setattr(measure, "MOST_ROUNDS", 20)
     return clock

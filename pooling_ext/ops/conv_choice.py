@@ -254,7 +254,9 @@ def _has_known_sizes(conv: Conv) -> bool:
     """Whether the sizes are numbers, and not the symbols of a compiler's trace that is for any size."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second to import
 
-    return all(has_static_value(size) for size in (conv.batch, *conv.size))
+    numbers = conv.batch, conv.channels, conv.features, conv.groups
+    pairs = conv.size, conv.kernel, conv.stride, conv.padding, conv.dilation
+    return all(has_static_value(number) for each in (numbers, *pairs) for number in each)
 
 
 # A compiler, which asks too, knows no named tuples.
