@@ -119,8 +119,12 @@ class BatchNormChain:
             following: the convolution of the chain that alone takes the result, which then may be left to it.
         """
         own = self._own_steps(bn)
-        ends = act is None and self.act is None and self.add is None
-        if own is None or (own and not ends) or not all(map(passes, passed)) or _has_any_global_hook():
+        if (
+            own is None
+            or (own and not (act is None and self.act is None and self.add is None))
+            or (passed and not all(map(passes, passed)))
+            or _has_any_global_hook()
+        ):
             return self._one_by_one(input, conv, bn, act, pool, residual, passed)
         step, activation, rest = self._activation(act, own)
         deferred = input if type(input) is Deferred else None
@@ -131,8 +135,9 @@ class BatchNormChain:
         if not isinstance(value, Tensor):
             return self._one_by_one(input if deferred else value, conv, bn, act, pool, residual, passed)
         norm = None if self.norm is None else self.norm.inherited
-        options = {"exact": self.exact, "activation": activation, "norm": norm}
-        call = Call(conv, bn, value, residual, step, self.add, **options)
+        call = Call(
+            conv, bn, value, residual, step, self.add, exact=self.exact, activation=activation, norm=norm
+        )
         if pool is not None or self.pool is not None:
             return self._pooled(call, rest, pool, deferred)
         call.following = None if rest else following
