@@ -35,6 +35,16 @@ def is_recording() -> bool:
     return tracing_state() is not None or (is_compiling() and not is_dynamo_compiling())
 
 
+def least(a: Any, b: Any) -> Any:
+    """``min(a, b)``, in a compiler's trace also of symbols; 2.11 takes torch.sym_min of no numbers there."""
+    return torch.sym_min(a, b) if _TOLD and is_compiling() else min(a, b)
+
+
+def most(a: Any, b: Any) -> Any:
+    """``max(a, b)``, as :func:`least`."""
+    return torch.sym_max(a, b) if _TOLD and is_compiling() else max(a, b)
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Let torch.compile call ``function`` as it traces, and keep the result.
 
@@ -44,4 +54,12 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
-__all__ = ["constant_in_graphs", "is_exporting", "is_recording", "leaves_us", "tracing_state"]
+__all__ = [
+    "constant_in_graphs",
+    "is_exporting",
+    "is_recording",
+    "least",
+    "leaves_us",
+    "most",
+    "tracing_state",
+]

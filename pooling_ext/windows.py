@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch.compiler import is_compiling
 
 from .arguments import as_bool, as_int
 from .errors import ArgumentError
+from .exporting import least, most
 
 Ints = tuple[int, ...]
 
@@ -134,7 +134,7 @@ def _is_known(fact: Any) -> bool:
 
 def positive_part(number: Any) -> Any:
     """A number or 0, whichever is larger; it may be a symbol."""
-    return torch.sym_max(number, 0) if is_compiling() else max(number, 0)
+    return most(number, 0)
 
 
 #: What is remembered by its value. Anything else (a list, NumPy's numbers, a tensor, which may change) is
@@ -274,8 +274,7 @@ def _output_size(size, kernel, stride, before, after, dilation, ceil_mode):
     if not ceil_mode:
         return count
     # A last window must not start in the trailing padding.
-    most = (size + before - 1) // stride + 1
-    return torch.sym_min(count, most) if is_compiling() else min(count, most)
+    return least(count, (size + before - 1) // stride + 1)
 
 
 def adaptive_kernel(size: int, out: int) -> int:
