@@ -17,10 +17,10 @@ from pooling_ext import backends, cuda
 from pooling_ext.ops.activations import ACTIVATIONS
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, PHASES, LaunchCase
 
-# Every activation, with a residual and without.
+# Every activation; one kernel does them all, so that one of its cases is enough.
 EVERY_CASE = CASES + tuple(
     replace(case, name=f"{case.name}-{name}", kwargs={"activation": name})
-    for case in (ACTIVATION_CASES[0], ACTIVATION_CASES[-1])
+    for case in ACTIVATION_CASES[-1:]
     for name in ACTIVATIONS
 )
 DTYPES = (torch.float32, torch.bfloat16)

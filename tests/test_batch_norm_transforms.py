@@ -63,7 +63,7 @@ def _cases():
         label = "training" if training else "eval"
         for residual in (True, False):
             names = ("input", "weight", "bias", *(("residual",) if residual else ()))
-            for activation in ("relu", "silu", "gelu"):
+            for activation in ("relu", "silu") if training else ("relu",):
                 yield pytest.param(
                     lambda *args, t=training, a=activation: norm(*args, training=t, activation=a),
                     lambda *args, t=training, a=activation: norm_as_torch(*args, training=t, activation=a),
