@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
+
+from .exporting import is_exporting
 
 _transforms_are_active = torch._C._are_functorch_transforms_active  # looked up once
 
@@ -19,7 +22,29 @@ def needs_autograd(input: torch.Tensor) -> bool:
     """
     if input.requires_grad and torch.is_grad_enabled():
         return True
+    return transformed()
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode is at work."""
     return forward_ad._current_level >= 0 or _transforms_are_active()
+
+
+def needs_grad(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def loses_grad(*inputs: Tensor | None) -> bool:
+    """Whether gradients are wanted of an exported program, which has an autograd Function's forward alone."""
+    return is_exporting() and needs_grad(*inputs)
+
+
+def distinct(*tensors: Any) -> list[Any]:
+    """``tensors``, with views in the place of repetitions, which torch.compile gives to no Function."""
+    return [
+        x if x is None or all(x is not y for y in tensors[:i]) else x.view_as(x)
+        for i, x in enumerate(tensors)
+    ]
 
 
 def refuse_empty(grad: torch.Tensor) -> None:
@@ -72,7 +97,7 @@ class Differentiable:
     def __call__(self, *args: Any) -> Any:
         if is_compiling():
             return self.traced.apply(*args)
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_are_active():
             return self.transformed.apply(*(_Leaf(a) if isinstance(a, tuple) else a for a in args))
         if not needs_autograd(args[0]):  # a backward pass that no one differentiates
             return self.traced.forward(*args)

@@ -14,7 +14,7 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from . import functional as F
 from .errors import ArgumentError
 from .ops.activations import activation_of
-from .ops.batch_norm_act import batch_norm_arguments
+from .ops.batch_norm_arguments import batch_norm_arguments
 from .ops.conv_bn_act.call import Call, has_plain_weights
 from .ops.conv_bn_act.implementations import run
 from .scripting import activated, compiled_from, renamed

@@ -15,7 +15,7 @@ from processes import work
 from torch import Tensor, nn
 
 import pooling_ext.functional as F
-from pooling_ext.ops.batch_norm_act import batch_norm_arguments
+from pooling_ext.ops.batch_norm_arguments import batch_norm_arguments
 
 CHANNELS = 5
 #: The sizes of the processes' parts.

@@ -26,7 +26,7 @@ from torch import nn
 
 import pooling_ext.functional as F
 from pooling_ext.ops.activations import IDENTITY, RELU, Activation
-from pooling_ext.ops.batch_norm_act import batch_norm_arguments
+from pooling_ext.ops.batch_norm_arguments import batch_norm_arguments
 from pooling_ext.testing.tolerances import assert_close
 
 

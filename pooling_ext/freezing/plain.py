@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..autograd import transformed
 from ..exporting import constant_in_graphs, is_recording
-from ..ops.batch_norm_act import transformed
 from .conv_engines import in_dtype
 from .layers import FrozenBatchNormAct, PackedConv, PackedLinear, Prepacked
 

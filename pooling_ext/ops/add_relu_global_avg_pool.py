@@ -11,10 +11,12 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import backends
+from ..autograd import distinct, loses_grad, needs_grad, transformed
 from ..errors import ArgumentError
 from . import _library
 from ._dispatch import public
-from .batch_norm_act import FLOATS, alike, check_device, distinct, like, loses_grad, needs_grad, transformed
+from .batch_norm_act import FLOATS, like
+from .batch_norm_arguments import alike, check_device
 from .global_pool import global_avg_pool2d
 
 backends.register("add_relu_global_avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)

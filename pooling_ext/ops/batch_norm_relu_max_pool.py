@@ -14,21 +14,12 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import backends
+from ..autograd import distinct, loses_grad, needs_grad, transformed
 from ..windows import Windows, fixed_windows
 from . import _library
 from ._dispatch import public
-from .batch_norm_act import (
-    FLOATS,
-    batch_norm_act,
-    bias_grad,
-    check,
-    distinct,
-    like,
-    loses_grad,
-    needs_grad,
-    transformed,
-    weight_grad,
-)
+from .batch_norm_act import FLOATS, batch_norm_act, bias_grad, like, weight_grad
+from .batch_norm_arguments import check
 from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
+from ..autograd import needs_grad
 from . import depthwise_conv as depthwise
 from . import winograd
 from ._library import memory_format, suggests_channels_last
-from .batch_norm_act import needs_grad
 from .conv_choice import DEPTHWISE, PHASES, WHY_NOT, WINOGRAD, Conv
 
 

@@ -12,11 +12,11 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
+from ..autograd import needs_grad, transformed
 from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
 from ._dispatch import public
 from ._library import suggests_channels_last
-from .batch_norm_act import needs_grad, transformed
 from .conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
 from .conv_kernels import convolve, in_format, plan
 from .winograd import winograd_conv

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..autograd import needs_grad
 from .activations import IDENTITY, RELU, Activation
 from .batch_norm_act import (
     _differentiable_backward,
@@ -23,7 +24,6 @@ from .batch_norm_act import (
     _training_backward,
     bias_grad,
     in_training,
-    needs_grad,
     weight_grad,
 )
 from .conv_choice import stands_for_conv2d

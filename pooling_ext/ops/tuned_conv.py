@@ -16,9 +16,9 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import backends, tuning
+from ..autograd import needs_grad
 from . import conv as _conv
 from . import cuda_conv
-from .batch_norm_act import needs_grad
 from .batch_norm_statistics import batch_stats
 
 Way = Callable[..., Any]

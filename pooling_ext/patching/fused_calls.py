@@ -27,7 +27,7 @@ from ..nn import AdaptiveAvgPool2d, MaxPool2d
 from ..ops.activations import IDENTITY, RELU, Activation
 from ..ops.add_relu_global_avg_pool import add_relu_global_avg_pool
 from ..ops.avg_pool import adaptive_avg_pool2d
-from ..ops.batch_norm_act import batch_norm_arguments
+from ..ops.batch_norm_arguments import batch_norm_arguments
 from ..ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 from ..ops.conv_bn_act import gpu
 from ..ops.conv_bn_act.call import POOLED, Call, calls_only_forward, is_plain, least_elements

@@ -11,9 +11,9 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ... import backends
+from ...autograd import transformed
 from .._library import suggests_channels_last
 from ..activations import IDENTITY, Activation
-from ..batch_norm_act import transformed
 from ..conv_choice import Conv, stands_for_conv2d
 
 #: The reason of those on the list that do no batch norm by itself.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ... import backends
+from ...autograd import transformed
 from .. import batch_norm_running, winograd_weights
 from ..activations import Activation
-from ..batch_norm_act import batch_norm_arguments, eps_of, in_training, transformed
+from ..batch_norm_act import in_training
+from ..batch_norm_arguments import batch_norm_arguments, eps_of
 from ..conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
 from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
 from ..depthwise_conv import depthwise_conv

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
+from ...autograd import transformed
 from .. import _library, tuned_conv
 from ..activations import IDENTITY, RELU
-from ..batch_norm_act import (
-    batch_norm_arguments,
-    in_training,
-    transformed,
-    update_running,
-)
+from ..batch_norm_act import in_training, update_running
+from ..batch_norm_arguments import batch_norm_arguments
 from ..deferred_norm import Deferred
 from .call import NO_CONVOLUTION, Call, autocast_dtype
 

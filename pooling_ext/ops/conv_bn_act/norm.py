@@ -11,17 +11,11 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from ... import backends
+from ...autograd import transformed
 from ...errors import ArgumentError
 from .. import batch_norm_running
-from ..batch_norm_act import (
-    alike,
-    batch_norm_act,
-    batch_norm_arguments,
-    check_device,
-    check_tensor,
-    eps_of,
-    transformed,
-)
+from ..batch_norm_act import batch_norm_act
+from ..batch_norm_arguments import alike, batch_norm_arguments, check_device, check_tensor, eps_of
 from .call import (
     EVALUATION,
     INFERENCE,
