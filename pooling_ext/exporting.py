@@ -9,10 +9,10 @@ import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_TOLD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+_SINCE_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
-if _TOLD:
+if _SINCE_2_14:
     from torch.compiler import is_exporting
 else:
 
@@ -37,12 +37,12 @@ def is_recording() -> bool:
 
 def least(a: Any, b: Any) -> Any:
     """``min(a, b)``, in a compiler's trace also of symbols; 2.11 takes torch.sym_min of no numbers there."""
-    return torch.sym_min(a, b) if _TOLD and is_compiling() else min(a, b)
+    return torch.sym_min(a, b) if _SINCE_2_14 and is_compiling() else min(a, b)
 
 
 def most(a: Any, b: Any) -> Any:
     """``max(a, b)``, as :func:`least`."""
-    return torch.sym_max(a, b) if _TOLD and is_compiling() else max(a, b)
+    return torch.sym_max(a, b) if _SINCE_2_14 and is_compiling() else max(a, b)
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -48,13 +48,15 @@ __all__ = [
 class _Windowed:
     """What modules with windows of fixed size have in common."""
 
+    def _beyond(self: Any) -> str | None:
+        """The attribute, if there is one, by which the windows are none of PyTorch's."""
+        return "padding" if isinstance(self.padding, str) else None
+
     def __prepare_scriptable__(self) -> Any:
-        for name, usual in (("padding", 0), ("safe", False)):
-            value = getattr(self, name, usual)
-            if isinstance(value, str) or (isinstance(self, _LPPool) and value != usual):
-                raise ArgumentError(
-                    f"{name}={value!r} is not PyTorch's, so torch.jit.script cannot compile it"
-                )
+        name = self._beyond()
+        if name is not None:
+            value = getattr(self, name)
+            raise ArgumentError(f"{name}={value!r} is not PyTorch's, so torch.jit.script cannot compile it")
         return self
 
 
@@ -62,45 +64,24 @@ class MaxPool1d(_Windowed, nn.MaxPool1d):
     """:class:`torch.nn.MaxPool1d` on our kernels; see :func:`pooling_ext.functional.max_pool1d`."""
 
     def forward(self, input: Tensor):
-        return F.max_pool1d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            self.return_indices,
-        )
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool1d(input, *window, return_indices=self.return_indices)
 
 
 class MaxPool2d(_Windowed, nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` on our kernels; see :func:`pooling_ext.functional.max_pool2d`."""
 
     def forward(self, input: Tensor):
-        return F.max_pool2d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            self.return_indices,
-        )
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool2d(input, *window, return_indices=self.return_indices)
 
 
 class MaxPool3d(_Windowed, nn.MaxPool3d):
     """:class:`torch.nn.MaxPool3d` on our kernels; see :func:`pooling_ext.functional.max_pool3d`."""
 
     def forward(self, input: Tensor):
-        return F.max_pool3d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            self.return_indices,
-        )
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return F.max_pool3d(input, *window, return_indices=self.return_indices)
 
 
 class AvgPool1d(_Windowed, nn.AvgPool1d):
@@ -163,6 +144,9 @@ class _LPPool(_Windowed):
         super().__init__(norm_type, kernel_size, stride, ceil_mode)  # type: ignore[call-arg]
         self.padding = padding
         self.safe = safe
+
+    def _beyond(self) -> str | None:
+        return "padding" if self.padding != 0 else "safe" if self.safe else None
 
 
 class LPPool1d(_LPPool, nn.LPPool1d):

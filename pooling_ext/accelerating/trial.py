@@ -15,7 +15,7 @@ from .. import memory
 from ..errors import ArgumentError
 from ..freezing import Frozen, freeze
 from ..patching import patch
-from ..patching.api import _set_classes
+from ..patching.api import set_classes
 from . import steps
 from .measure import Way, in_turn
 from .report import AS_IT_WAS, FROZEN, MEMORY, PATCHED, AccelerateReport
@@ -131,7 +131,7 @@ class Trial:
         return Way(name, prepare)
 
     def _set_classes(self, patched: bool) -> None:
-        _set_classes([(module, after if patched else before) for module, before, after in self.classes])
+        set_classes([(module, after if patched else before) for module, before, after in self.classes])
 
     def _probe_model(self, way: Way) -> None:
         """Run the model once.

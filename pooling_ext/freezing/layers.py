@@ -291,6 +291,10 @@ class FrozenBatchNormAct(nn.Module):
             ours = IDENTITY if self.activation is None else kernel_activation(self.activation)
             vectors = self.stats, self.weight, self.bias
             return _batch_norm_act(x, *vectors, residual, self.eps, *ours.arguments)  # type: ignore[union-attr]
+        return self.by_pytorch(x, residual)
+
+    def by_pytorch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same by PyTorch's operators."""
         y = F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.eps)
         if residual is not None:
             y = y + residual

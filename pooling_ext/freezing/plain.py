@@ -32,7 +32,7 @@ def plain(layer: Any) -> Any:
         return _conv(layer)
     if isinstance(layer, PackedLinear):
         return _linear(layer)
-    return _norm(layer) if isinstance(layer, FrozenBatchNormAct) else layer
+    return layer.by_pytorch if isinstance(layer, FrozenBatchNormAct) else layer
 
 
 def packed(layer: Any) -> Any:
@@ -70,17 +70,7 @@ def _linear(layer: PackedLinear) -> Callable[[Tensor], Tensor]:
     weight = _dense(layer)
 
     def call(x: Tensor) -> Tensor:
-        y = F.linear(in_dtype(x, weight.dtype), weight, layer.bias)
-        return y if layer.activation is None else layer.activation(y)
-
-    return call
-
-
-def _norm(layer: FrozenBatchNormAct) -> Callable[..., Tensor]:
-    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.batch_norm(x, layer.mean, layer.var, layer.weight, layer.bias, eps=layer.eps)
-        y = y if residual is None else y + residual
-        return y if layer.activation is None else layer.activation(y)
+        return layer.finish(F.linear(in_dtype(x, weight.dtype), weight, layer.bias))
 
     return call
 

@@ -47,13 +47,7 @@ RELU = Activation("relu")
 
 #: Activations under the names that our kernels have for them.
 _KERNELS = {
-    RELU: kernels.RELU,
-    Activation("hardtanh", (0.0, 6.0)): kernels.Activation("relu6"),
-    Activation("swish"): kernels.Activation("silu"),
-    Activation("hardswish"): kernels.Activation("hardswish"),
-    Activation("hardsigmoid"): kernels.Activation("hardsigmoid"),
-    Activation("gelu", (), "none"): kernels.Activation("gelu"),
-    Activation("gelu", (), "tanh"): kernels.Activation("gelu_tanh"),
+    Activation(*one.post_op): one for one in kernels.PLAIN.values() if one is not kernels.PLAIN["identity"]
 }
 
 

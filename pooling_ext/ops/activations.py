@@ -32,7 +32,14 @@ class Activation(NamedTuple):
     @property
     def arguments(self) -> tuple[int, float]:
         """What the operators take: the index and the slope."""
-        return ACTIVATIONS.index(self.name), self.slope
+        return _INDICES[self.name], self.slope
+
+    @property
+    def post_op(self) -> tuple[str, tuple[float, ...], str]:
+        """What oneDNN's post-ops take: a name, scalars and an algorithm."""
+        if self.name == "leaky_relu":
+            return "leaky_relu", (self.slope,), ""
+        return _POST_OPS[self.name]
 
     def __call__(self, x: Tensor) -> Tensor:
         """By PyTorch's function."""
@@ -41,6 +48,18 @@ class Activation(NamedTuple):
         return _FUNCTIONS[self.name](x)
 
 
+_INDICES = {name: index for index, name in enumerate(ACTIVATIONS)}
+#: Of activations without a parameter.
+_POST_OPS: dict[str, tuple[str, tuple[float, ...], str]] = {
+    "identity": ("none", (), ""),
+    "relu": ("relu", (), ""),
+    "relu6": ("hardtanh", (0.0, 6.0), ""),
+    "silu": ("swish", (), ""),
+    "hardswish": ("hardswish", (), ""),
+    "gelu": ("gelu", (), "none"),
+    "gelu_tanh": ("gelu", (), "tanh"),
+    "hardsigmoid": ("hardsigmoid", (), ""),
+}
 _FUNCTIONS: dict[str, Any] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -54,8 +73,8 @@ _FUNCTIONS: dict[str, Any] = {
 
 IDENTITY = Activation("identity")
 RELU = Activation("relu")
-#: For each name, where it has no slope.
-_PLAIN = {name: Activation(name) for name in ACTIVATIONS}
+#: Those without a slope, by their names.
+PLAIN = {name: Activation(name) for name in _POST_OPS}
 
 
 def activation_of(name: str, negative_slope: float) -> Activation:
@@ -66,4 +85,4 @@ def activation_of(name: str, negative_slope: float) -> Activation:
     """
     if name not in ACTIVATIONS:
         raise ArgumentError(f"activation must be one of {ACTIVATIONS}, but got {name!r}")
-    return Activation(name, float(negative_slope)) if name == "leaky_relu" else _PLAIN[name]
+    return Activation(name, float(negative_slope)) if name == "leaky_relu" else PLAIN[name]

@@ -259,15 +259,21 @@ def _has_known_sizes(conv: Conv) -> bool:
     return all(has_static_value(number) for each in (numbers, *pairs) for number in each)
 
 
-# A compiler, which asks too, knows no named tuples.
+def _speedup(kernels: str, conv: Conv, phase: str) -> tuple[float, bool] | None:
+    if is_compiling():
+        return _speedup_in_graphs(kernels, tuple(conv), phase)
+    return conv_speeds.speedup(kernels, conv, PHASES.index(phase))
+
+
 @constant_in_graphs
-def _speedup(kernels: str, conv: tuple[Any, ...], phase: str) -> tuple[float, bool] | None:
+def _speedup_in_graphs(kernels: str, conv: tuple[Any, ...], phase: str) -> tuple[float, bool] | None:
+    # A compiler gives no named tuples.
     return conv_speeds.speedup(kernels, Conv(*conv), PHASES.index(phase))
 
 
 def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
     """What measurements say against our kernels."""
-    found = _speedup(kernels, tuple(conv), phase)
+    found = _speedup(kernels, conv, phase)
     if found is None:
         return None
     ratio, same = found
@@ -279,7 +285,7 @@ def _why_slower(kernels: str, conv: Conv, phase: str) -> str | None:
 
 def _why_not_measured(conv: Conv, phase: str) -> str | None:
     """Strided convolutions gain too little to be left to rules."""
-    if _speedup(WINOGRAD, tuple(conv), phase) is not None:
+    if _speedup(WINOGRAD, conv, phase) is not None:
         return None
     return "its stride is 2, and nothing like it was measured on such a processor (pooling-ext tune)"
 

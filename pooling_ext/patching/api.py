@@ -111,7 +111,7 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     if strict and failed:
         listed = "; ".join(f"{entry.path} ({entry.what}) {entry.why}" for entry in failed)
         raise ArgumentError(f"patch(strict=True) cannot replace everything in model: {listed}")
-    _set_classes(classes)
+    set_classes(classes)
     return report
 
 
@@ -166,10 +166,10 @@ def unpatch(model: nn.Module) -> None:
                 f"model.{path} has class {type(module).__name__}, made after patch() out of the class it was "
                 "given; undo that first"
             )
-    _set_classes(classes)
+    set_classes(classes)
 
 
-def _set_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+def set_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     """Set them all or, if one of them cannot be set, none."""
     before = [(module, type(module)) for module, _ in classes]
     try:

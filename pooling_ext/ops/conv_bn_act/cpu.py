@@ -22,19 +22,7 @@ from ..winograd import winograd_conv
 from ..winograd_weights import Norm
 from .call import FOLDED, NO_CONVOLUTION, Call, autocast_dtype, least_elements
 
-#: Activations as oneDNN's post-ops: the name, the algorithm and the scalars.
-_POST_OPS: dict[str, tuple[str, str, list[float]]] = {
-    "identity": ("none", "", []),
-    "relu": ("relu", "", []),
-    "relu6": ("hardtanh", "", [0.0, 6.0]),
-    "silu": ("swish", "", []),
-    "hardswish": ("hardswish", "", []),
-    "leaky_relu": ("leaky_relu", "", []),
-    "gelu": ("gelu", "none", []),
-    "gelu_tanh": ("gelu", "tanh", []),
-    "hardsigmoid": ("hardsigmoid", "", []),
-}
-# The dtypes in which oneDNN applies one as it writes.
+# The dtypes in which oneDNN applies an activation as it writes.
 _FOLDED = frozenset((torch.float32, torch.bfloat16))
 backends.register("conv_bn_act", cpu=_FOLDED)
 
@@ -269,10 +257,9 @@ def _fold_and_run(conv: Any, norm: Any, input: Tensor, act: Activation, dtype: t
     if input.dtype != dtype:
         input = input.to(dtype)
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-    name, algorithm, scalars = _POST_OPS[act.name]
-    scalars = [act.slope] if act.name == "leaky_relu" else scalars
+    name, scalars, algorithm = act.post_op
     return torch.ops.mkldnn._convolution_pointwise.default(
-        input, weight, bias, *geometry, name, scalars, algorithm
+        input, weight, bias, *geometry, name, list(scalars), algorithm
     )
 
 
