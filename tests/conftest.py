@@ -169,3 +169,18 @@ def poison(request: pytest.FixtureRequest):
     yield
     torch.use_deterministic_algorithms(before, warn_only=warned)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=["together", "one by one"])
+def any_way(request):
+    with from_size(0 if request.param == "together" else 1 << 40):
+        yield
+
+
+@pytest.fixture
+def no_eager_norm(monkeypatch):
+    """Functions of PyTorch that a forward without us calls fail."""
+    for name in ("batch_norm", "relu"):
+        monkeypatch.setattr(
+            torch.nn.functional, name, lambda *_, name=name, **__: pytest.fail(f"called {name}")
+        )

@@ -123,3 +123,19 @@ def settled(net: nn.Module) -> nn.Module:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
     return net
+
+
+def with_drop(norm, probability):
+    norm.drop = nn.Dropout2d(probability)
+    return norm
+
+
+class Untraceable(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), norm
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.norm(self.conv(x))
