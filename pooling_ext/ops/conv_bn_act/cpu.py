@@ -290,9 +290,13 @@ def convolved(call: Call) -> Tensor:
     conv, input = call.conv, call.input
     parameters = conv._parameters
     weight, bias, padding = parameters["weight"], parameters["bias"], conv.padding
+    # The first conditions spare small convolutions, around which every look shows, all that follow.
     if (
-        not is_compiling()
+        not torch.is_grad_enabled()
+        and conv.kernel_size == (1, 1)
+        and not is_compiling()
         and input.dim() == 4
+        and not _is_faster_product(conv, input)
         and _is_product(conv, input)
         and conv.groups == 1
         and not isinstance(padding, str)
@@ -301,13 +305,11 @@ def convolved(call: Call) -> Tensor:
         and weight.is_cpu
         and weight.dtype == torch.float32
         and input.shape[1] == conv.in_channels
-        and not torch.is_grad_enabled()
         and autocast_dtype() is None
         and torch._C._get_mkldnn_enabled()
         and torch.backends.mkldnn.is_available()
         and not transformed()
         and input.numel() > 0
-        and not _is_faster_product(conv, input)
     ):
         return torch.mkldnn_convolution(input, weight, bias, padding, conv.stride, conv.dilation, 1)
     return torch.conv2d(input, weight, bias, conv.stride, padding, conv.dilation, conv.groups)

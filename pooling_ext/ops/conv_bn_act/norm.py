@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -174,7 +175,18 @@ def _batch_norm(bn: Any, input: Any, norm: Callable[[Any, Any], Any] | None) -> 
     if bn.training:
         counter: Any = bn._buffers["num_batches_tracked"]
         counter.add_(1)
-    return F.batch_norm(input, *arguments)
+    mean, variance, weight, bias, training, momentum, eps = arguments
+    # What PyTorch's function raises or hands on, it does itself: one value for each channel has no variance.
+    if (
+        type(input) is not Tensor
+        or type(weight) not in _VECTORS
+        or type(bias) not in _VECTORS
+        or eps <= 0
+        or (training and input.numel() == input.shape[1])
+    ):
+        return F.batch_norm(input, *arguments)
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(input, weight, bias, mean, variance, training, momentum, eps, cudnn)
 
 
 def _plain_arguments(bn: Any) -> tuple[Any, ...] | None:
