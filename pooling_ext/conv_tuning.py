@@ -18,11 +18,12 @@ from . import _native
 from .memory import reuse_cpu_memory
 from .ops import conv_speeds
 from .ops._library import memory_format
-from .ops.conv_choice import DEPTHWISE, PHASES, WINOGRAD, Conv
+from .ops.conv_choice import DEPTHWISE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
 from .ops.conv_kernels import Plan, _aten_gradients, _gradients
 from .ops.depthwise_conv import depthwise_conv
+from .ops.pointwise_conv import pointwise_conv
 from .ops.winograd import winograd_conv, winograd_weight
-from .testing.conv_shapes import DEPTHWISE_LAYERS, RESNET, STRIDED_LAYERS, TORCHVISION, VGG
+from .testing.conv_shapes import DEPTHWISE_LAYERS, POINTWISE_LAYERS, RESNET, STRIDED_LAYERS, TORCHVISION, VGG
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES = (1, 16)
@@ -60,6 +61,14 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
                     (half, half, half, half), (1, 1), channels, dtype, channels_last,
                 )  # fmt: skip
 
+        if dtype == torch.float32:
+            for channels, features, side in POINTWISE_LAYERS[:: 5 if quick else 1]:
+                for channels_last in (True, False):
+                    yield POINTWISE, Conv(
+                        batch, channels, (side, side), features, (1, 1), (1, 1), (0, 0, 0, 0),
+                        (1, 1), 1, dtype, channels_last,
+                    )  # fmt: skip
+
 
 def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[], Any]]]:
     """PyTorch's call and ours for each phase. Weights of inference are prepared beforehand."""
@@ -79,7 +88,12 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
         return torch.convolution(x, weight, None, conv.stride, padding, *rest)
 
     grad = theirs()
-    if kernels == WINOGRAD:
+    if kernels == POINTWISE:
+
+        def forward() -> Tensor:
+            return pointwise_conv(x, weight, None, conv.channels_last)
+
+    elif kernels == WINOGRAD:
         transformed = winograd_weight(weight, conv.groups, False, conv.stride[-1])
         rest = plan.sides, conv.features, conv.groups, 0, 0.0, conv.stride, conv.dilation
 
@@ -115,13 +129,17 @@ def ratio(theirs: Callable[[], Any], ours: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def measure(dtypes: Sequence[str], quick: bool, tell: Callable[[str], None]) -> dict[str, list[list[float]]]:
+def measure(
+    dtypes: Sequence[str], quick: bool, tell: Callable[[str], None], kernels: str | None = None
+) -> dict[str, list[list[float]]]:
     """The speed-ups, by kind, as a file has them."""
     found: dict[str, list[list[float]]] = {}
     for name in dtypes:
-        for kernels, conv in problems(DTYPES[name], quick):
-            ratios = [round(ratio(*pair), 2) for pair in rivals(kernels, conv)]
-            kind = conv_speeds.kind(kernels, conv)
+        for way, conv in problems(DTYPES[name], quick):
+            if kernels is not None and way != kernels:
+                continue
+            ratios = [round(ratio(*pair), 2) for pair in rivals(way, conv)]
+            kind = conv_speeds.kind(way, conv)
             text = " ".join(map(str, (*kind[:2], "channels_last" if kind[2] else "contiguous", *kind[3:])))
             sizes = conv_speeds.sizes(conv)
             found.setdefault(text, []).append([*sizes, *ratios])
@@ -133,6 +151,7 @@ def measure(dtypes: Sequence[str], quick: bool, tell: Callable[[str], None]) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: float32, bfloat16")
     parser.add_argument("--quick", action="store_true", help="a few shapes alone")
+    parser.add_argument("--kernels", choices=list(WHY_NOT), help="these alone; the rest stays as it is")
     parser.add_argument("--out", type=Path, help="the file to write; default: the one that is read here")
 
 
@@ -142,14 +161,17 @@ def run(args: argparse.Namespace, cpu: str) -> int:
         print(f"pooling-ext tune: there are no compiled kernels: {_native.why_not}")
         return 1
     reuse_cpu_memory()
-    section = {
+    file = args.out or conv_speeds.user_file()
+    content = conv_speeds.read(file)
+    speedups = measure(args.dtype or ["float32", "bfloat16"], args.quick, print, args.kernels)
+    if args.kernels is not None:
+        speedups = content.get(_native.module.isa, {}).get("speedups", {}) | speedups
+    content[_native.module.isa] = {
         "processor": cpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "speedups": measure(args.dtype or ["float32", "bfloat16"], args.quick, print),
+        "speedups": speedups,
     }
-    file = args.out or conv_speeds.user_file()
-    content = conv_speeds.read(file) | {_native.module.isa: section}
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_name(f"{file.name}.{os.getpid()}")
     written.write_text(_as_text(content))

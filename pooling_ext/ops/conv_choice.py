@@ -1,6 +1,6 @@
-"""Which convolutions of the CPU our kernels do: Winograd's, the depthwise ones, or neither.
+"""Which convolutions of the CPU are done here: by Winograd, by depthwise kernels, or as matrix products.
 
-Both are asked with what is known before a convolution runs, so that functions, modules, patched and frozen
+All are asked with what is known before a convolution runs, so that functions, modules, patched and frozen
 models decide alike. No answer depends on the number of threads: results of Winograd's differ from those of
 the direct convolution in their last bits.
 
@@ -43,6 +43,9 @@ LEAST_WORK = 1 << 20
 #: many times fewer multiplications. (28x28 in phases of 2x3 pixels, with 1.4 times fewer, run at 0.7 times
 #: oneDNN's speed.)
 LEAST_SAVED = 2.0
+#: The products are those of a library that is not equally good on every vendor's processors, so that what was
+#: measured on another one has to show a gain beyond doubt.
+PRODUCT_MARGIN = 1.15
 _TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
 
 SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
@@ -207,9 +210,9 @@ def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
     """Why a call should do none of some phases by our kernels, or None.
 
     Args:
-        kernels: "Winograd" or "depthwise".
+        kernels: "Winograd", "depthwise" or "pointwise".
     """
-    if kernels == WINOGRAD and conv.work < LEAST_WORK:
+    if kernels != DEPTHWISE and conv.work < LEAST_WORK:
         return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
     reasons = [WHY_NOT[kernels](conv, phase) for phase in phases]
     return None if None in reasons else reasons[0]
@@ -248,6 +251,35 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     if is_compiling() and not _has_known_sizes(conv):
         return "PyTorch's is mostly faster" if phase == FORWARD else None
     return _why_slower(DEPTHWISE, conv, phase)
+
+
+def pointwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why a phase of a convolution should not be a matrix product, or None if it should.
+
+    That is, why it is none, or is not known to be faster than PyTorch's convolution.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    if set(conv.kernel) != {1}:
+        return _because("the kernel is {}, not 1x1", _by(conv.kernel))
+    if set(conv.stride) != {1}:
+        return _because("the stride is {}, not 1", _by(conv.stride))
+    if conv.groups != 1 or any(conv.padding):
+        return _because("it has {} groups and the padding {}", conv.groups, conv.padding)
+    if conv.dtype != torch.float32:
+        return _because("the dtype is {}", conv.dtype)
+    if is_compiling() and not _has_known_sizes(conv):
+        return "the sizes are symbols"
+    found = _speedup(POINTWISE, conv, phase)
+    if found is None:
+        return "nothing like it was measured on such a processor (pooling-ext tune)"
+    ratio, same = found
+    least = (1.0 if same else conv_speeds.MARGIN) if conv_speeds.is_measured_here() else PRODUCT_MARGIN
+    if ratio >= least:
+        return None
+    what = "it" if same else "a convolution like it"
+    return f"a product for the {phase} of {what} was measured to be {ratio:.2f} times as fast as PyTorch's"
 
 
 def _has_known_sizes(conv: Conv) -> bool:
@@ -291,10 +323,11 @@ def _why_not_measured(conv: Conv, phase: str) -> str | None:
 
 
 #: By the names of our kernels.
-WINOGRAD, DEPTHWISE = "Winograd", "depthwise"
+WINOGRAD, DEPTHWISE, POINTWISE = "Winograd", "depthwise", "pointwise"
 WHY_NOT: dict[str, Callable[[Conv, str], str | None]] = {
     WINOGRAD: winograd_why_not,
     DEPTHWISE: depthwise_why_not,
+    POINTWISE: pointwise_why_not,
 }
 
 
@@ -312,6 +345,8 @@ def may_be_ours(
     Args:
         exact: whether Winograd is left out.
     """
+    if set(kernel) == set(stride) == {1} and groups == 1:
+        return True
     if _native.module is None:
         return False
     if groups == channels == features:

@@ -1,4 +1,4 @@
-"""Convolutions by our kernels of the CPU, with gradients: Winograd's, and the depthwise ones.
+"""Convolutions of the CPU by other ways than PyTorch's, with gradients: Winograd, depthwise, and products.
 
 Each phase, forward and both gradients, is made by the kernels or by PyTorch's convolution, as a plan says.
 """
@@ -14,16 +14,17 @@ from torch.compiler import is_compiling
 
 from ..autograd import needs_grad
 from . import depthwise_conv as depthwise
+from . import pointwise_conv as pointwise
 from . import winograd
 from ._library import memory_format, suggests_channels_last
-from .conv_choice import DEPTHWISE, PHASES, WHY_NOT, WINOGRAD, Conv
+from .conv_choice import DEPTHWISE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
 
 
 class Plan(NamedTuple):
     """What a convolution is told besides its tensors.
 
     Attributes:
-        kernels: WINOGRAD or DEPTHWISE.
+        kernels: WINOGRAD, DEPTHWISE or POINTWISE.
         stride, padding, dilation: for each spatial axis.
         groups: how many.
         channels_last: whether the output is.
@@ -112,6 +113,8 @@ def _forward(
     if not plan.ours[0]:
         rest = plan.dilation, False, [0] * len(stride), plan.groups
         return torch.convolution(input, weight, bias, stride, padding, *rest), None
+    if plan.kernels == POINTWISE:
+        return pointwise.pointwise_conv(input, weight, bias, plan.channels_last), None
     if plan.kernels == DEPTHWISE:
         if stats:
             return depthwise.depthwise_conv_stats(input, weight, bias, stride, padding)
@@ -153,6 +156,12 @@ def _gradients(
             found[1] = winograd.winograd_weight_grad(input, grad, *common, weight.shape)
         return tuple(found)
     stride, padding, last = plan.stride, plan.padding, plan.channels_last
+    if plan.kernels == POINTWISE:
+        if own_input:
+            found[0] = pointwise.pointwise_conv_input_grad(grad, weight, last)
+        if own_weight:
+            found[1] = pointwise.pointwise_conv_weight_grad(grad, input, weight.shape, last)
+        return tuple(found)
     if own_input:
         found[0] = depthwise.depthwise_conv_input_grad(grad, weight, input.shape, stride, padding, last)
     if own_weight:

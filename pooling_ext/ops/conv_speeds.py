@@ -89,9 +89,16 @@ def known() -> Table:
     return {}
 
 
+@cache
+def is_measured_here() -> bool:
+    """Whether what is known was measured by ``pooling-ext tune`` on this machine."""
+    return getattr(_native.module, "isa", "none") in read(user_file())
+
+
 def forget() -> None:
     """Read the files again."""
     known.cache_clear()
+    is_measured_here.cache_clear()
     _nearest.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
 from ._dispatch import public
 from ._library import suggests_channels_last
-from .conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
+from .conv_choice import DEPTHWISE, FORWARD, PHASES, POINTWISE, WINOGRAD, Conv, call_why_not
 from .conv_kernels import convolve, in_format, plan
 from .winograd import winograd_conv
 
@@ -112,7 +113,7 @@ def _convolved(
     why_not, conv = _describe(rank, x, w, b, stride, padding, dilation, groups)
     if conv is not None:
         grads = needs_grad(x, w, b)
-        for kernels in (WINOGRAD, DEPTHWISE):
+        for kernels in (WINOGRAD, DEPTHWISE, POINTWISE):
             reason = call_why_not(kernels, conv, PHASES if grads else (FORWARD,))
             if reason is not None:
                 why_not[kernels] = reason
@@ -135,8 +136,10 @@ def _is_others(rank: int, input: Tensor, weight: Any, bias: Any, groups: Any) ->
         return True
     if groups != 1 or is_compiling() or backends.recording():
         return False
-    work = input.numel() * weight.shape[0] * 9 if weight.dim() == rank + 2 else 0
-    return work < conv_choice.LEAST_WORK or weight.shape[-2:] != (3, 3)
+    if weight.dim() != rank + 2:
+        return True
+    points = math.prod(weight.shape[2:])
+    return input.numel() * weight.shape[0] * points < conv_choice.LEAST_WORK or points not in (1, 9, 27)
 
 
 def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
@@ -190,7 +193,7 @@ def _describe(
     if reason is None and None in (strides, dilations, paddings):
         reason = f"the stride, padding or dilation is not {rank} numbers"
     if reason is not None:
-        return {WINOGRAD: reason, DEPTHWISE: reason}, None
+        return dict.fromkeys((WINOGRAD, DEPTHWISE, POINTWISE), reason), None
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
     batch, channels, *size = input.shape
     conv = Conv(

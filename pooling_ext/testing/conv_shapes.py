@@ -211,3 +211,23 @@ DEPTHWISE_LAYERS: tuple[tuple[int, int, int, int], ...] = (
     (384, 7, 1, 14),
     (768, 7, 1, 7),
 )
+
+#: Channels, features and height of 1x1 layers: a choice of those of torchvision's models, for images of 224
+#: pixels.
+POINTWISE_LAYERS: tuple[tuple[int, int, int], ...] = (
+    *((channels, features, 112) for channels, features in ((16, 96), (32, 16), (32, 64), (48, 24), (16, 64))),
+    *(
+        (channels, features, 56)
+        for channels, features in ((24, 72), (24, 144), (96, 24), (144, 24), (64, 64))
+    ),
+    *((channels, features, 56) for channels, features in ((64, 256), (256, 64), (256, 128), (128, 64))),
+    *((channels, features, 28) for channels, features in ((40, 120), (40, 240), (144, 40), (240, 40))),
+    *((channels, features, 28) for channels, features in ((128, 512), (512, 128), (512, 256), (192, 96))),
+    *((channels, features, 14) for channels, features in ((80, 480), (240, 80), (480, 80), (480, 112))),
+    *((channels, features, 14) for channels, features in ((112, 672), (672, 112), (256, 1024), (1024, 256))),
+    *((channels, features, 14) for channels, features in ((1024, 512), (384, 64), (96, 576), (512, 128))),
+    *((channels, features, 7) for channels, features in ((192, 1152), (672, 192), (1152, 320), (320, 1280))),
+    *((channels, features, 7) for channels, features in ((512, 2048), (2048, 512), (160, 960), (960, 160))),
+    (464, 1024, 7),
+    (832, 128, 7),
+)

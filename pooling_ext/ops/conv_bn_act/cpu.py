@@ -12,10 +12,11 @@ from torch.compiler import is_compiling
 from ... import backends
 from ...autograd import transformed
 from .. import batch_norm_running, winograd_weights
+from .._library import suggests_channels_last
 from ..activations import Activation
 from ..batch_norm_act import in_training
 from ..batch_norm_arguments import batch_norm_arguments, eps_of
-from ..conv_choice import DEPTHWISE, FORWARD, PHASES, WINOGRAD, Conv, call_why_not
+from ..conv_choice import DEPTHWISE, FORWARD, PHASES, POINTWISE, WINOGRAD, Conv, call_why_not
 from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
 from ..depthwise_conv import depthwise_conv
 from ..winograd import winograd_conv
@@ -90,6 +91,17 @@ def depthwise_why_not(call: Call) -> str | None:
     return _own_why_not(call, DEPTHWISE)
 
 
+def pointwise_why_not(call: Call) -> str | None:
+    conv = call.conv
+    if conv is None:
+        return NO_CONVOLUTION
+    if conv.kernel_size != (1, 1):
+        return "the kernel is not 1x1"
+    if not call.wants_grad and suggests_channels_last(call.input):
+        return "in channels_last oneDNN folds the batch norm in"
+    return _own_why_not(call, POINTWISE)
+
+
 def _own_why_not(call: Call, kernels: str) -> str | None:
     if backends.forced() not in (None, "cpu"):
         return f"backend {backends.forced()!r} was asked for"
@@ -126,6 +138,22 @@ def prepare_winograd(call: Call) -> Prepared:
 
 def prepare_depthwise(call: Call) -> Prepared:
     return _prepare(call, DEPTHWISE)
+
+
+def prepare_pointwise(call: Call) -> Plan:
+    geometry = call.geometry()
+    assert geometry is not None
+    return plan(POINTWISE, geometry)
+
+
+def run_pointwise(call: Call, plan: Plan) -> Any:
+    """The convolution alone."""
+    own, dtype = call.conv._parameters, call.dtype
+    weight, bias = own["weight"], own["bias"]
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        call.continue_with(convolve(call.input.to(dtype), weight.to(dtype), bias, plan))
+    return call
 
 
 def run_winograd(call: Call, prepared: Prepared) -> Any:
