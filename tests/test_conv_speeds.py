@@ -13,7 +13,7 @@ from benchmarks import targets
 from benchmarks.conv import ConvCase
 from pooling_ext import _native, cli, conv_tuning
 from pooling_ext.ops import conv_choice, conv_speeds
-from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, WINOGRAD, Conv
+from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, POINTWISE, WINOGRAD, Conv
 from pooling_ext.testing.conv_shapes import RESNET
 
 pytestmark = pytest.mark.native
@@ -84,7 +84,7 @@ def test_files_that_say_nothing(speeds, content, recwarn):
 def test_what_is_shipped():
     """It has measurements of every kind, and no kernel of the ResNets is left to PyTorch."""
     for kind, rows in conv_speeds.read(conv_speeds.SHIPPED)["avx512"]["speedups"].items():
-        assert kind.split()[0] in (WINOGRAD, DEPTHWISE) and rows
+        assert kind.split()[0] in (WINOGRAD, DEPTHWISE, POINTWISE) and rows
         assert all(len(row) == 7 and min(row) > 0 for row in rows)
     for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
         for phase in PHASES:
@@ -104,6 +104,7 @@ def test_tune(monkeypatch, tmp_path, capsys):
     small = [
         (WINOGRAD, conv(1, 16, 8)),
         (DEPTHWISE, conv(1, 8, 6, groups=8, stride=(2, 2), channels_last=False)),
+        (POINTWISE, conv(1, 8, 6, kernel=(1, 1), padding=(0, 0, 0, 0), channels_last=False)),
     ]
     monkeypatch.setattr(
         conv_tuning, "problems", lambda dtype, quick: [(k, c._replace(dtype=dtype)) for k, c in small]
@@ -111,7 +112,15 @@ def test_tune(monkeypatch, tmp_path, capsys):
     assert cli.main(["tune", "--dtype", "float32", "--quick"]) == 0
     written = json.loads(file.read_text())
     assert set(written) == {"other", _native.module.isa}
-    assert set(written[_native.module.isa]["speedups"]) == {KIND, "depthwise float32 contiguous 3 2"}
+    kinds = {KIND, "depthwise float32 contiguous 3 2", "pointwise float32 contiguous 1 1"}
+    assert set(written[_native.module.isa]["speedups"]) == kinds
+    written[_native.module.isa]["speedups"][KIND] = [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
+    file.write_text(json.dumps(written))
+    assert cli.main(["tune", "--dtype", "float32", "--kernels", "pointwise"]) == 0
+    again = json.loads(file.read_text())[_native.module.isa]["speedups"]
+    assert set(again) == kinds and again[KIND] == [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
+    file.write_text(json.dumps({_native.module.isa: {"speedups": {}}}))
+    assert cli.main(["tune", "--dtype", "float32"]) == 0
     assert "forward" in capsys.readouterr().out
     found = conv_speeds.speedup(*small[0], 0)
     assert found is not None and found[1]
@@ -127,6 +136,8 @@ def test_every_kind_is_measured():
     assert kinds == {
         (WINOGRAD, 3, 1, True),
         (WINOGRAD, 3, 2, True),
+        (POINTWISE, 1, 1, True),
+        (POINTWISE, 1, 1, False),
         *(
             (DEPTHWISE, k, s, last)
             for k, s in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))

@@ -40,8 +40,9 @@ inline Through through_of(double gradient, double product, double away, double s
 // What a backward pass multiplies a gradient by. ReLU's factors are 0 and 1, told from its input
 // or, where a residual went into it, from its output; other activations' are derivatives at their
 // input, which is made of the batch norm's input and, with Sum, the residual. The gradient of a
-// residual is written.
-enum class Gate { None, Relu, ReluOutput, Derivative, DerivativeOfSum };
+// residual is written. So is, with Kept, the gradient of what the activation is given, for the
+// second pass over it: derivatives that take an exponential are then made once.
+enum class Gate { None, Relu, ReluOutput, Derivative, DerivativeKept, DerivativeOfSum };
 
 // That of a call whose activation this is, with something kept for a residual or not.
 inline Gate gate_of(Activation activation, bool kept) {
@@ -50,8 +51,12 @@ inline Gate gate_of(Activation activation, bool kept) {
     return kept ? Gate::DerivativeOfSum : Gate::Derivative;
 }
 
-constexpr bool writes_gradient(Gate gate) {
+constexpr bool reads_kept(Gate gate) {
     return gate == Gate::ReluOutput || gate == Gate::DerivativeOfSum;
+}
+
+constexpr bool writes_gradient(Gate gate) {
+    return reads_kept(gate) || gate == Gate::DerivativeKept;
 }
 
 struct BatchNormJob {
@@ -61,9 +66,9 @@ struct BatchNormJob {
     const void* x = nullptr;
     const void* residual = nullptr;  // may be none
     const void* grad = nullptr;
-    const void* kept = nullptr;     // ReLU's output, or the residual, as the gate says
+    const void* kept = nullptr;     // ReLU's output, or the residual, as the gate reads them
     void* y = nullptr;              // the output, or the gradient of the input
-    void* residual_grad = nullptr;  // where the gate writes it
+    void* residual_grad = nullptr;  // what the gate writes; with Kept y, if vectors are whole
     // For each channel: center, scale and shift of its Affine; in Step::Backward also slope and
     // offset of the input's gradient, grad * scale + (x - center) * slope + offset.
     const double* center = nullptr;
@@ -87,6 +92,9 @@ struct BatchNormJob {
     double eps = 0;
 
     int64_t numel() const { return batch * channels * inner; }
+
+    // Whether runs, of pixels or channels, divide into vectors of every instruction set.
+    bool has_whole_vectors() const { return (channels_last ? channels : inner) % 16 == 0; }
 
     // In channels-last a row of the kernels is some pixels, so that rows are not short and, unless
     // there are many channels, consist of whole vectors.

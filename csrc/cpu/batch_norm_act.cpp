@@ -28,11 +28,28 @@ struct ChannelArguments {
 Tensor open_gate(BatchNormCall& call, const MaybeTensor& kept) {
     BatchNormJob& job = call.job;
     job.gate = gate_of(job.activation, kept.has_value());
-    if (!writes_gradient(job.gate)) return empty({0}, call.input.scalar_type(), false);
+    if (!reads_kept(job.gate)) return empty({0}, call.input.scalar_type(), false);
     job.kept = call.like_input(*kept);
     Tensor residual_grad = call.empty_like_input();
     job.residual_grad = residual_grad.data_ptr();
     return residual_grad;
+}
+
+// Has the first pass leave what the second takes, but not in 16 bits, in which it would be rounded:
+// where the input's gradient is going to be or, if the last vectors of runs reach back over what is
+// written already, in the tensor that is returned.
+Tensor keep_gradient(BatchNormCall& call) {
+    BatchNormJob& job = call.job;
+    const Activation activation = job.activation;
+    const bool is_exponential = activation == Activation::Silu || activation == Activation::Gelu ||
+                                activation == Activation::GeluTanh;
+    Tensor own = empty({0}, call.input.scalar_type(), false);
+    if (job.gate != Gate::Derivative || !is_exponential || call.input.element_size() < 4)
+        return own;
+    job.gate = Gate::DerivativeKept;
+    if (!job.has_whole_vectors()) own = call.empty_like_input();
+    job.residual_grad = job.has_whole_vectors() ? job.y : own.data_ptr();
+    return own;
 }
 
 Tensor stats_of(BatchNormCall& call) {
@@ -133,6 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
     job.y = result.data_ptr();
     set_activation(job, activation, negative_slope);
     Tensor residual_grad = open_gate(call, kept);
+    const Tensor gradient = keep_gradient(call);
     Tensor sums = call.empty_sums();
     double* const data = static_cast<double*>(sums.data_ptr());
     if (job.channels_last || job.numel() == 0) {

@@ -18,13 +18,16 @@ void with_gate(Gate gate, const Run& run) {
             return run(std::integral_constant<Gate, Gate::ReluOutput>{});
         case Gate::Derivative:
             return run(std::integral_constant<Gate, Gate::Derivative>{});
+        case Gate::DerivativeKept:
+            return run(std::integral_constant<Gate, Gate::DerivativeKept>{});
         case Gate::DerivativeOfSum:
             return run(std::integral_constant<Gate, Gate::DerivativeOfSum>{});
     }
 }
 
 constexpr bool derives(Gate gate) {
-    return gate == Gate::Derivative || gate == Gate::DerivativeOfSum;
+    return gate == Gate::Derivative || gate == Gate::DerivativeKept ||
+           gate == Gate::DerivativeOfSum;
 }
 
 // Where the derivative is 0 nothing passes, be it infinite.
@@ -50,15 +53,16 @@ struct Gradients {
         : job(job),
           x(static_cast<const In*>(job.x) + start),
           grad(static_cast<const In*>(job.grad) + start),
-          kept(writes_gradient(kGate) ? static_cast<const In*>(job.kept) + start : nullptr),
+          kept(reads_kept(kGate) ? static_cast<const In*>(job.kept) + start : nullptr),
           residual_grad(writes_gradient(kGate) ? static_cast<In*>(job.residual_grad) + start
                                                : nullptr),
-          streams(job.streams) {}
+          // What one thread reads again for the same channel stays in the cache.
+          streams(job.streams && (job.channels_last || kGate != Gate::DerivativeKept)) {}
 
     POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
         prefetch(x + from, n, ahead);
         prefetch(grad + from, n, ahead);
-        if constexpr (writes_gradient(kGate)) prefetch(kept + from, n, ahead);
+        if constexpr (reads_kept(kGate)) prefetch(kept + from, n, ahead);
     }
 
     // What the activation is given.
@@ -108,7 +112,7 @@ void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool 
         [&](int64_t k, int64_t start, int64_t n) {
             const T center = centers[k], scale = scales[k], shift = shifts[k];
             const Gradients<kGate, In> all(job, start);
-            if (writes_gradient(kGate) && !job.streams) prefetch_written(all.residual_grad, n);
+            if (writes_gradient(kGate) && !all.streams) prefetch_written(all.residual_grad, n);
             if (writes) prefetch_written(static_cast<const In*>(job.y) + start, n);
             const auto add = [&](auto& derivatives, int64_t from, int64_t some) {
                 sums[k].add_row(some, [&](auto kind, int64_t i, auto& s1, auto& s2) {
@@ -372,7 +376,8 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
             }
             double* const sums = job.sums + first;
             double* const products = sums + channels;
-            channel_sums<kGate, In>(job, first, many, !job.streams, block.center, block.scale,
+            const bool writes = !job.streams && job.y != job.residual_grad;
+            channel_sums<kGate, In>(job, first, many, writes, block.center, block.scale,
                                     block.shift, sums, products);
             for (int64_t k = 0; k < many; ++k) {
                 const double away = job.moments[first + k] - affines[k].center;

@@ -85,6 +85,8 @@ Case make_case(Random& r) {
     c.constants = r.chance(3);
     const bool sums = c.step == Step::Sums || c.step == Step::TrainBackward;
     job.gate = gate_of(job.activation, sums && r.chance(2));
+    if (sums && job.gate == Gate::Derivative && c.format.bytes >= 4 && r.chance(2))
+        job.gate = Gate::DerivativeKept;
     return c;
 }
 
@@ -158,7 +160,11 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
     job.sums = sums.get(), job.eps = 1e-5, job.y = y.data();
     if (forward && c.residual) job.residual = other.data();
     if (!forward) job.grad = other.data();
-    if (writes_gradient(job.gate)) job.kept = kept.data(), job.residual_grad = masked.data();
+    if (reads_kept(job.gate)) job.kept = kept.data();
+    if (writes_gradient(job.gate)) job.residual_grad = masked.data();
+    const bool in_place =
+        job.gate == Gate::DerivativeKept && job.has_whole_vectors() && r.chance(2);
+    if (in_place) job.residual_grad = y.data();
     run(c, job, c.step, r);
 
     BatchNormJob step = job;
@@ -201,7 +207,7 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
     for (int64_t i = 0; i < n; ++i) {
         // As bits, since float16 may overflow to an infinity.
         if (y.array.get(i) != steps.array.get(i)) fail("element", i, y[i], {steps[i], 0});
-        if (job.residual_grad && masked.array.get(i) != steps_masked.array.get(i))
+        if (job.residual_grad && !in_place && masked.array.get(i) != steps_masked.array.get(i))
             fail("masked", i, masked[i], {steps_masked[i], 0});
     }
 }
@@ -232,7 +238,8 @@ void check_job(const Case& c, Random& r) {
     const Elements kept(c.format, n, r, c.coarse), y(c.format, n), masked(c.format, n);
     if (forward && c.residual) job.residual = other.data();
     if (!forward) job.grad = other.data();
-    if (writes_gradient(job.gate)) job.kept = kept.data(), job.residual_grad = masked.data();
+    if (reads_kept(job.gate)) job.kept = kept.data();
+    if (writes_gradient(job.gate)) job.residual_grad = masked.data();
     // The output may go where the input lies.
     const Elements& result = forward && !job.streams && r.chance(3) ? x : y;
     progress->counted[kInPlace] += &result == &x;
@@ -261,7 +268,8 @@ void check_job(const Case& c, Random& r) {
         const double factor = derivative(job.activation, given, job.negative_slope);
         g *= factor;
         // No derivative changes faster than its argument, but where it jumps.
-        const double off = job.gate == Gate::Derivative || job.gate == Gate::DerivativeOfSum
+        const double off = job.gate == Gate::Derivative || job.gate == Gate::DerivativeKept ||
+                                   job.gate == Gate::DerivativeOfSum
                                ? std::abs(other[i]) * 2 * (room + roundoff)
                                : 0;
         if (c.step == Step::Sums) {

@@ -97,7 +97,7 @@ def pointwise_why_not(call: Call) -> str | None:
         return NO_CONVOLUTION
     if conv.kernel_size != (1, 1):
         return "the kernel is not 1x1"
-    if not call.wants_grad and suggests_channels_last(call.input):
+    if call.bn is not None and not (call.trains or call.wants_grad) and suggests_channels_last(call.input):
         return "in channels_last oneDNN folds the batch norm in"
     return _own_why_not(call, POINTWISE)
 
