@@ -34,7 +34,7 @@ CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo finetune test test-quick bench gpu lint format abi oldest clang cuda sanitize sanitize-cpu \
+.PHONY: help demo docs finetune test test-quick bench gpu lint format abi oldest clang cuda sanitize sanitize-cpu \
         sanitize-cuda arm arm-tools setup clean distclean FORCE
 
 help: ## list the targets
@@ -64,6 +64,9 @@ gpu: ## on a machine with a GPU: build, test, sanitize, measure (GPU_PYTHON: an 
 	$(if $(COMPUTE_SANITIZER),for tool in memcheck racecheck; do \
 	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 $(GPU_PYTHON) tests/gpu_smoke.py || exit; done)
 	$(GPU_PYTHON) -m benchmarks gpu
+
+docs: $(STAMPS)/docs ## build the documentation into build/docs; any warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/test ## check style and types at the pinned versions
 	$(BIN)/ruff check
@@ -110,7 +113,7 @@ $(PACKAGE): pyproject.toml setup.py $(CSRC) | $(STAMPS)/torch
 	@touch $@
 
 # The package is there, so pip only adds what its extra names.
-EXTRAS := $(addprefix $(STAMPS)/,demo test bench lint)
+EXTRAS := $(addprefix $(STAMPS)/,demo test bench lint docs)
 $(EXTRAS): $(STAMPS)/%: pyproject.toml | $(PACKAGE)
 	$(PIP) install $(KEEP) "pooling_ext[$*]"
 	@touch $@

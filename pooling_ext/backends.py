@@ -137,7 +137,7 @@ class Decision:
 
 @dataclass
 class Explanation:
-    """What :func:`explain` found: one :class:`Decision` for each operator call, in order."""
+    """The result of :func:`pooling_ext.explain`: one :class:`Decision` for each operator call, in order."""
 
     decisions: list[Decision]
 
@@ -321,7 +321,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         function: one of our functions or modules, or anything that calls them, such as a patched model.
 
     Returns:
-        An :class:`Explanation`; print it to read it.
+        An :class:`~pooling_ext.backends.Explanation`; print it to read it.
 
     Example:
         >>> print(pooling_ext.explain(pooling_ext.MaxPool2d(3), torch.randn(1, 8, 9, 9)))

@@ -36,7 +36,8 @@ def reuse_cpu_memory() -> MemoryReuse:
     call freed memory stays with the process and is used again; its peak does not fall in between.
 
     Returns:
-        A :class:`MemoryReuse`, true if it took effect. Outside glibc it is false and says why.
+        A :class:`~pooling_ext.memory.MemoryReuse`, true if it took effect. Outside glibc it is false and
+        says why.
     """
     name, _ = platform.libc_ver()
     if name != "glibc":

@@ -80,7 +80,7 @@ def ours(shape: ConvShape, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Ten
 @pytest.mark.no_poison  # PyTorch's gradients of a double need no kernel that is deterministic by name
 @pytest.mark.parametrize("shape", TORCHVISION, ids=lambda shape: shape.name)
 def test_accuracy(shape):
-    """At every layer of torchvision's models, for output and gradients: what the README promises."""
+    """At every layer of torchvision's models, for output and gradients: what docs/semantics.md promises."""
     tensors = layer(shape)
     for what, actual, expected in zip(
         ["output", "input", "weight"], ours(shape, *tensors), exact(shape, *tensors), strict=True

@@ -35,10 +35,9 @@ def conv2d(
 ) -> Tensor:
     """As :func:`torch.nn.functional.conv2d`, differentiable any number of times.
 
-    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), depthwise kernels of 3x3, 5x5
-    and 7x7 by kernels of their own, and 1x1 kernels in float32 as matrix products, where these are known to
-    be faster (:mod:`.conv_choice`); everything else is PyTorch's. In float32 Winograd's results are off by
-    some 1e-5 of the largest element.
+    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3) and depthwise kernels of 3x3, 5x5
+    and 7x7 by kernels of their own, where these are known to be faster (``conv_choice``); everything else
+    is PyTorch's. In float32 Winograd's results are off by some 1e-5 of the largest element.
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
