@@ -295,7 +295,7 @@ def _wire_cpu() -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use only the backend ``name`` (or PyTorch's operators where it cannot take a call).
+    """Use only the backend ``name``, or PyTorch's operators where it does not support a call.
 
     The choice holds for the whole process while the context lasts. ``POOLING_EXT_BACKEND`` in the
     environment sets it from the start.
@@ -303,8 +303,17 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "aten", "cpu", "cuda" or "triton" (which takes CPU tensors where ``TRITON_INTERPRET=1`` is set).
 
+    Returns:
+        A context manager.
+
     Raises:
         ArgumentError: there is no backend of that name.
+
+    Example:
+        >>> x = torch.randn(1, 8, 9, 9)
+        >>> with pooling_ext.use_backend("aten"):
+        ...     print(pooling_ext.explain(F.max_pool2d, x, 3).backend)
+        aten
     """
     before = _forced
     _force(name)
@@ -318,14 +327,23 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """Run ``function(*args, **kwargs)`` without gradients and say which backend each call in it takes.
 
     Args:
-        function: one of our functions or modules, or anything that calls them, such as a patched model.
+        function: a function or module of this library, or anything that calls them, such as a patched model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
 
     Returns:
         An :class:`~pooling_ext.backends.Explanation`; print it to read it.
 
+    Raises:
+        Exception: whatever ``function`` raises.
+
     Example:
-        >>> print(pooling_ext.explain(pooling_ext.MaxPool2d(3), torch.randn(1, 8, 9, 9)))
-        max_pool: cpu
+        >>> x = torch.zeros(1, 8, 9, 9, dtype=torch.complex64)
+        >>> print(pooling_ext.explain(F.global_avg_pool2d, x))
+        avg_pool: aten
+          not cpu: avg_pool has no CPU kernel for torch.complex64
+          not cuda: the input is on cpu
+          not triton: the input is on cpu
     """
     global _recorded
     before, _recorded = _recorded, []

@@ -38,6 +38,11 @@ def reuse_cpu_memory() -> MemoryReuse:
     Returns:
         A :class:`~pooling_ext.memory.MemoryReuse`, true if it took effect. Outside glibc it is false and
         says why.
+
+    Example:
+        >>> reuse = pooling_ext.reuse_cpu_memory()
+        >>> bool(reuse) or "glibc" in reuse.reason
+        True
     """
     name, _ = platform.libc_ver()
     if name != "glibc":

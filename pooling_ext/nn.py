@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from . import functional as F
+from ._docstrings import complete, pools
+from ._module_docs import SECTIONS
 from .errors import ArgumentError
 from .ops.activations import activation_of
 from .ops.batch_norm_arguments import batch_norm_arguments
@@ -60,32 +62,36 @@ class _Windowed:
         return self
 
 
+@pools("max_pool", rank=1)
 class MaxPool1d(_Windowed, nn.MaxPool1d):
-    """:class:`torch.nn.MaxPool1d` on our kernels; see :func:`pooling_ext.functional.max_pool1d`."""
+    """Max pooling over sequences; a drop-in for :class:`torch.nn.MaxPool1d`."""
 
     def forward(self, input: Tensor):
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         return F.max_pool1d(input, *window, return_indices=self.return_indices)
 
 
+@pools("max_pool", rank=2)
 class MaxPool2d(_Windowed, nn.MaxPool2d):
-    """:class:`torch.nn.MaxPool2d` on our kernels; see :func:`pooling_ext.functional.max_pool2d`."""
+    """Max pooling over 2-d planes; a drop-in for :class:`torch.nn.MaxPool2d`."""
 
     def forward(self, input: Tensor):
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         return F.max_pool2d(input, *window, return_indices=self.return_indices)
 
 
+@pools("max_pool", rank=3)
 class MaxPool3d(_Windowed, nn.MaxPool3d):
-    """:class:`torch.nn.MaxPool3d` on our kernels; see :func:`pooling_ext.functional.max_pool3d`."""
+    """Max pooling over 3-d volumes; a drop-in for :class:`torch.nn.MaxPool3d`."""
 
     def forward(self, input: Tensor):
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         return F.max_pool3d(input, *window, return_indices=self.return_indices)
 
 
+@pools("avg_pool", rank=1)
 class AvgPool1d(_Windowed, nn.AvgPool1d):
-    """:class:`torch.nn.AvgPool1d` on our kernels; see :func:`pooling_ext.functional.avg_pool1d`."""
+    """Average pooling over sequences; a drop-in for :class:`torch.nn.AvgPool1d`."""
 
     def __init__(
         self,
@@ -108,16 +114,18 @@ class AvgPool1d(_Windowed, nn.AvgPool1d):
         )
 
 
+@pools("avg_pool", rank=2)
 class AvgPool2d(_Windowed, nn.AvgPool2d):
-    """:class:`torch.nn.AvgPool2d` on our kernels; see :func:`pooling_ext.functional.avg_pool2d`."""
+    """Average pooling over 2-d planes; a drop-in for :class:`torch.nn.AvgPool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         window = (self.kernel_size, self.stride, self.padding)
         return F.avg_pool2d(input, *window, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
+@pools("avg_pool", rank=3)
 class AvgPool3d(_Windowed, nn.AvgPool3d):
-    """:class:`torch.nn.AvgPool3d` on our kernels; see :func:`pooling_ext.functional.avg_pool3d`."""
+    """Average pooling over 3-d volumes; a drop-in for :class:`torch.nn.AvgPool3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         window = (self.kernel_size, self.stride, self.padding)
@@ -149,8 +157,9 @@ class _LPPool(_Windowed):
         return "padding" if self.padding != 0 else "safe" if self.safe else None
 
 
+@pools("lp_pool", rank=1)
 class LPPool1d(_LPPool, nn.LPPool1d):
-    """:class:`torch.nn.LPPool1d` on our kernels; see :func:`pooling_ext.functional.lp_pool1d`."""
+    """Power-average pooling over sequences; a drop-in for :class:`torch.nn.LPPool1d`."""
 
     @compiled_from(nn.LPPool1d.forward)
     def forward(self, input: Tensor) -> Tensor:
@@ -158,8 +167,9 @@ class LPPool1d(_LPPool, nn.LPPool1d):
         return F.lp_pool1d(input, *window, padding=self.padding, safe=self.safe)
 
 
+@pools("lp_pool", rank=2)
 class LPPool2d(_LPPool, nn.LPPool2d):
-    """:class:`torch.nn.LPPool2d` on our kernels; see :func:`pooling_ext.functional.lp_pool2d`."""
+    """Power-average pooling over 2-d planes; a drop-in for :class:`torch.nn.LPPool2d`."""
 
     @compiled_from(nn.LPPool2d.forward)
     def forward(self, input: Tensor) -> Tensor:
@@ -167,8 +177,9 @@ class LPPool2d(_LPPool, nn.LPPool2d):
         return F.lp_pool2d(input, *window, padding=self.padding, safe=self.safe)
 
 
+@pools("lp_pool", rank=3)
 class LPPool3d(_LPPool, nn.LPPool3d):
-    """:class:`torch.nn.LPPool3d` on our kernels; see :func:`pooling_ext.functional.lp_pool3d`."""
+    """Power-average pooling over 3-d volumes; a drop-in for :class:`torch.nn.LPPool3d`."""
 
     @compiled_from(nn.LPPool3d.forward)
     def forward(self, input: Tensor) -> Tensor:
@@ -176,43 +187,49 @@ class LPPool3d(_LPPool, nn.LPPool3d):
         return F.lp_pool3d(input, *window, padding=self.padding, safe=self.safe)
 
 
+@pools("adaptive_avg_pool", rank=1)
 class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
-    """:class:`torch.nn.AdaptiveAvgPool1d` on our kernels."""
+    """Average pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveAvgPool1d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.adaptive_avg_pool1d(input, self.output_size)
 
 
+@pools("adaptive_avg_pool", rank=2)
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """:class:`torch.nn.AdaptiveAvgPool2d` on our kernels."""
+    """Average pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveAvgPool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(input, self.output_size)
 
 
+@pools("adaptive_avg_pool", rank=3)
 class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
-    """:class:`torch.nn.AdaptiveAvgPool3d` on our kernels."""
+    """Average pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveAvgPool3d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.adaptive_avg_pool3d(input, self.output_size)
 
 
+@pools("adaptive_max_pool", rank=1)
 class AdaptiveMaxPool1d(nn.AdaptiveMaxPool1d):
-    """:class:`torch.nn.AdaptiveMaxPool1d` on our kernels."""
+    """Max pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveMaxPool1d`."""
 
     def forward(self, input: Tensor):
         return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
+@pools("adaptive_max_pool", rank=2)
 class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
-    """:class:`torch.nn.AdaptiveMaxPool2d` on our kernels."""
+    """Max pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveMaxPool2d`."""
 
     def forward(self, input: Tensor):
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
+@pools("adaptive_max_pool", rank=3)
 class AdaptiveMaxPool3d(nn.AdaptiveMaxPool3d):
-    """:class:`torch.nn.AdaptiveMaxPool3d` on our kernels."""
+    """Max pooling to a given output size; a drop-in for :class:`torch.nn.AdaptiveMaxPool3d`."""
 
     def forward(self, input: Tensor):
         return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
@@ -228,21 +245,21 @@ class _GlobalPool(nn.Module):
 
 
 class GlobalAvgPool2d(_GlobalPool):
-    """Mean of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)`` without ``keepdim``."""
+    """The mean of each plane; see :func:`pooling_ext.functional.global_avg_pool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.global_avg_pool2d(input, self.keepdim)
 
 
 class GlobalMaxPool2d(_GlobalPool):
-    """Maximum of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)`` without ``keepdim``."""
+    """The maximum of each plane; see :func:`pooling_ext.functional.global_max_pool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.global_max_pool2d(input, self.keepdim)
 
 
 class GlobalLPPool2d(_GlobalPool):
-    """``norm_type`` norm of each plane: ``(N, C, H, W)`` to ``(N, C, 1, 1)``, or ``(N, C)``."""
+    """The ``norm_type`` norm of each plane; see :func:`pooling_ext.functional.global_lp_pool2d`."""
 
     def __init__(self, norm_type: float, keepdim: bool = True, *, safe: bool = False) -> None:
         super().__init__(keepdim)
@@ -272,10 +289,10 @@ class _Activated:
 
 
 class Conv2d(nn.Conv2d):
-    """:class:`torch.nn.Conv2d`; see :func:`pooling_ext.functional.conv2d` for what it does differently.
+    """A convolution of images; a drop-in for :class:`torch.nn.Conv2d`.
 
-    Without gradients the transformed weights are kept until they change, by whatever means; they are in no
-    ``state_dict``, copy or pickle.
+    :func:`pooling_ext.functional.conv2d` says which kernels run it. Without gradients the transformed weights
+    are kept until the weight changes, by whatever means. They are in no ``state_dict``, copy or pickle.
     """
 
     _pooling_ext_stands_for = nn.Conv2d
@@ -289,9 +306,10 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """:class:`torch.nn.Conv3d`; see :func:`pooling_ext.functional.conv3d` for what it does differently.
+    """A convolution of volumes or videos; a drop-in for :class:`torch.nn.Conv3d`.
 
-    Transformed weights are kept as :class:`Conv2d` does.
+    :func:`pooling_ext.functional.conv3d` says which kernels run it. Transformed weights are kept as
+    :class:`Conv2d` does.
     """
 
     _pooling_ext_stands_for = nn.Conv3d
@@ -317,18 +335,10 @@ def _scripted_conv_bn_act(self: Any, input: Tensor, residual: Tensor | None = No
 
 
 class BatchNormAct2d(_Activated, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, an optional residual and an activation in one pass.
+    """Batch norm, an optional residual and an activation in one pass; a :class:`torch.nn.BatchNorm2d`.
 
     ``forward(input, residual=None)`` is ``activation(batch_norm(input) + residual)``; see
-    :func:`pooling_ext.functional.batch_norm_act`. Parameters, buffers and ``state_dict`` are
-    BatchNorm2d's.
-
-    Args:
-        activation: a name, as :func:`pooling_ext.functional.batch_norm_act` takes it.
-        negative_slope: that of leaky_relu. The others are BatchNorm2d's.
-
-    Raises:
-        ArgumentError: there is no such activation.
+    :func:`pooling_ext.functional.batch_norm_act`. Parameters, buffers and ``state_dict`` are BatchNorm2d's.
     """
 
     def __init__(
@@ -360,19 +370,11 @@ class BatchNormAct2d(_Activated, nn.BatchNorm2d):
 
 
 class ConvBNAct2d(_Activated, nn.Module):
-    """:class:`torch.nn.Conv2d` (``conv``), :class:`torch.nn.BatchNorm2d` (``bn``) and an activation.
+    """A convolution (``conv``), a batch norm (``bn``), an optional residual and an activation.
 
     ``forward(input, residual=None)`` is ``activation(bn(conv(input)) + residual)``; see
-    :func:`pooling_ext.functional.conv_bn_act`.
-
-    Args:
-        bias: whether the convolution has a bias, which the batch norm makes superfluous.
-        eps: BatchNorm2d's, as are momentum, affine and track_running_stats.
-        activation: a name, as :func:`pooling_ext.functional.batch_norm_act` takes it.
-        negative_slope: that of leaky_relu. The others are Conv2d's.
-
-    Raises:
-        ArgumentError: there is no such activation.
+    :func:`pooling_ext.functional.conv_bn_act`. ``conv`` is a :class:`torch.nn.Conv2d`, ``bn`` a
+    :class:`torch.nn.BatchNorm2d`.
     """
 
     def __init__(
@@ -443,3 +445,6 @@ REPLACES: dict[type[nn.Module], type[nn.Module]] = {
         AdaptiveMaxPool3d,
     )
 }
+
+for _name, _sections in SECTIONS.items():
+    complete(globals()[_name], _sections)

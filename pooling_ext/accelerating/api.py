@@ -22,7 +22,7 @@ _COMPUTE = (*_AUTOCAST, torch.float64)
 def accelerate(
     model: nn.Module, example: Any = None, *, training: bool = True, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Make ``model`` faster with whatever of this library does so, and measure it on an example.
+    """Patch or freeze ``model``, measure it on an example, and keep the changes that save time.
 
     For training ``model`` is patched in place (:func:`patch`), in its own memory format or in another
     (channels_last, contiguous). For inference it is frozen (:func:`freeze`), and ``model`` stays as it is. On
@@ -59,11 +59,13 @@ def accelerate(
         ArgumentError: ``dtype`` is not one of those above; or ``model`` is frozen already, has no data, or
             does not run on ``example``.
 
-    Example::
-
+    Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> model = pooling_ext.accelerate(model, torch.randn(2, 3, 32, 32))
-        >>> print(model.accelerate_report)  # doctest: +SKIP
+        >>> model.accelerate_report.measured
+        'training step, float32 (2, 3, 32, 32)'
+        >>> model.accelerate_report.speedup >= 1
+        True
     """
     _check(model, training, dtype)
     report = AccelerateReport()

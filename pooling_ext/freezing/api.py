@@ -41,27 +41,28 @@ def freeze(
     check: bool = True,
     exact: bool = False,
 ) -> Frozen:
-    """Make a module for inference that computes what ``model`` does in eval mode; ``model`` stays as it is.
+    """Make a module for inference with the outputs of ``model`` in eval mode; ``model`` stays as it is.
 
     Batch norms are folded into the convolutions before them (in float64), weights are packed for the
-    device's kernels, residual additions and activations happen in the convolutions, activations are
-    kept in channels_last, and pooling is ours. What cannot be traced as a whole is frozen in parts.
+    device's kernels, residual additions and activations happen in the convolutions, activations are kept in
+    channels_last, and pooling runs on this library's operators. A model that cannot be traced as a whole is
+    frozen in parts.
 
-    On the CPU convolutions run in the fastest of several ways at the example's size; ``report`` tells which.
-    Winograd's (3x3, stride 1) is two to three times as fast as the direct one and less accurate: in float32 a
-    layer is off by some 1e-5 of its largest element, which is between float32's own rounding and TF32 (near
-    1e-3), and a whole model by at most four times what ``model`` is off by, or 1e-4 of the largest result. In
-    half precision it makes no difference. An infinity or NaN reaches all pixels of the 4x4 that read it. Its
+    On the CPU each convolution runs on the fastest implementation at the example's size; ``report`` names it.
+    Winograd's (3x3, stride 1) is two to three times as fast as the direct one and less accurate. In float32 a
+    layer is off by some 1e-5 of its largest element, between float32's own rounding and TF32 (near 1e-3). A
+    whole model is off by at most four times the error of ``model``, or 1e-4 of the largest result. In half
+    precision it makes no difference. An infinity or NaN reaches all pixels of the 4x4 that read it. Its
     weights take four times the memory, for which POOLING_EXT_WINOGRAD_MIB in the environment is the limit
-    (1024); beyond it, layers run in the direct way.
+    (1024); beyond it, layers run the direct convolution.
 
     Args:
-        model: any torch.nn.Module; patched or not, in either mode. It is copied.
-        example: an input like those to come; a tuple holds several positional arguments, and a dictionary
-            whose keys are parameters of ``model``'s forward holds keyword arguments. Its tensors' number of
-            dimensions and channels are those that the result takes; other batch and image sizes
-            work as far as ``model`` takes them, and are fastest at the example's size. Arguments that are no
-            tensors stay as they are in the example.
+        model: any torch.nn.Module, patched or not, in either mode. It is copied.
+        example: an input like those to come. A tuple holds several positional arguments. A dictionary whose
+            keys are parameters of ``model``'s forward holds keyword arguments. The result takes tensors of
+            the example's number of dimensions and channels. Other batch and image sizes work as far as
+            ``model`` takes them, and are fastest at the example's size. Arguments that are no tensors stay as
+            they are in the example.
         dtype: float32, bfloat16, float16 or float64, to compute in; None for the model's own.
         check: run the result beside ``model``, on ``example`` and on a changed copy of it, and compare; this
             takes about the time of four forwards. Where they differ, ``model`` is frozen exactly, and where
@@ -76,7 +77,15 @@ def freeze(
     Raises:
         TypeError: an argument has the wrong type.
         ArgumentError: a layer cannot be frozen (it normalizes by the batch's own statistics), ``model`` does
-            not take ``example``, or what is frozen gives other results; the message names the layer.
+            not take ``example``, or the frozen model gives other results; the message names the layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        >>> fast = pooling_ext.freeze(model, torch.randn(2, 3, 32, 32))
+        >>> fast(torch.randn(4, 3, 64, 64)).shape
+        torch.Size([4, 8, 31, 31])
+        >>> fast.report.batch_norms_fused
+        1
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")

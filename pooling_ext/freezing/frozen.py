@@ -19,14 +19,22 @@ FORMAT = 1
 
 
 class Frozen(nn.Module):
-    """What :func:`freeze` returns: call it like the model it was made from.
+    """The result of :func:`freeze`: call it like the model it was made from.
 
     It may be called from several threads at once, copied, pickled and saved with ``torch.save``. It has no
     parameters, stays in eval mode, and computes on the device and in the dtype that it was made for.
 
     Attributes:
         report: a :class:`FusionReport` of what was folded and prepacked, and what was left.
-        dtype: what it computes in.
+        dtype: the dtype that it computes in.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fast = pooling_ext.freeze(model, torch.randn(2, 3, 32, 32), dtype=torch.float64)
+        >>> isinstance(fast, pooling_ext.Frozen), fast.dtype
+        (True, torch.float64)
+        >>> fast(torch.randn(2, 3, 32, 32)).dtype  # the input's
+        torch.float32
     """
 
     def __init__(self, body: nn.Module, name: str, dtype: torch.dtype | None, report: FusionReport):

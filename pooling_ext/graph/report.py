@@ -28,7 +28,9 @@ class FusionEntry:
 
 @dataclass
 class FusionReport:
-    """What was replaced and what was skipped, with reasons; print it for a table.
+    """The report of :func:`patch` and :func:`freeze`: what was replaced and what was skipped, with reasons.
+
+    Print it for a table.
 
     Attributes:
         replaced: what runs on an operator of this library.
@@ -43,6 +45,13 @@ class FusionReport:
         winograd_bytes: what the transformed weights of a frozen model take.
         beyond_limit: the frozen convolutions for whose transformed weights there was no memory left
             (POOLING_EXT_WINOGRAD_MIB).
+
+    Example:
+        >>> report = pooling_ext.patch(nn.Sequential(nn.MaxPool2d(2), nn.FractionalMaxPool2d(2, 8)))
+        >>> [(entry.path, entry.what) for entry in report.replaced]
+        [('0', 'MaxPool2d')]
+        >>> report.skipped[0].why
+        'has no counterpart here'
     """
 
     replaced: list[FusionEntry] = field(default_factory=list)

@@ -56,16 +56,29 @@ class _AddReluGlobalAvgPool(Function):
 
 @public
 def add_relu_global_avg_pool(input: Tensor, residual: Tensor, keepdim: bool = True) -> Tensor:
-    """Mean of each plane of ``relu(input + residual)``, which is never written.
+    """The mean of each plane of ``relu(input + residual)``, the tail of a ResNet, without writing the sum.
 
     Args:
-        input: ``(N, C, H, W)``; float32, float64, bfloat16 or float16, contiguous or channels_last.
-        residual: the input's shape and dtype.
-        keepdim: return ``(N, C, 1, 1)`` if true, ``(N, C)`` if false.
+        input: a tensor, see Shape; float32, float64, bfloat16 or float16, contiguous or channels_last.
+        residual: a tensor of the input's dtype.
+        keepdim: keep the two axes that are pooled, with size 1.
+
+    Shape:
+        input: ``(N, C, H, W)``.
+        residual: the input's shape.
+        output: ``(N, C, 1, 1)``; without ``keepdim`` ``(N, C)``.
+
+    Returns:
+        A tensor of the input's dtype.
 
     Raises:
         TypeError: an argument is not a tensor.
         ArgumentError: the shapes differ, or the input's is out of range.
+
+    Example:
+        >>> x = torch.tensor([[[[-3.0, 1.0]]]])
+        >>> F.add_relu_global_avg_pool(x, torch.ones_like(x), keepdim=False)
+        tensor([[1.]])
     """
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a torch.Tensor, but got {type(residual).__name__}")

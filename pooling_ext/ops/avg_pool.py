@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import backends
+from .._docstrings import pools
 from ..arguments import as_bool, as_int
 from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..errors import ArgumentError
@@ -180,6 +181,7 @@ def _counted(windows: Windows, sizes: Any, count_include_pad: bool) -> Tensor:
 
 
 @public
+@pools("avg_pool", rank=2)
 def avg_pool2d(
     input: Tensor,
     kernel_size: Any,
@@ -189,30 +191,16 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Average pooling over 2-d planes; drop-in for :func:`torch.nn.functional.avg_pool2d`.
+    """Average pooling over 2-d planes; a drop-in for :func:`torch.nn.functional.avg_pool2d`.
 
     Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
-
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory
-            format. The output keeps the format.
-        kernel_size: window size, an int or ``(kH, kW)``.
-        stride: step between windows; default ``kernel_size``.
-        padding: implicit zeros, as in :func:`max_pool2d`, with the same additions to PyTorch.
-        ceil_mode: round the output size up instead of down.
-        count_include_pad: whether padding counts in the divisor. What ``ceil_mode`` adds beyond
-            the padding never does.
-        divisor_override: use this divisor instead of the window's size; negative is allowed, 0 is not.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ArgumentError: an argument or the input's shape is out of range.
     """
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return avg_pool(input, windows, count_include_pad, divisor_override)
 
 
 @public
+@pools("avg_pool", rank=1)
 def avg_pool1d(
     input: Tensor,
     kernel_size: Any,
@@ -221,12 +209,16 @@ def avg_pool1d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
 ) -> Tensor:
-    """Average pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`avg_pool2d`."""
+    """Average pooling over sequences; a drop-in for :func:`torch.nn.functional.avg_pool1d`.
+
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
+    """
     windows = fixed_windows(1, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return avg_pool(input, windows, count_include_pad)
 
 
 @public
+@pools("avg_pool", rank=3)
 def avg_pool3d(
     input: Tensor,
     kernel_size: Any,
@@ -236,7 +228,10 @@ def avg_pool3d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Average pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`avg_pool2d`."""
+    """Average pooling over 3-d volumes; a drop-in for :func:`torch.nn.functional.avg_pool3d`.
+
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
+    """
     windows = fixed_windows(3, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return avg_pool(input, windows, count_include_pad, divisor_override)
 
@@ -256,27 +251,30 @@ def _adaptive_avg_pool(rank: int, input: Tensor, output_size: Any, zero_channels
 
 
 @public
+@pools("adaptive_avg_pool", rank=2)
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     """Average pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_avg_pool2d`.
 
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``, as :func:`avg_pool2d` takes it.
-        output_size: an int or ``(H_out, W_out)``; None keeps the input's size along an axis.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ArgumentError: an argument or the input's shape is out of range.
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
     """
     return _adaptive_avg_pool(2, input, output_size, True)
 
 
 @public
+@pools("adaptive_avg_pool", rank=1)
 def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
-    """As :func:`adaptive_avg_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
+    """Average pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_avg_pool1d`.
+
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
+    """
     return _adaptive_avg_pool(1, input, output_size, True)
 
 
 @public
+@pools("adaptive_avg_pool", rank=3)
 def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
-    """As :func:`adaptive_avg_pool2d`, over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
+    """Average pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_avg_pool3d`.
+
+    Sums are accumulated in float32 (float64 for float64) whatever the input's dtype.
+    """
     return _adaptive_avg_pool(3, input, output_size, False)

@@ -314,21 +314,26 @@ def batch_norm_act(
     in turn, with statistics and arithmetic in float32 or better, rounded once.
 
     Args:
-        input: ``(N, C, *)`` of any rank from 2; float32, float64, bfloat16 or float16, contiguous or
-            channels_last.
-        running_mean: ``(C,)``; updated in place in training. None where there are none.
+        input: a tensor, see Shape; float32, float64, bfloat16 or float16, contiguous or channels_last.
+        running_mean: updated in place in training. None where there is none.
         running_var: as ``running_mean``.
-        weight: ``(C,)`` or None for ones.
-        bias: ``(C,)`` or None for zeros.
-        training: normalise with the batch's own statistics instead of the running ones.
+        weight: multiplies the normalized input; None for ones.
+        bias: added to it; None for zeros.
+        training: normalize with the batch's own statistics instead of the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
         residual: added before the activation; the input's shape and dtype.
         activation: "relu", "identity", "relu6", "silu", "hardswish", "leaky_relu", "gelu", "gelu_tanh" (the
             approximation) or "hardsigmoid".
-        negative_slope: that of leaky_relu.
+        negative_slope: the slope of leaky_relu for negative numbers.
         process_group: a torch.distributed group over which the statistics of training are taken, as
             :class:`torch.nn.SyncBatchNorm` does.
+
+    Shape:
+        input: ``(N, C, *)`` of any rank from 2.
+        running_mean, running_var, weight, bias: ``(C,)``.
+        residual: the input's shape.
+        output: the input's shape.
 
     Returns:
         A tensor of the input's shape, dtype and memory format.
@@ -336,6 +341,13 @@ def batch_norm_act(
     Raises:
         TypeError: an argument has the wrong type.
         ArgumentError: an argument does not go with the input's shape, or is out of range.
+
+    Example:
+        >>> x = torch.tensor([[[[-1.0, 3.0]]]])
+        >>> F.batch_norm_act(x, None, None, training=True)
+        tensor([[[[0.0000, 1.0000]]]])
+        >>> F.batch_norm_act(x, None, None, training=True, residual=x, activation="identity")
+        tensor([[[[-2.0000,  4.0000]]]])
     """
     parameters = {"weight": weight, "bias": bias}
     act = activation_of(activation, negative_slope)

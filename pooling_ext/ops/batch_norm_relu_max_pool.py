@@ -145,15 +145,36 @@ def batch_norm_relu_max_pool(
     *,
     process_group: Any = None,
 ) -> Tensor:
-    """``max_pool2d(relu(batch_norm(input)))`` without writing what is pooled.
-
-    Arguments and errors are those of :func:`batch_norm_act` and :func:`max_pool2d`.
+    """``max_pool2d(relu(batch_norm(input)))``, the stem of a ResNet, without writing the activation.
 
     Args:
-        input: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        input: a tensor, see Shape; float32, float64, bfloat16 or float16.
+        running_mean: updated in place in training. None where there is none.
+        running_var: as ``running_mean``.
+        weight: multiplies the normalized input; None for ones.
+        bias: added to it; None for zeros.
+        training: normalize with the batch's own statistics instead of the running ones.
+        momentum: the weight of the batch in the running statistics.
+        eps: added to the variance.
+        kernel_size: as :func:`max_pool2d` takes it, and so are stride, padding, dilation and ceil_mode.
+        process_group: as :func:`batch_norm_act` takes it.
+
+    Shape:
+        input: ``(N, C, H, W)``.
+        running_mean, running_var, weight, bias: ``(C,)``.
+        output: ``(N, C, H_out, W_out)``, as of :func:`max_pool2d`.
 
     Returns:
-        ``(N, C, H_out, W_out)`` in the input's dtype and memory format.
+        A tensor of the input's dtype and memory format.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ArgumentError: an argument does not go with the input's shape, or is out of range.
+
+    Example:
+        >>> x = torch.randn(2, 8, 16, 16)
+        >>> F.batch_norm_relu_max_pool(x, None, None, training=True).shape
+        torch.Size([2, 8, 8, 8])
     """
     parameters = {"weight": weight, "bias": bias}
     momentum, eps = check(input, None, parameters, running_mean, running_var, training, momentum, eps)

@@ -33,27 +33,37 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As :func:`torch.nn.functional.conv2d`, differentiable any number of times.
+    """A convolution of images; a drop-in for :func:`torch.nn.functional.conv2d`.
 
-    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3) and depthwise kernels of 3x3, 5x5
-    and 7x7 by kernels of their own, where these are known to be faster (``conv_choice``); everything else
-    is PyTorch's. In float32 Winograd's results are off by some 1e-5 of the largest element.
+    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), and depthwise kernels of 3x3, 5x5
+    and 7x7 on kernels of their own, where these are known to be faster. Other convolutions fall back to
+    PyTorch. All are differentiable any number of times. In float32 Winograd's results are off by some 1e-5 of
+    the largest element.
 
     Args:
+        input: a tensor, see Shape.
+        weight: the kernels.
+        bias: added to the output; None for none.
+        stride: the step between windows, an int or one for each axis.
+        padding: zeros on both sides, an int or one for each axis; "same" or "valid".
+        dilation: the step between the elements of a window, an int or one for each axis.
+        groups: into how many groups the channels are divided.
+
+    Shape:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
-        weight: ``(O, C / groups, KH, KW)``.
-        bias: ``(O,)`` or None.
-        stride, dilation: for height and width, or both.
-        padding: zeros on each side, for height and width, or both; "same" or "valid".
+        weight: ``(O, C / groups, kH, kW)``.
+        bias: ``(O,)``.
+        output: ``(N, O, H_out, W_out)`` or ``(O, H_out, W_out)``.
 
     Returns:
-        ``(N, O, H_out, W_out)`` or without ``N``, in the memory format of PyTorch's result.
+        A tensor in the memory format of PyTorch's result.
 
     Raises:
+        TypeError: an argument has the wrong type.
         RuntimeError: the arguments do not go together.
 
     Example:
-        >>> conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
+        >>> F.conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
         tensor([4., 6., 6., 4.])
     """
     return _convolved("conv2d", F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups)
@@ -69,27 +79,36 @@ def conv3d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As :func:`torch.nn.functional.conv3d`, differentiable any number of times.
+    """A convolution of volumes or videos; a drop-in for :func:`torch.nn.functional.conv3d`.
 
-    On the CPU, kernels of Dx3x3 run as a sum over their D planes by Winograd's F(4x4, 3x3), as
-    :func:`conv2d` does; everything else is PyTorch's.
+    On the CPU, kernels of Dx3x3 run by Winograd's F(4x4, 3x3), as a sum over their D planes, where that is
+    known to be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times.
 
     Args:
+        input: a tensor, see Shape.
+        weight: the kernels.
+        bias: added to the output; None for none.
+        stride: the step between windows, an int or one for each axis.
+        padding: zeros on both sides, an int or one for each axis; "same" or "valid".
+        dilation: the step between the elements of a window, an int or one for each axis.
+        groups: into how many groups the channels are divided.
+
+    Shape:
         input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
-        weight: ``(O, C / groups, KD, KH, KW)``.
-        bias: ``(O,)`` or None.
-        stride, dilation: for depth, height and width, or all.
-        padding: zeros on each side, for depth, height and width, or all; "same" or "valid".
+        weight: ``(O, C / groups, kD, kH, kW)``.
+        bias: ``(O,)``.
+        output: ``(N, O, D_out, H_out, W_out)`` or ``(O, D_out, H_out, W_out)``.
 
     Returns:
-        ``(N, O, D_out, H_out, W_out)`` or without ``N``. Where it is ours it is in channels_last_3d if input
-        or weight is; PyTorch's is contiguous for a batch of one.
+        A tensor. By Winograd it is in channels_last_3d if input or weight is; PyTorch's is contiguous for a
+        batch of one.
 
     Raises:
+        TypeError: an argument has the wrong type.
         RuntimeError: the arguments do not go together.
 
     Example:
-        >>> conv3d(torch.ones(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))
+        >>> F.conv3d(torch.ones(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))
         tensor([[[[[54.]]]]])
     """
     return _convolved("conv3d", F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import backends
+from .._docstrings import pools
 from ..arguments import as_float
 from ..autograd import Differentiable, needs_autograd
 from ..errors import ArgumentError
@@ -172,6 +173,7 @@ def _composed_lp_pool(input: Tensor, p: Any, windows: Windows, safe: bool) -> Te
 
 
 @public
+@pools("lp_pool", rank=2)
 def lp_pool2d(
     input: Tensor,
     norm_type: float,
@@ -182,26 +184,16 @@ def lp_pool2d(
     padding: Any = 0,
     safe: bool = False,
 ) -> Tensor:
-    """Power-average pooling over 2-d planes; drop-in for :func:`torch.nn.functional.lp_pool2d`.
+    """Power-average pooling over 2-d planes; a drop-in for :func:`torch.nn.functional.lp_pool2d`.
 
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16 or float16, in any memory format.
-        norm_type: the norm p, not 0; ``inf`` is the largest and ``-inf`` the smallest ``|x|``.
-        kernel_size: window size, an int or ``(kH, kW)``.
-        stride: step between windows; default ``kernel_size``.
-        ceil_mode: round the output size up instead of down.
-        padding: implicit zeros, as in :func:`max_pool2d` (beyond PyTorch).
-        safe: pool ``|x| ** p`` in float32, with a finite gradient at 0 (beyond PyTorch).
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ArgumentError: an argument or the input's shape is out of range.
+    An output is ``(sum of x ** p over the window) ** (1 / p)``.
     """
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return lp_pool(input, norm_type, windows, safe)
 
 
 @public
+@pools("lp_pool", rank=1)
 def lp_pool1d(
     input: Tensor,
     norm_type: float,
@@ -212,12 +204,16 @@ def lp_pool1d(
     padding: Any = 0,
     safe: bool = False,
 ) -> Tensor:
-    """Power-average pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`lp_pool2d`."""
+    """Power-average pooling over sequences; a drop-in for :func:`torch.nn.functional.lp_pool1d`.
+
+    An output is ``(sum of x ** p over the window) ** (1 / p)``.
+    """
     windows = fixed_windows(1, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return lp_pool(input, norm_type, windows, safe)
 
 
 @public
+@pools("lp_pool", rank=3)
 def lp_pool3d(
     input: Tensor,
     norm_type: float,
@@ -228,6 +224,9 @@ def lp_pool3d(
     padding: Any = 0,
     safe: bool = False,
 ) -> Tensor:
-    """Power-average pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`lp_pool2d`."""
+    """Power-average pooling over 3-d volumes; a drop-in for :func:`torch.nn.functional.lp_pool3d`.
+
+    An output is ``(sum of x ** p over the window) ** (1 / p)``.
+    """
     windows = fixed_windows(3, input.shape, kernel_size, stride, padding, 1, ceil_mode)
     return lp_pool(input, norm_type, windows, safe)

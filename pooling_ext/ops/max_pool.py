@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import backends
+from .._docstrings import pools
 from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..windows import Windows, adaptive_kernel, adaptive_windows, fixed_windows
 from . import _library
@@ -262,6 +263,7 @@ def _unpad_indices(indices: Tensor, padded: Any, shape: Any, windows: Windows) -
 
 
 @public
+@pools("max_pool", rank=2)
 def max_pool2d(
     input: Tensor,
     kernel_size: Any,
@@ -271,34 +273,16 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Max pooling over 2-d planes; drop-in for :func:`torch.nn.functional.max_pool2d`.
+    """Max pooling over 2-d planes; a drop-in for :func:`torch.nn.functional.max_pool2d`.
 
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``; float32, float64, bfloat16, float16 or an integer
-            dtype, in any memory format. The output keeps the format.
-        kernel_size: window size, an int or ``(kH, kW)``.
-        stride: step between windows; default ``kernel_size``.
-        padding: implicit -inf on both sides, an int or ``(pH, pW)``, at most half the effective kernel
-            size. Beyond PyTorch: ``"valid"``, ``"same"`` (output size ``ceil(size / stride)``), or
-            ``(left, right, top, bottom)``, each smaller than the effective kernel size.
-        dilation: step between the elements of a window.
-        ceil_mode: round the output size up instead of down.
-        return_indices: also return the winners' int64 indices in their planes, as
-            :func:`torch.nn.functional.max_unpool2d` takes them. A window with no element in range
-            gives -inf and index -1.
-
-    Returns:
-        ``(N, C, H_out, W_out)`` in the input's dtype; with ``return_indices`` a pair.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ArgumentError: an argument or the input's shape is out of range.
+    In inference no index is computed. In training each output remembers its maximum's offset in the window.
     """
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     return max_pool(input, windows, return_indices)
 
 
 @public
+@pools("max_pool", rank=1)
 def max_pool1d(
     input: Tensor,
     kernel_size: Any,
@@ -308,12 +292,16 @@ def max_pool1d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Max pooling over ``(N, C, L)`` or ``(C, L)``; otherwise as :func:`max_pool2d`."""
+    """Max pooling over sequences; a drop-in for :func:`torch.nn.functional.max_pool1d`.
+
+    In inference no index is computed. In training each output remembers its maximum's offset in the window.
+    """
     windows = fixed_windows(1, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     return max_pool(input, windows, return_indices)
 
 
 @public
+@pools("max_pool", rank=3)
 def max_pool3d(
     input: Tensor,
     kernel_size: Any,
@@ -323,37 +311,30 @@ def max_pool3d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Max pooling over ``(N, C, D, H, W)`` or ``(C, D, H, W)``; otherwise as :func:`max_pool2d`.
+    """Max pooling over 3-d volumes; a drop-in for :func:`torch.nn.functional.max_pool3d`.
 
-    Per-side padding is ``(left, right, top, bottom, front, back)``.
+    In inference no index is computed. In training each output remembers its maximum's offset in the window.
     """
     windows = fixed_windows(3, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
     return max_pool(input, windows, return_indices)
 
 
 @public
+@pools("adaptive_max_pool", rank=2)
 def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """Max pooling to a given output size; drop-in for :func:`torch.nn.functional.adaptive_max_pool2d`.
-
-    Args:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``, as :func:`max_pool2d` takes it.
-        output_size: an int or ``(H_out, W_out)``; None keeps the input's size along an axis.
-        return_indices: also return the winners' int64 indices in their planes.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ArgumentError: an argument or the input's shape is out of range.
-    """
+    """Max pooling to a given output size; a drop-in for :func:`torch.nn.functional.adaptive_max_pool2d`."""
     return max_pool(input, adaptive_windows(2, input.shape, output_size), return_indices)
 
 
 @public
+@pools("adaptive_max_pool", rank=1)
 def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """As :func:`adaptive_max_pool2d`, over ``(N, C, L)`` or ``(C, L)``."""
+    """Max pooling to a given output size; a drop-in for :func:`torch.nn.functional.adaptive_max_pool1d`."""
     return max_pool(input, adaptive_windows(1, input.shape, output_size), return_indices)
 
 
 @public
+@pools("adaptive_max_pool", rank=3)
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """As :func:`adaptive_max_pool2d`, over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
+    """Max pooling to a given output size; a drop-in for :func:`torch.nn.functional.adaptive_max_pool3d`."""
     return max_pool(input, adaptive_windows(3, input.shape, output_size), return_indices)

@@ -31,23 +31,37 @@ def conv_bn_act(
     *,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """``activation(bn(conv(input)) + residual)``.
+    """``activation(bn(conv(input)) + residual)``, on modules that exist.
+
+    One ordered list of implementations decides how it runs; :func:`pooling_ext.explain` names the one that
+    is taken, and says why others are not.
 
     Args:
         conv: a :class:`torch.nn.Conv2d`.
         bn: the :class:`torch.nn.BatchNorm2d` or :class:`torch.nn.SyncBatchNorm` after it, whose running
             statistics are updated in training.
-        input: ``(N, C_in, H, W)``, what ``conv`` takes.
-        residual: added before the activation; the output's shape and dtype.
-        activation: a name, as :func:`batch_norm_act` takes it.
-        negative_slope: that of leaky_relu.
+        input: a tensor that ``conv`` takes.
+        residual: added before the activation; a tensor of the output's dtype.
+        activation: a name, as :func:`pooling_ext.functional.batch_norm_act` takes it.
+        negative_slope: the slope of leaky_relu for negative numbers.
+
+    Shape:
+        input: ``(N, C, H, W)``.
+        residual: the output's shape.
+        output: ``(N, O, H_out, W_out)``, as of ``conv``.
 
     Returns:
-        ``(N, C_out, H_out, W_out)``.
+        A tensor, differentiable in the input, the residual and the parameters of both modules.
 
     Raises:
+        TypeError: ``conv`` is no module, or ``bn`` no batch norm.
         ArgumentError: an argument does not go with the others.
         RuntimeError: the input does not go with ``conv``.
+
+    Example:
+        >>> conv, bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        >>> F.conv_bn_act(conv, bn, torch.randn(2, 3, 8, 8), activation="silu").shape
+        torch.Size([2, 8, 6, 6])
     """
     found = activation_of(activation, negative_slope)
     act = None if found == IDENTITY else found
