@@ -37,11 +37,11 @@ inline Through through_of(double gradient, double product, double away, double s
     return {-scale * share, scale * (away * share - gradient)};
 }
 
-// What a backward pass multiplies a gradient by. ReLU's factors are 0 and 1, told from its input
-// or, where a residual went into it, from its output; other activations' are derivatives at their
-// input, which is made of the batch norm's input and, with Sum, the residual. The gradient of a
-// residual is written. So is, with Kept, the gradient of what the activation is given, for the
-// second pass over it: derivatives that take an exponential are then made once.
+// Source of the ReLU mask: none, the input, or (with a residual) the output. Other activations take
+// their derivative at their input, which is made of the batch norm's input and, with Sum, the
+// residual. The gradient of a residual is written. So is, with Kept, the gradient of what the
+// activation is given, for the second pass over it: derivatives that take an exponential are then
+// made once.
 enum class Gate { None, Relu, ReluOutput, Derivative, DerivativeKept, DerivativeOfSum };
 
 // That of a call whose activation this is, with something kept for a residual or not.

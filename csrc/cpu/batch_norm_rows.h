@@ -69,8 +69,8 @@ POOLING_EXT_INLINE void write(Kind kind, In* to, X x, bool past_cache) {
     past_cache ? kind.stream(to, x) : kind.put(to, x);
 }
 
-// Asks for what is read soon: the processor's own guesses end with a page, and where two tensors
-// are read at once they halve the speed.
+// Software prefetch: the hardware prefetcher stops at page boundaries, and halves the speed where
+// two tensors are read at once.
 template <class In>
 POOLING_EXT_INLINE void prefetch(const In* from, int64_t n, int64_t bytes_ahead) {
     constexpr int64_t kLine = 64;

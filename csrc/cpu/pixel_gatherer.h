@@ -8,8 +8,8 @@
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
-// All bits if two places are the same, else none. By arithmetic, of which a compiler makes no loads
-// under a mask: those wait for the stores before them.
+// Branch-free equality: all bits if two places are the same, else none. Avoids masked loads, which
+// stall behind stores.
 template <class Bits>
 POOLING_EXT_INLINE Bits same(Bits a, Bits b) {
     using Signed = std::make_signed_t<Bits>;

@@ -9,7 +9,7 @@
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
-// A vector as registers. Compilers take comparisons of what no register holds apart, lane by lane.
+// A vector as registers. Compilers scalarize comparisons on vectors wider than a register.
 template <class T>
 struct Registers {
     typedef T One __attribute__((vector_size(kVectorBytes)));

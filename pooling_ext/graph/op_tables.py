@@ -1,4 +1,4 @@
-"""What the operators, functions and modules of a traced forward are, and what they do to memory."""
+"""The operators, functions and modules that patch and freeze understand, and what they do to memory."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def conv_bias_act(
     relu: bool,
     tile: int,
 ) -> Tensor:
-    """``relu(conv(input, weight) + bias + residual)``, without what is None or false, rounded once.
+    """``relu(conv(input, weight) + bias + residual)``, rounded once; bias and residual are optional.
 
     Args:
         input: ``(N, C, H, W)``, float32, bfloat16 or float16; any strides, but channels_last is not copied.
