@@ -28,6 +28,8 @@ if os.environ.get("POOLING_EXT_INTERSPHINX"):
 
 html_theme = "furo"
 html_title = f"pooling_ext {release}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -1,4 +1,9 @@
-"""Faster CNNs for PyTorch: pooling and fused batch norm, patched into models or used directly; and freeze."""
+"""Faster CNNs in PyTorch: pooling and fused convolution, BatchNorm, addition and activation.
+
+For a model that exists: :func:`patch` for training and evaluation, :func:`freeze` for inference, or
+:func:`accelerate`, which tries them on an example. For a model of your own: the modules of
+:mod:`pooling_ext.nn`, which are here too, and the functions of :mod:`pooling_ext.functional`.
+"""
 
 from . import _renamed, functional, nn
 from .accelerating import AccelerateReport, accelerate

@@ -1,6 +1,7 @@
-"""Drop-in for the pooling functions of torch.nn.functional, global pooling, and fused batch norm.
+"""Functions: pooling, fused batch norm and convolutions; drop-ins for those of :mod:`torch.nn.functional`.
 
-import pooling_ext.functional as F
+Use ``import pooling_ext.functional as F``. Unsupported inputs fall back to PyTorch with identical results;
+:func:`pooling_ext.explain` shows the reason.
 """
 
 from . import scripting as _scripting

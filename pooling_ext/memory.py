@@ -29,7 +29,7 @@ class MemoryReuse(NamedTuple):
 
 
 def reuse_cpu_memory() -> MemoryReuse:
-    """Stop glibc's malloc from mapping every large tensor afresh, for the rest of the process.
+    """Stop glibc's malloc from mapping every large tensor afresh, until the process ends.
 
     By default a large CPU tensor is mapped from the kernel when made and unmapped when freed, so each
     operator pays for the page faults of its output, which can cost more than the operator. After this

@@ -1,6 +1,6 @@
-"""Drop-in modules: subclasses of torch.nn's pooling modules that run our operators, and fused batch norm.
+"""Modules: pooling, fused batch norm and convolutions; drop-ins for those of :mod:`torch.nn`.
 
-Constructor, attributes, ``extra_repr`` and ``isinstance`` checks are torch.nn's. Where torch.nn
+A module that torch.nn has is a subclass of it, with the same constructor, attributes and ``extra_repr``. Where torch.nn
 takes ``padding``, these also take ``"same"``, ``"valid"`` and per-side padding.
 """
 

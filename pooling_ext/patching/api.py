@@ -33,7 +33,7 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     fuses these sequences in it: convolution, batch norm, the addition of a residual, an activation and
     max pooling; and an addition, ReLU and global average pooling. Other batch norms are fused alone, each
     with the activation that its own forward goes on with. Convolutions that this library's kernels may
-    run faster are replaced wherever they stand: 3x3 ones, 3-d ones with 3x3 planes, and depthwise ones.
+    run faster are replaced wherever they stand: 3x3 ones, 3-d ones with 3x3 planes, depthwise and 1x1 ones.
 
     **What stays.** A module keeps its identity, attributes, parameters, hooks and mode. Its class becomes
     a subclass of it, so ``isinstance`` checks, ``state_dict``, ``copy.deepcopy`` and pickling go on
