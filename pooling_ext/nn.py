@@ -1,7 +1,7 @@
 """Modules: pooling, fused batch norm and convolutions; drop-ins for those of :mod:`torch.nn`.
 
-A module that torch.nn has is a subclass of it, with the same constructor, attributes and ``extra_repr``. Where torch.nn
-takes ``padding``, these also take ``"same"``, ``"valid"`` and per-side padding.
+A module that torch.nn has is a subclass of it, with the same constructor, attributes and ``extra_repr``.
+Where torch.nn takes ``padding``, these also take ``"same"``, ``"valid"`` and per-side padding.
 """
 
 from __future__ import annotations

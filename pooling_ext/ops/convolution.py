@@ -37,8 +37,8 @@ def conv2d(
 
     On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), and depthwise kernels of 3x3, 5x5
     and 7x7 on kernels of their own, and 1x1 kernels in float32 as matrix products, where these are known to
-    be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times. In float32 Winograd's results are off by some 1e-5 of
-    the largest element.
+    be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times. In float32
+    Winograd's results are off by some 1e-5 of the largest element.
 
     Args:
         input: a tensor, see Shape.
