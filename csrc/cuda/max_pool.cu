@@ -2,6 +2,7 @@
 // first wins.
 #include <limits>
 
+#include "cuda/max_pool_rows.cuh"
 #include "cuda/pool_backward.cuh"
 #include "cuda/pool_forward.cuh"
 
@@ -13,7 +14,7 @@ template <class In_, class Place>
 struct MaxOp {
     using In = In_;
     static constexpr bool kPlaces = !std::is_void_v<Place>, kAverages = false;
-    static constexpr bool kVectors = !std::is_integral_v<In>;
+    static constexpr bool kVectors = !std::is_integral_v<In>, kSquares = false;
     using Wide = MaxOp<In, std::conditional_t<kPlaces, int64_t, void>>;
 
     // Floats of 16 bits are compared as float32, which holds them exactly.
@@ -119,10 +120,13 @@ void max_pool(const PoolJob& job, DType dtype, Places kind, StreamHandle handle)
     const Stream stream = static_cast<Stream>(handle);
     const auto run = [&](auto zero) {
         using In = decltype(zero);
-        if (kind == Places::None)
-            launch_forward(MaxOp<In, void>(), job, kind, stream);
-        else
-            launch_forward(MaxOp<In, int>(), job, kind, stream);
+        if (kind == Places::None) {
+            if (!launch_max_pool_rows<In, false>(job, kind, stream))
+                launch_forward(MaxOp<In, void>(), job, kind, stream);
+        } else {
+            if (!launch_max_pool_rows<In, true>(job, kind, stream))
+                launch_forward(MaxOp<In, int>(), job, kind, stream);
+        }
     };
     switch (dtype) {
         case DType::Float32:

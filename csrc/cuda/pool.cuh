@@ -79,11 +79,12 @@ struct Square {
 };
 
 // Calls use(Window()) with the window of a job: those that CNNs use are known to the compiler, but
-// not for float64, in which nobody trains one.
-template <class In, class Use>
+// not for float64, in which nobody trains one, nor where kSquares says that other kernels take
+// them.
+template <class In, bool kSquares = true, class Use>
 void with_window(const PoolParams& p, const Use& use) {
     if (!fits_32_bits(p)) return use(Any<int64_t>());
-    if constexpr (sizeof(In) < 8 && !std::is_integral_v<In>) {
+    if constexpr (kSquares && sizeof(In) < 8 && !std::is_integral_v<In>) {
         if (Square<3, 2, 1>::is(p)) return use(Square<3, 2, 1>());
         if (Square<2, 2, 0>::is(p)) return use(Square<2, 2, 0>());
         if (Square<3, 1, 1>::is(p)) return use(Square<3, 1, 1>());

@@ -3,6 +3,7 @@
 //     In, of elements; T, of counts; Acc, what a window has come to
 //     kPlaces: whether it wants the places of winners; kVectors: whether it is worth vectors
 //     Wide: the same where places need 64 bits
+//     kSquares: false where kernels of its own take the windows that CNNs use (default: true)
 //     void start(Acc&), void step(Acc&, In element, place in the window)
 //     Acc merge(Acc, Acc)           of two parts of a window
 //     In finish(Acc)                or, with kAverages,
@@ -346,7 +347,11 @@ void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream
                 return launch_whole<Op, int, Op::kVectors ? N : 1>(op, job, call, stream);
             return launch_whole<Op, int, 1>(op, job, call, stream);
         }
-    with_window<In>(p, [&](auto window) {
+    constexpr bool kSquares = [] {
+        if constexpr (requires { Op::kSquares; }) return Op::kSquares;
+        return true;
+    }();
+    with_window<In, kSquares>(p, [&](auto window) {
         using Window = decltype(window);
         using Int = typename Window::Int;
         const Geometry<Int> g(p);

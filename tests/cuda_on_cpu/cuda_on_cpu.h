@@ -75,6 +75,15 @@ inline unsigned lane() {
 
 inline float __fdividef(float x, float y) { return x / y; }
 
+// The bytes of y:x that the lower three bits of each hexadecimal digit of `selector` name.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t both = uint64_t(y) << 32 | x;
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i)
+        bytes |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return bytes;
+}
+
 inline void __syncthreads() { cuda_on_cpu::block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::exchange(mask, 0, 0); }
 
