@@ -1,7 +1,7 @@
 // Batch normalisation, ReLU and max pooling, backward: the sums need only what the windows picked,
 // and each input gathers the gradients of the windows that picked it.
 #include "cuda/batch_norm_relu_max_pool.cuh"
-#include "cuda/pool_backward.cuh"
+#include "cuda/max_pool_cells.cuh"
 
 namespace pooling_ext::cuda {
 namespace {
@@ -199,7 +199,9 @@ void stem_sums(const StemJob& job, double* parts, StreamHandle stream) {
 void stem_backward(const StemJob& job, StreamHandle stream) {
     with_float(job.dtype, [&](auto zero) {
         using In = decltype(zero);
-        launch_backward(job.pool, static_cast<Stream>(stream), ThroughNorm<In>(job));
+        const ThroughNorm<In> to(job);
+        if (!launch_max_pool_cells(job.pool, static_cast<Stream>(stream), to))
+            launch_backward(job.pool, static_cast<Stream>(stream), to);
     });
 }
 

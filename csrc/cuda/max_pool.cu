@@ -2,6 +2,7 @@
 // first wins.
 #include <limits>
 
+#include "cuda/max_pool_cells.cuh"
 #include "cuda/max_pool_rows.cuh"
 #include "cuda/pool_backward.cuh"
 #include "cuda/pool_forward.cuh"
@@ -145,6 +146,7 @@ void max_pool_backward(const PoolJob& job, DType dtype, Places kind, StreamHandl
         using In = decltype(zero);
         switch (kind) {
             case Places::Byte:
+                if (launch_max_pool_cells<ToWinner<In, uint8_t>>(job, stream)) return;
                 return launch_backward<ToWinner<In, uint8_t>>(job, stream);
             case Places::Int32:
                 return launch_backward<ToWinner<In, int32_t>>(job, stream);

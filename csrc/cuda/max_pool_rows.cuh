@@ -18,11 +18,6 @@ namespace pooling_ext::cuda {
 // Three blocks of 256 threads have 72 KB on their way; registers allow no fourth one.
 constexpr int kResidentRows = 3;
 
-POOLING_EXT_DEVICE int clamped(int i, int size) {
-    const int low = i < 0 ? 0 : i;
-    return low < size ? low : size - 1;
-}
-
 // The columns of W values of a pixel's channels, side by side in memory.
 template <class Lanes_, class Window, int W_>
 struct PixelColumns {
@@ -304,11 +299,6 @@ template <class Window>
 bool starts_inside(const Axis& a) {
     return (a.out - 1) * Window::stride - Window::padding < a.in;
 }
-
-template <class T>
-struct Tag {
-    using Type = T;
-};
 
 // Runs the kernel of a job if there is one.
 template <class In, bool kPlaces>

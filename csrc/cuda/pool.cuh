@@ -92,6 +92,17 @@ void with_window(const PoolParams& p, const Use& use) {
     use(Any<int>());
 }
 
+POOLING_EXT_DEVICE int clamped(int i, int size) {
+    const int low = i < 0 ? 0 : i;
+    return low < size ? low : size - 1;
+}
+
+// A type, as an argument.
+template <class T>
+struct Tag {
+    using Type = T;
+};
+
 // --- division into threads -----------------------------------------------------------------------
 
 constexpr int kThreads = 256;

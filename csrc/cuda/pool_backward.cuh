@@ -37,12 +37,14 @@ struct ToWinner {
     using T = Accumulator<In>;
     using Stored = Stored_;
     static constexpr bool kPlaces = true;
+    // Bytes are those of windows that max_pool_cells.cuh has kernels for.
+    static constexpr bool kSquares = sizeof(Stored) > 1;
 
     // What the place of the winner has to be for a gradient to go to this element: its offset in
-    // the window, or its index in the plane.
+    // the window, or its index in the plane, either of which fits Int.
     template <class Int>
-    static POOLING_EXT_DEVICE int64_t wanted(Int offset, int64_t index) {
-        return sizeof(Stored) == 8 ? index : int64_t(offset);
+    static POOLING_EXT_DEVICE Int wanted(Int offset, Int index) {
+        return sizeof(Stored) == 8 ? index : offset;
     }
 };
 
@@ -52,7 +54,7 @@ struct ToAll {
     using In = In_;
     using T = Accumulator<In>;
     using Stored = uint8_t;
-    static constexpr bool kPlaces = false;
+    static constexpr bool kPlaces = false, kSquares = true;
 };
 
 // What a thread does with the gradients of vectors that have the N channels from `channel` of a
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         T acc[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) acc[i] = 0;
-        const int64_t index = (int64_t(id) * g.h.in + ih) * g.w.in + iw;
+        const Int index = (id * g.h.in + ih) * g.w.in + iw;
         const Int oh0 = g.h.first_output(ih), oh1 = g.h.end_output(ih);
         for (Int od = od0; od < od1; ++od) {
             const Int kd = g.d.place(od, id);
@@ -113,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
                     const int64_t from = row + int64_t(ow) * g.channels;
                     const Vec<In, N> grads = load<N>(static_cast<const In*>(call.grad) + from);
                     if constexpr (To::kPlaces) {
-                        const int64_t wanted =
+                        const Int wanted =
                             To::wanted((kd * g.h.kernel + kh) * g.w.kernel + kw, index);
                         const Vec<Stored, N> places =
                             load<N>(static_cast<const Stored*>(call.places) + from);
 #pragma unroll
                         for (int i = 0; i < N; ++i)
-                            if (int64_t(places.at[i]) == wanted) acc[i] += widen(grads.at[i]);
+                            if (Int(places.at[i]) == wanted) acc[i] += widen(grads.at[i]);
                     } else {
                         const T count = count_of<T>(call, g, od, oh, ow);
 #pragma unroll
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 }
             }
         }
-        const int64_t end = (at.plane * g.d.in * g.h.in * g.w.in + index) * g.channels + c;
+        const int64_t end = (at.plane * g.d.in * g.h.in * g.w.in + int64_t(index)) * g.channels + c;
         store<N>(static_cast<In*>(call.dst) + end, own.template finish<N>(acc, end));
     }
 }
@@ -259,7 +261,7 @@ void launch_backward(const PoolJob& job, Stream stream, const To& to = To()) {
             return launch<spread_whole_planes<To, N>>(grid, stream, call, Geometry<int>(p),
                                                       p.outer);
         }
-    with_window<In>(p, [&](auto window) {
+    with_window<In, To::kSquares>(p, [&](auto window) {
         using Window = decltype(window);
         using Int = typename Window::Int;
         const Geometry<Int> g(p);
