@@ -35,11 +35,12 @@ def test_nothing_spills(codes):
 
 
 def test_every_way_round_reads_and_writes_whole_vectors(codes):
-    """One narrow access is what lies beside a run of outputs, or a byte of each."""
+    """A narrow store is of max pooling's offsets, one beside each vector of outputs."""
     for code in codes:
-        assert code.loads.get(16, 0) > 0 and code.stores.get(16, 0) > 0, code
+        assert code.loads.get(16, 0) > 0, code
+        sums_alone = code.kernel.startswith(("stats_parts", "sums_parts")) and not code.stores
         narrow = {width: n for width, n in code.stores.items() if width < 16}
-        assert sum(narrow.values()) <= code.stores[16], code
+        assert sums_alone or sum(narrow.values()) <= code.stores[16], code
 
 
 def test_all_loads_of_a_step_are_asked_for_before_the_first_is_used(codes):
@@ -49,7 +50,7 @@ def test_all_loads_of_a_step_are_asked_for_before_the_first_is_used(codes):
         assert code.in_flight >= asked - 4, code
 
 
-@pytest.mark.parametrize("kernel", roofline.kernels(), ids=lambda kernel: kernel.name.replace(" ", ""))
+@pytest.mark.parametrize("kernel", list(roofline.kernels()), ids=lambda kernel: kernel.name.replace(" ", ""))
 def test_the_model_expects_nearly_a_copys_speed(kernel):
     # Nine windows cover each input, and two bytes of traffic leave little time to compare with each.
     crowded = all(part in kernel.name for part in ("max_pool_cells", "Square<3, 1, 1>", "__nv_bfloat16"))

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -124,9 +125,17 @@ POOLING_EXT_DEVICE Vec<T, N> load(const T* from) {
     return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 
+// Vectors of 16 and of 8 bytes are written by an instruction that compilers do not divide into
+// several small ones, as they do with structures whose parts are ready one after the other.
 template <int N = 1, class T>
 POOLING_EXT_DEVICE void store(T* to, const Vec<T, N>& value) {
-    *reinterpret_cast<Vec<T, N>*>(to) = value;
+    if constexpr (sizeof(value) == 16 || sizeof(value) == 8) {
+        std::conditional_t<sizeof(value) == 16, uint4, uint2> words;
+        memcpy(&words, &value, sizeof(words));
+        __stwb(reinterpret_cast<decltype(words)*>(to), words);
+    } else {
+        *reinterpret_cast<Vec<T, N>*>(to) = value;
+    }
 }
 #else
 #define POOLING_EXT_FROM_HERE , std::source_location where = std::source_location::current()

@@ -7,10 +7,15 @@ namespace {
 template <int N>
 constexpr int kUnroll = N == 1 ? 4 : 2;
 
+// Blocks that a multiprocessor is to have room for. What reads two tensors has enough bytes on
+// their way with two, and more would have it keep coefficients in memory.
+template <bool kKept, bool kCurved>
+constexpr int kResidentSums = kKept && !kCurved ? 3 : 2;
+
 // kKept: a residual went into the output, and its gradient is written. kCurved: the activation is
 // neither ReLU nor nothing.
 template <class In, int N, bool kKept, bool kCurved>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentSums<kKept, kCurved>)
     sums_parts(const In* grad, const In* x, const In* kept, In* residual_grad, double* parts,
                Norm norm, ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
@@ -25,7 +30,6 @@ __global__ void __launch_bounds__(kThreads)
         [[maybe_unused]] Vec<In, N> others[kKept ? U : 1];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            if (!there[u]) continue;
             grads[u] = load<N>(grad + at[u]);
             values[u] = load<N>(x + at[u]);
             if constexpr (kKept) others[u] = load<N>(kept + at[u]);
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class In, int N, bool kCurved>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     spread_gradient(const In* grad, const In* x, In* y, Norm norm,
                     ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
@@ -111,14 +115,16 @@ __global__ void __launch_bounds__(kThreads)
     const bool sums = norm.sums != nullptr;
     bool reads_x = true;
     if constexpr (!kCurved) reads_x = activation || sums;
+    // What is not needed is read where a load is anyway, since a branch would have others wait for
+    // it.
+    const In* const given = reads_x ? x : grad;
     constexpr int U = kUnroll<N>;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
         Vec<In, N> grads[U], values[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            if (!there[u]) continue;
             grads[u] = load<N>(grad + at[u]);
-            if (reads_x) values[u] = load<N>(x + at[u]);
+            values[u] = load<N>(given + at[u]);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -134,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
             Vec<In, N> out;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const T d = reads_x ? widen(values[u].at[i]) - c.center[i] : T(0);
+                const T d = widen(values[u].at[i]) - c.center[i];
                 T g = widen(grads[u].at[i]);
                 if constexpr (kCurved)
                     g = multiplied(factors[i], g);

@@ -10,12 +10,17 @@
 namespace pooling_ext::cuda {
 namespace {
 
+// Blocks that a multiprocessor is to have room for, so that enough of their loads are on the way.
+// Activations other than ReLU take more registers.
+template <bool kCurved>
+constexpr int kResidentNorm = kCurved ? 2 : 3;
+
 // Independent loads of a thread, of each tensor that is read.
 template <int N>
 constexpr int kUnroll = N == 1 ? 8 : 4;
 
 template <class In, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentNorm<false>)
     stats_parts(const In* x, double* parts, ChannelTiles tiles) {
     using T = Accumulator<In>;
     __shared__ Lanes<T, N> centers, means, deviations;
@@ -27,8 +32,7 @@ __global__ void __launch_bounds__(kThreads)
         constexpr int U = kUnroll<N>;
         Vec<In, N> values[U];
 #pragma unroll
-        for (int u = 0; u < U; ++u)
-            if (there[u]) values[u] = load<N>(x + at[u]);
+        for (int u = 0; u < U; ++u) values[u] = load<N>(x + at[u]);
         int here = 0;
 #pragma unroll
         for (int u = 0; u < U; ++u) here += there[u];
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class In, int N, bool kResidual, bool kCurved>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
     normalise(const In* x, const In* residual, In* y, Norm norm, ToldActivation<kCurved> activation,
               ChannelTiles tiles) {
     using T = Accumulator<In>;
@@ -115,7 +119,6 @@ __global__ void __launch_bounds__(kThreads)
         [[maybe_unused]] Vec<In, N> added[kResidual ? U : 1];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            if (!there[u]) continue;
             values[u] = load<N>(x + at[u]);
             if constexpr (kResidual) added[u] = load<N>(residual + at[u]);
         }

@@ -51,7 +51,7 @@ struct Position {
     }
 
     // Calls use(at, there) for the vectors of the thread: where kUnroll of them begin, and which of
-    // them exist.
+    // them exist. Where one does not, the first begins, so that loads need no branch.
     template <int kUnroll, class Use>
     POOLING_EXT_DEVICE void walk(const ChannelTiles& t, const Use& use) const {
         walk_rows<kUnroll>(t, [&](const auto& at, const auto& there, const auto&, const auto&) {
@@ -68,10 +68,10 @@ struct Position {
             bool there[kUnroll];
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
-                begins[u] = here;
-                rows[u] = r;
-                columns[u] = column;
-                there[u] = k < end;
+                there[u] = u == 0 || k < end;
+                begins[u] = there[u] ? here : begins[0];
+                rows[u] = there[u] ? r : rows[0];
+                columns[u] = there[u] ? column : columns[0];
                 k += t.step;
                 here += t.step_at;
                 r += t.step_rows;
