@@ -10,9 +10,11 @@
 
 namespace pooling_ext::cuda {
 
-// Blocks that a multiprocessor has room for: three, where registers do not spill.
+// Blocks that a multiprocessor has room for: three, or as many as registers do not spill with. More
+// are taken by windows of stride 1, which cover an input nine times, and by the coefficients of a
+// norm.
 template <class To, class Window>
-constexpr int kResidentCells = std::is_empty_v<To> && Window::stride > 1 ? 3 : 2;
+constexpr int kResidentCells = 1 + std::is_empty_v<To> + (Window::stride > 1);
 
 // How far windows lie apart that cover a cell.
 template <class Window>
