@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 # What was measured on this machine decides nothing in tests.
 os.environ["POOLING_EXT_CONV_SPEEDS"] = os.devnull + "/none"
@@ -32,12 +31,19 @@ with warnings.catch_warnings():
     from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 pytest_plugins = ["quick", "packages"]
+# The examples end a process that lacks their packages.
+_demo = ("torchvision", "sklearn", "matplotlib", "rich", "PIL")
+if not os.environ.get("CI") and any(find_spec(name) is None for name in _demo):
+    collect_ignore = ["finetune", "test_demo.py"]
 
-_slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+if find_spec("hypothesis") is not None:  # a machine with a GPU may be without; its tests need none
+    from hypothesis import HealthCheck, settings
+
+    _slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=_slow_is_fine)
+    settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
+    settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -200,3 +200,12 @@ def expected_of(operator: str, conv: Conv, arguments: list[Any]) -> tuple[Tensor
     result, _ = input_grad(conv, grad, weight, x, relu=True, **norm)
     deviation, stored = x.double() - stats[0].view(1, -1, 1, 1), result.to(x.dtype).double()
     return result, torch.stack((stored.sum((0, 2, 3)), (stored * deviation).sum((0, 2, 3))))
+
+
+def assert_stats(stats: Tensor, stored: Tensor) -> None:
+    """They are those of what is stored: deviations and their squares are summed in float32, in tiles."""
+    (mean, var), (expected_mean, expected_var) = stats, channel_stats(stored)
+    assert mean.shape == expected_mean.shape and stats.dtype == torch.float64
+    torch.testing.assert_close(var, expected_var, rtol=1e-5, atol=1e-9)
+    away = (mean - expected_mean).abs()
+    assert (away <= 1e-6 * expected_var.sqrt() + 1e-7 * expected_mean.abs()).all()

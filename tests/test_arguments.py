@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import RANKS, assert_same, gradient, our_op, strides, torch_op
+from torch import nn
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import pooling_ext
 import pooling_ext.functional as F

@@ -17,6 +17,7 @@ from conv_cases import (
     TRITON,
     Conv,
     assert_rounded,
+    assert_stats,
     cases,
     channel_stats,
     exact_norm,
@@ -25,9 +26,6 @@ from conv_cases import (
     normalise,
 )
 from helpers import LAYOUTS, dtype_id, integers, with_layout
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from pooling_ext import ArgumentError, cuda
 from pooling_ext.ops.conv import conv_input_grad
@@ -35,15 +33,6 @@ from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("allow_tf32")
-
-
-def assert_stats(stats: Tensor, stored: Tensor) -> None:
-    """They are those of what is stored: deviations and their squares are summed in float32, in tiles."""
-    (mean, var), (expected_mean, expected_var) = stats, channel_stats(stored)
-    assert mean.shape == expected_mean.shape and stats.dtype == torch.float64
-    torch.testing.assert_close(var, expected_var, rtol=1e-5, atol=1e-9)
-    away = (mean - expected_mean).abs()
-    assert (away <= 1e-6 * expected_var.sqrt() + 1e-7 * expected_mean.abs()).all()
 
 
 @KERNELS
@@ -407,29 +396,3 @@ def test_errors(backend, operator, wrong, message):
     function = conv_input_grad if operator == "conv_input_grad" else getattr(kernels(backend), operator)
     with pytest.raises(ArgumentError, match=message):
         function(**(CALLS[operator] | wrong))
-
-
-@KERNELS
-@settings(max_examples=10)
-@given(data=st.data())
-def test_any_geometry(backend, data):
-    def pair(low: int, high: int) -> tuple[int, int]:
-        return data.draw(st.integers(low, high)), data.draw(st.integers(low, high))
-
-    kernel_size, stride, padding, dilation = pair(1, 4), pair(1, 3), pair(0, 3), pair(1, 3)
-    least = [max(d * (k - 1) + 1 - 2 * p, 1) for k, p, d in zip(kernel_size, padding, dilation, strict=True)]
-    size = [least[axis] + data.draw(st.integers(0, 6)) for axis in (0, 1)]
-    batch, channels, features = (data.draw(st.integers(1, most)) for most in (3, 20, 20))
-    conv = Conv((batch, channels, *size), features, kernel_size, stride, padding, dilation)
-    x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(channels)
-    ops = kernels(backend)
-    actual, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
-    assert_rounded(actual, conv.expected(normalise(x, norm, True), weight))
-    assert_stats(stats, actual)
-    if backend == "cuda":
-        return  # the gradient is Triton's
-    grad = conv.output(torch.float32)
-    actual, sums = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
-    expected, expected_sums = input_grad(conv, grad, weight, x, relu=True, **norm)
-    assert_rounded(actual, expected)
-    torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-3)

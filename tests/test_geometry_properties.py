@@ -26,9 +26,11 @@ from helpers import (
     windows_of,
     with_layout,
 )
+from torch import Tensor
+
+pytest.importorskip("hypothesis")
 from hypothesis import assume, event, given, note, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close

@@ -106,6 +106,47 @@ def test_threads_take_turns():
     assert not wrong
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_graphs_of_two_shapes_on_two_streams_do_not_overlap(monkeypatch):
+    """They share a memory pool. Streams and events note what waits for what."""
+    log: list[tuple] = []
+
+    class Event:
+        def record(self, stream) -> None:
+            log.append(("record", self, stream))
+
+    class Stream(str):
+        def wait_event(self, event) -> None:
+            log.append(("wait", event, self))
+
+    def capture(function, inputs):
+        replay, outputs = replaying(function, inputs)
+
+        def noted() -> None:
+            log.append(("replay", inputs[0].shape[0], current))
+            replay()
+
+        return noted, outputs
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    run = make([], capture, enter=lambda x: x.as_subclass(torch.Tensor).float())
+    current = Stream("first")
+    for size in (1, 1, 2, 2):
+        run(torch.zeros(size).as_subclass(OnGpu))
+    log.clear()
+    for size, current in ((1, Stream("first")), (2, Stream("second")), (2, Stream("first"))):  # noqa: B007
+        run(torch.zeros(size).as_subclass(OnGpu))
+    kinds = [kind for kind, *_ in log]
+    assert kinds == ["wait", "replay", "record"] * 3
+    for before, after in ((log[2], log[3]), (log[5], log[6])):
+        assert before[1] is after[1], "a replay waits for the one before it, whatever its shape"
+    assert [entry[2] for entry in log] == ["first"] * 3 + ["second"] * 3 + ["first"] * 3
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     model = torch.nn.Conv2d(3, 8, 3).cuda().half()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,14 @@ class Graphs:
         self._kept: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: run once, or not to be captured
         self._hopeless: set[Any] = set()
         self._lock = threading.Lock()
+        self._turns = _Turns()
 
     def __call__(self, *args: Any) -> Any:
         key = tuple(map(_kind, args))
         with self._lock:
             graph = self._graph(key, args)
             if graph is not None:
-                return graph(args)
+                return self._turns.take(partial(graph, args), args)
         return self.function(*map(self.enter, args))
 
     def _graph(self, key: Any, args: Sequence[Any]) -> _Graph | None:
@@ -75,20 +77,35 @@ class Graphs:
 class _Graph:
     def __init__(self, inputs: Sequence[Any], replay: Callable[[], None], outputs: Any):
         self.inputs, self.replay, self.outputs = inputs, replay, outputs
-        self.busy: torch.cuda.Event | None = None
 
     def __call__(self, args: Sequence[Any]) -> Any:
-        cuda = any(isinstance(x, Tensor) and x.is_cuda for x in args)
-        if cuda and self.busy is not None:  # on another stream, perhaps
-            torch.cuda.current_stream().wait_event(self.busy)
         for static, x in zip(self.inputs, args, strict=True):
             if isinstance(x, Tensor):
                 static.copy_(x)
         self.replay()
-        result = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
-        if cuda:
-            self.busy = torch.cuda.Event()
-            self.busy.record()
+        return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.outputs)
+
+
+class _Turns:
+    """Has a replay wait on the GPU for the one before it, of whatever graph and stream.
+
+    All graphs of one function share a memory pool, so two that ran at once would overwrite each other's
+    intermediate results.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None
+
+    def take(self, call: Callable[[], Any], args: Sequence[Any]) -> Any:
+        device = next((x.device for x in args if isinstance(x, Tensor) and x.is_cuda), None)
+        if device is None:
+            return call()
+        stream = torch.cuda.current_stream(device)
+        if self._last is not None:
+            stream.wait_event(self._last)
+        result = call()
+        self._last = torch.cuda.Event()
+        self._last.record(stream)
         return result
 
 
