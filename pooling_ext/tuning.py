@@ -1,9 +1,9 @@
 """Which of several ways to do one thing is fastest on this GPU: measured once, and remembered on disk.
 
 The file is JSON for people to read and to delete: a section for each card, PyTorch and Triton version, in
-it for each call the way that won and what each took. ``POOLING_EXT_TUNING_FILE`` names another file (by
-default ``pooling_ext/tuning.json`` in the user's cache folder), ``POOLING_EXT_TUNE=0`` turns measuring off:
-then the first way is taken where nothing is remembered.
+it for each call the way that won, what each took, and which gave a wrong result. ``POOLING_EXT_TUNING_FILE``
+names another file (by default ``pooling_ext/tuning.json`` in the user's cache folder), ``POOLING_EXT_TUNE=0``
+turns measuring off: then the first way is taken where nothing is remembered.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 #: Runs to warm up, runs in a measurement, and measurements of which the median counts.
 _WARM_UP, _RUNS, _REPEATS = 3, 5, 5
@@ -40,7 +42,8 @@ def fastest(call: str, ways: Mapping[str, Callable[[], Any]], device: torch.devi
         device: a CUDA device.
 
     Returns:
-        What is remembered for the call if it is one of ``ways``; else what is now measured and remembered.
+        What is remembered for the call if it is one of ``ways``; else what is now measured and remembered:
+        the fastest whose result is that of the first way that works, within rounding. Others are warned of.
         The first where measuring is turned off, or impossible since a CUDA graph is being captured.
 
     Raises:
@@ -64,10 +67,37 @@ def fastest(call: str, ways: Mapping[str, Callable[[], Any]], device: torch.devi
         times, failures = measure(ways, lambda way: milliseconds(way, device))
         if not times:
             raise failures[first]
-        best = min(times, key=lambda way: times[way])
+        best, wrong = _fastest_right(call, ways, times)
         _choices[card, call] = best
-    remember(card, call, best, times)
+    remember(card, call, best, times, wrong)
     return best
+
+
+def _fastest_right(
+    call: str, ways: Mapping[str, Callable[[], Any]], times: Mapping[str, float]
+) -> tuple[str, dict[str, str]]:
+    """The fastest way that agrees with the first of those that work; and what is wrong with faster ones."""
+    reference = next(iter(times))
+    expected: Any = None
+    wrong: dict[str, str] = {}
+    for name in sorted(times, key=lambda way: times[way]):
+        if name == reference:
+            break
+        try:
+            if expected is None:
+                expected = ways[reference]()
+            reason = difference(ways[name](), expected)
+        except Exception as error:  # there is memory for one result, say, but not for two
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            return name, wrong
+        wrong[name] = reason
+        warnings.warn(
+            f"pooling_ext does not take {name!r} for {call}, since its result differs from that of "
+            f"{reference!r}: {reason}",
+            stacklevel=2,
+        )
+    return reference, wrong
 
 
 def measure(
@@ -82,6 +112,55 @@ def measure(
         except Exception as error:  # a configuration that needs more than the card has, say
             failures[name] = error
     return times, failures
+
+
+#: How far results of two ways may lie apart, each element against its size and the tensor's root mean square.
+#: A few roundings in 16 bits; in float32, TF32's and Winograd's.
+ROUNDING = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-8, torch.float64: 1e-6}
+#: The part of the elements that may lie farther: those a ReLU's mask switched on or off by a rounding.
+SWITCHED = 1e-4
+#: Elements that are compared at a time, in float32.
+_AT_ONCE = 1 << 24
+
+
+def difference(result: Any, expected: Any) -> str | None:
+    """In what ``result`` differs from ``expected`` by more than rounding, or None.
+
+    Args:
+        result, expected: tensors, and sequences of them; all else is not compared. Where ``expected`` is not
+            finite, ``result`` may be anything. The coarsest dtype among the tensors says what is rounding.
+    """
+    found, right = pytree.tree_leaves(result), pytree.tree_leaves(expected)
+    pairs = [pair for pair in zip(found, right, strict=True) if isinstance(pair[1], Tensor)]
+    allowed = max((ROUNDING.get(theirs.dtype, 0.0) for _, theirs in pairs), default=0.0)
+    for number, (ours, theirs) in enumerate(pairs):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            kinds = (f"{x.dtype} {tuple(x.shape)}" for x in (ours, theirs))
+            return f"output {number} is {' and not '.join(kinds)}"
+        far = _far_elements(ours, theirs, allowed)
+        if far > SWITCHED * theirs.numel():
+            return f"{far} of {theirs.numel()} elements of output {number} are off by more than {allowed:.2g}"
+    return None
+
+
+def _far_elements(ours: Tensor, theirs: Tensor, allowed: float) -> int:
+    if theirs.numel() == 0:
+        return 0
+    step = max(1, _AT_ONCE * theirs.shape[0] // theirs.numel()) if theirs.dim() else 1
+    parts = list(zip(torch.atleast_1d(ours).split(step), torch.atleast_1d(theirs).split(step), strict=True))
+    squares = sum(_finite(part).square().sum(dtype=torch.float64) for _, part in parts)
+    scale = float((squares / theirs.numel()) ** 0.5)
+    far = 0
+    for mine, right in parts:
+        near = (mine.double() if right.dtype == torch.float64 else mine.float()) - _finite(right)
+        # NaN compares as false: where only ours is not finite it is far.
+        close = near.abs() <= allowed * (_finite(right).abs() + scale)
+        far += int((~(close | ~right.isfinite())).sum())
+    return far
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x.double() if x.dtype == torch.float64 else x.float(), 0.0, 0.0, 0.0)
 
 
 def milliseconds(way: Callable[[], Any], device: torch.device) -> float:
@@ -138,12 +217,17 @@ def recall(card: str, call: str) -> str | None:
     return _choices.get((card, call))
 
 
-def remember(card: str, call: str, best: str, times: Mapping[str, float]) -> None:
+def remember(
+    card: str, call: str, best: str, times: Mapping[str, float], wrong: Mapping[str, str] | None = None
+) -> None:
     """Write what was measured to the file, beside what other processes have written meanwhile.
 
     Where the file cannot be written the choice holds for this process, with a warning.
     """
-    entry = {"fastest": best, "milliseconds": {way: float(f"{time:.4g}") for way, time in times.items()}}
+    milliseconds = {way: float(f"{time:.4g}") for way, time in times.items()}
+    entry: dict[str, Any] = {"fastest": best, "milliseconds": milliseconds}
+    if wrong:
+        entry["wrong"] = dict(wrong)
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,9 @@ def test_the_fastest_is_measured_once(file):
     calls: list[str] = []
     offered = ways(calls, cudnn=2.0, triton=1.0, cuda=3.0)
     assert tuning.fastest("conv", offered, DEVICE) == "triton"
-    assert sorted(calls) == ["cuda", "cudnn", "triton"]
+    assert calls == ["cudnn", "triton", "cuda", "cudnn", "triton"]  # timed, and two of them compared
     assert tuning.fastest("conv", offered, DEVICE) == "triton"
-    assert len(calls) == 3
+    assert len(calls) == 5
     assert tuning.fastest("another", ways(calls, cudnn=1.0, triton=2.0), DEVICE) == "cudnn"
 
 
@@ -89,6 +89,46 @@ def test_a_way_that_does_not_work_is_passed_over():
     assert tuning.fastest("conv", ways([], cudnn=2.0, triton=-1.0), DEVICE) == "cudnn"
     with pytest.raises(RuntimeError, match="no cudnn here"):
         tuning.fastest("hopeless", ways([], cudnn=-1.0, triton=-1.0), DEVICE)
+
+
+def test_a_faster_way_with_a_wrong_result_is_not_taken(file, monkeypatch):
+    """Nor a slower one that is wrong; the fastest of those that agree with the first is."""
+    right = torch.randn(2, 8, 5, 5).bfloat16()
+    tile = right.clone()
+    tile[1, :, 4] = 0  # a row that nobody wrote
+    times = {"cudnn": 4.0, "wrong": 1.0, "nan": 2.0, "right": 3.0, "slow": 5.0}
+    results = {"cudnn": right, "wrong": tile, "nan": right / 0, "right": right * (1 + 2**-7), "slow": -right}
+    offered = {name: lambda name=name: (results[name], torch.ones(3)) for name in times}
+    clock = dict(zip(map(id, offered.values()), times.values(), strict=True))
+    monkeypatch.setattr(tuning, "milliseconds", lambda way, device: clock[id(way)])
+    with pytest.warns(UserWarning, match="does not take") as warned:
+        assert tuning.fastest("conv", offered, DEVICE) == "right"
+    assert len(warned) == 2
+    entry = json.loads(file.read_text())[CARD]["conv"]
+    assert set(entry["wrong"]) == {"wrong", "nan"} and entry["fastest"] == "right"
+    assert "40 of 400 elements of output 0" in entry["wrong"]["wrong"]
+    with pytest.warns(UserWarning, match="'wrong'"):
+        few = {name: offered[name] for name in ("cudnn", "wrong")}
+        assert tuning.fastest("another", few, DEVICE) == "cudnn"
+
+
+@pytest.mark.parametrize("dtype", tuning.ROUNDING, ids=str)
+def test_rounding_is_no_difference(dtype, monkeypatch):
+    monkeypatch.setattr(tuning, "_AT_ONCE", 100)  # in several parts
+    exact = torch.randn(6, 4, 9, 9, dtype=torch.float64) * 100
+    rounded = exact.to(dtype)
+    again = (exact * (1 + torch.finfo(dtype).eps)).to(dtype)
+    assert tuning.difference([again, None], [rounded, None]) is None
+    other = rounded.clone()
+    other[5, 0, 0] = 1000  # 9 elements
+    assert "9 of 1944 elements of output 0" in (tuning.difference(other, rounded) or "")
+    assert "not" in (tuning.difference(other[:1], rounded) or "")
+    infinite = rounded.clone()
+    infinite[0] = float("inf")
+    assert tuning.difference(rounded, infinite) is None
+    assert tuning.difference(infinite, rounded) is not None
+    assert tuning.difference(rounded[:0], rounded[:0]) is None
+    assert tuning.difference(torch.tensor(1.0), torch.tensor(2.0)) is not None
 
 
 def test_without_measuring_the_first_is_taken(file, monkeypatch):
@@ -134,7 +174,7 @@ def test_threads_measure_one_at_a_time():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == ["triton"] * 8 and len(calls) == 2
+    assert found == ["triton"] * 8 and len(calls) == 4
 
 
 def _write_many(process: int) -> None:
