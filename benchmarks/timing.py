@@ -60,6 +60,7 @@ def measure(
     budget: float,
     settled: Callable[[Mapping[str, list[float]]], bool] | None = None,
     shortest: float = SHORTEST_SAMPLE,
+    sample: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> dict[str, Timing]:
     """Time each of ``rivals`` in turn.
 
@@ -70,20 +71,22 @@ def measure(
         settled: whether the seconds taken so far tell enough; then it ends before the budget, and at the
             budget whatever the medians are. Those of one turn are at one place in each list.
         shortest: seconds; a call that takes less is repeated for a sample.
+        sample: the seconds of a call that is repeated so many times; by Python's clock unless given.
     """
+    sample = sample or _sample
     repeats: dict[str, int] = {}
     for name, call in rivals.items():
-        took = _sample(call, 1)
+        took = sample(call, 1)
         if took < budget:
             # The first call also warms up caches and allocator; a short one needs a better guess.
-            took = _sample(call, 1)
+            took = sample(call, 1)
         repeats[name] = max(1, round(shortest / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
     start = perf_counter()
     for turn in range(_MOST_TURNS):
         for name in order:
-            samples[name].append(_sample(rivals[name], repeats[name]))
+            samples[name].append(sample(rivals[name], repeats[name]))
         # Nobody always goes first: the caches are not as one's own last call left them.
         order.reverse()
         if turn + 1 < _FEWEST_TURNS:

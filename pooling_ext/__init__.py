@@ -8,6 +8,7 @@ For a model that exists: :func:`patch` for training and evaluation, :func:`freez
 from . import _renamed, functional, nn
 from .accelerating import AccelerateReport, accelerate
 from .backends import explain, use_backend
+from .capturing import CapturedStep, capture_step
 from .errors import ArgumentError, NativeUnavailableWarning
 from .freezing import Frozen, freeze
 from .graph.report import FusionReport
@@ -23,11 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerateReport",
     "ArgumentError",
+    "CapturedStep",
     "Frozen",
     "FusionReport",
     "NativeUnavailableWarning",
     "PatchReport",
     "accelerate",
+    "capture_step",
     "explain",
     "freeze",
     "functional",

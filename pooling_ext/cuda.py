@@ -30,6 +30,9 @@ OPERATORS = frozenset(
 )
 #: Low-level operators that only CUDA has: beside Triton's, not in their place.
 OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
+#: The compute capabilities, first to last, that the convolutions' kernels are for. Their matrix instruction
+#: is Ampere's; of Hopper's tensor cores it reaches half at best.
+CONV_CAPABILITIES = ((8, 0), (8, 9))
 #: How to have the kernels where a build left them out.
 ASK = "where there is nvcc, POOLING_EXT_CUDA=1 builds them, TORCH_CUDA_ARCH_LIST=9.0 for one architecture"
 #: The library that stands in for a GPU's, if one was asked for.
@@ -98,6 +101,15 @@ def conv_tiles() -> tuple[ConvTile, ...]:
     function = _library.pooling_ext_cuda_conv_tiles
     function.restype = ctypes.c_char_p
     return tuple(ConvTile(*map(int, tile.split())) for tile in function().decode().split(";"))
+
+
+@cache
+def convolves_on(device: torch.device) -> bool:
+    """Whether the convolutions' kernels are worth trying on ``device``; those on the CPU always are."""
+    if device.type != "cuda" or on_cpu():
+        return True
+    first, last = CONV_CAPABILITIES
+    return first <= torch.cuda.get_device_capability(device) <= last
 
 
 def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:

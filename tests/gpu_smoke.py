@@ -54,7 +54,9 @@ def run_convolutions(device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--on-cpu", action="store_true", help="the CUDA kernels, on the CPU")
-    if parser.parse_args().on_cpu:
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], help="on a GPU")
+    args = parser.parse_args()
+    if args.on_cpu:
         if not cuda.on_cpu():
             print("POOLING_EXT_CUDA_ON_CPU names no library.", file=sys.stderr)
             return 2
@@ -65,9 +67,9 @@ def main() -> int:
         run_convolutions("cpu")
     elif torch.cuda.is_available():
         for case in EVERY_CASE:
-            for backend in ("cuda", "triton"):
+            for backend in args.backends:
                 run(case, "cuda", backend)
-        if cuda.why_not() is None:
+        if "cuda" in args.backends and cuda.why_not() is None:
             run_convolutions("cuda")
         torch.cuda.synchronize()
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import re
 
@@ -21,7 +19,6 @@ from benchmarks import (
     coverage,
     coverage_models,
     depthwise,
-    gpu,
     machine,
     memory,
     model_families,
@@ -55,7 +52,6 @@ from benchmarks.model_results import (
 )
 from benchmarks.report import Document, Grid, milliseconds, ratio, size
 from benchmarks.results import Results, Row
-from pooling_ext import cuda
 from pooling_ext.testing.launches import CASES as traffic_cases
 from pooling_ext.testing.shapes import PoolCase
 
@@ -316,46 +312,6 @@ def test_summary_of_bytes():
         )
     ]
     assert list(benchmark_bytes.summary(counts).rows) == [("a", "1.050", "1.050", "1.050 (1.20)")]
-
-
-def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
-    """What it measures on a GPU, on tensors that the interpreter takes; without one it measures nothing."""
-    pytest.importorskip("triton")
-    small = [
-        dataclasses.replace(case, shape=(4, 6, 6))
-        for case in traffic_cases
-        if case.name in ("max-3x3-s2", "bn-add-relu-256-56", "stem", "tail", "global-avg")
-    ]
-    monkeypatch.setattr(gpu, "CASES", tuple(small))
-    monkeypatch.setattr(gpu, "MODELS", {})
-    monkeypatch.setattr(gpu, "QUICK_BUDGET", 0.001)
-    monkeypatch.setattr(gpu, "SHORTEST", 1e-6)
-    args = argparse.Namespace(quick=True, cases=None, batch=2, dtypes=["float32", "bfloat16"],
-                              layouts=["NHWC"], no_compile=True, list=False, out=tmp_path,
-                              threads=None)  # fmt: skip
-    assert gpu.run(args, device="cpu") == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    rivals = {"eager", "triton"} | ({"cuda"} if cuda.on_cpu() else set())
-    assert {entry["rival"] for entry in found["entries"]} == rivals
-    assert len(found["entries"]) == 2 * len(rivals) * len(small) and not found["wrong"]
-    assert "of a copy's rate" in (tmp_path / "gpu.md").read_text()
-
-    class CompilationError(Exception):
-        """One that is neither a RuntimeError nor an AssertionError, as Triton's are."""
-
-    def fails(*args, **kwargs):
-        so_far.append(json.loads((tmp_path / "gpu.json").read_text())["entries"])
-        raise CompilationError("at 1:0")
-
-    so_far: list[list] = []
-    monkeypatch.setattr(gpu, "CASES", tuple(small[:1]))
-    monkeypatch.setattr(gpu, "MODELS", {"fails": fails, "fails too": fails})
-    assert gpu.run(args, device="cpu") == 1
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["wrong"] == {name: "CompilationError: at 1:0" for name in ("fails", "fails too")}
-    assert [len(entries) for entries in so_far] == [2 * len(rivals)] * 2, "not written as it came"
-    if not torch.cuda.is_available():
-        assert gpu.run(args) == 2
 
 
 def test_coverage():

@@ -41,10 +41,14 @@ _stats = _library.define(
 def tiles(input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> Iterator[tuple[str, int]]:
     """The name and number of each tile worth trying for a convolution; none where there are no kernels.
 
+    Nor on a GPU that they are not for, unless the backend was asked for.
+
     Args:
         geometry: stride, padding and dilation.
     """
     if not backends.offers(backends.CUDA, "conv_bias_act", input):
+        return
+    if backends.forced() != backends.CUDA.name and not cuda.convolves_on(input.device):
         return
     found = check_conv(input, weight, None, *geometry)
     pixels = found.batch * found.output_size[0] * found.output_size[1]

@@ -1,4 +1,4 @@
-"""Convolutions on a GPU, each call in the fastest of the ways there are: cuDNN's, and our kernels'.
+"""Convolutions on a GPU, each call in the fastest way: cuDNN's, that of its graphs, or our kernels'.
 
 Which that is depends on the card, the shape and the dtype; :mod:`pooling_ext.tuning` measures it once.
 """
@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from .. import backends, tuning
 from ..autograd import needs_grad
 from . import conv as _conv
-from . import cuda_conv
+from . import cuda_conv, cudnn_frontend
 from .batch_norm_statistics import batch_stats
 
 Way = Callable[..., Any]
@@ -65,7 +65,7 @@ def conv_stats(
 
     Args:
         norm: nothing, or the batch norm that ``input`` is yet to pass: its statistics, weight, bias, eps and
-            whether ReLU follows. Only our kernels take that.
+            whether ReLU follows. Only our kernels and cuDNN's graphs take that.
     """
     return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry, *norm)
 
@@ -152,6 +152,7 @@ def _bias_act_ways(
     # In NCHW it is slow (pytorch#68506).
     if relu and input.is_cuda and weight.is_contiguous(memory_format=torch.channels_last):
         ways["cudnn, fused"] = _cudnn_fused
+    ways |= cudnn_frontend.ways(cudnn_frontend.conv_bias_act, input, weight, geometry.groups)
     for config in _configs(geometry, "conv_bias_act", input, weight, bias, residual, *geometry[:3], relu):
         ways[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
     for label, tile in _tiles(geometry, input, weight):
@@ -223,6 +224,8 @@ def _stats_ways(
         ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
     for label, tile in _tiles(geometry, input, weight):
         ways[f"cuda {label}"] = partial(_cuda_stats, tile)
+    # Behind a batch norm it is not the way to fall back on.
+    ways |= cudnn_frontend.ways(cudnn_frontend.conv_stats, input, weight, geometry.groups)
     return ways
 
 

@@ -1,0 +1,215 @@
+"""What a step's process does for one item: generators of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pooling_ext import backends, cuda, tuning
+from pooling_ext.ops import cudnn_frontend, tuned_conv
+from pooling_ext.testing.launches import (
+    ACTIVATION_CASES,
+    CASES,
+    CONVOLUTIONS,
+    PHASES,
+    ConvCase,
+    LaunchCase,
+)
+
+from .. import gpu, gpu_models, gpu_operators
+from ..gpu_report import COMPILED, Run
+from ..suite import DTYPES, LAYOUTS
+
+Result = dict[str, Any]
+Part = Callable[[str], Iterator[Result]]
+
+#: Images of the operators, and of a dry run.
+BATCH, TINY_BATCH = 256, 2
+#: Seconds for each rival.
+BUDGET, MODEL_BUDGET, TINY_BUDGET = 0.04, 1.0, 1e-3
+ALL_CASES = {case.name: case for case in CASES + ACTIVATION_CASES}
+
+
+def make(part: str, device: str, tiny: bool) -> Part:
+    """The function that does the items of ``part``."""
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True  # eager at its best
+    elif part.startswith("models"):
+        gpu_models.SIZE = 64
+    torch.set_default_device(device)
+    return partial(_PARTS[part.partition(":")[0]], part.partition(":")[2], device, tiny)
+
+
+def _facts(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    yield {"facts": gpu.facts(device) | {"cuda_kernels": cuda.why_not() or ", ".join(cuda.architectures())}}
+
+
+def _case(item: str, tiny: bool) -> tuple[LaunchCase, str, str]:
+    name, dtype, layout = item.split()
+    case = ALL_CASES[name]
+    if tiny:
+        case = replace(case, shape=(8, *(min(side, 12) for side in case.shape[1:])))
+    return case, dtype, layout
+
+
+def _smoke(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Every phase of an operator, its results held to PyTorch's in float64; or a convolution's tiles."""
+    if item.startswith("conv"):
+        yield from _smoke_convolution(backend, device, tiny, item)
+        return
+    case, dtype, layout = _case(item, tiny)
+    tensors = case.tensors(TINY_BATCH, DTYPES[dtype], LAYOUTS[layout], device)
+    with backends.use_backend(backend):
+        if not gpu_operators.takes(case, backend, tensors):
+            raise RuntimeError(f"{backend} does not take it: {cuda.why_not() if backend == 'cuda' else ''}")
+        for phase in PHASES:
+            case.run(phase, tensors)()
+        yield {"errors": gpu_operators.check(case, tensors, gpu_operators.ALLOWED[dtype])}
+
+
+def _smoke_convolution(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Every way of ``backend`` to do a convolution, against cuDNN's."""
+    name, dtype = item.split()
+    args = _conv_arguments(_conv_case(name), DTYPES[dtype], 1 if tiny else 8, device, tiny)
+    with backends.use_backend(backend):
+        for what, ways, arguments in args:
+            offered = ways(*arguments)
+            reference = next(iter(offered.values()))(*arguments)
+            ours = {label: way for label, way in offered.items() if label.startswith(backend)}
+            if not ours:
+                raise RuntimeError(f"no way of {backend} takes {what}")
+            # A few of the tilings; each is a kernel to compile.
+            for label in list(ours)[:: max(1, len(ours) // 3)]:
+                if reason := tuning.difference(ours[label](*arguments), reference):
+                    raise AssertionError(f"{what}, {label}: {reason}")
+            yield {"what": what, "ways": len(ours)}
+
+
+def _conv_case(name: str) -> ConvCase:
+    return next(case for case in CONVOLUTIONS if case.name == name)
+
+
+def _conv_arguments(case: ConvCase, dtype: torch.dtype, batch: int, device: str, tiny: bool) -> list[tuple]:
+    """For inference and for training: a name, what gives the ways, and their arguments."""
+    if tiny:
+        case = replace(case, channels=32, features=32, size=min(case.size, 8))
+
+    def tensor(*shape: int) -> torch.Tensor:
+        x = torch.randn(shape, device=device) / (shape[1] * shape[2] * shape[3]) ** 0.5 * 8
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    input = tensor(batch, case.channels, case.size, case.size)
+    weight = tensor(case.features, case.channels, case.kernel, case.kernel)
+    pads = case.kernel // 2
+    geometry = tuned_conv.Geometry((case.stride,) * 2, (pads, pads), (1, 1), 1)
+    residual = torch.zeros_like(F.conv2d(input, weight, None, *geometry)).normal_()
+    bias = torch.randn(case.features, device=device).to(dtype)
+    return [
+        ("inference", tuned_conv._bias_act_ways, (input, weight, bias, residual, geometry, True)),
+        ("training", tuned_conv._stats_ways, (input, weight, None, geometry)),
+    ]
+
+
+def _compile(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Every way of a convolution once, so that what it compiles is on disk."""
+    channels, features, kernel, stride, size = map(int, item.split())
+    case = ConvCase(item, channels, features, size, kernel, stride)
+    ran = 0
+    for _what, ways, args in _conv_arguments(
+        case, torch.bfloat16, TINY_BATCH if tiny else BATCH, device, tiny
+    ):
+        offered = {label: partial(way, *args) for label, way in ways(*args).items()}
+        times, _failures = tuning.measure(offered, lambda way: float(way() is None))
+        ran += len(times)
+    yield {"ways": ran}
+
+
+def _frontend(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Whether cuDNN's graph API is there, and takes a convolution in this dtype."""
+    yield cudnn_frontend.probe(getattr(torch, item), torch.device(device))
+
+
+def _operators(wanted: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    case, dtype, layout = _case(item, tiny)
+    found = Run({})
+    batch, budget = (TINY_BATCH, TINY_BUDGET) if tiny else (BATCH, BUDGET)
+    ours = wanted.split(",") if wanted else ("cuda", "triton")
+    gpu_operators.measure_operator(found, case, dtype, layout, batch, budget, device, False, ours)
+    for entry in found.entries:
+        yield {"entry": asdict(entry)}
+
+
+def _models(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """``training 256``, with ``compiled`` or ``untuned`` behind."""
+    task, number, *options = item.split()
+    found = Run({})
+    batch, budget = (2, TINY_BUDGET) if tiny else (int(number), MODEL_BUDGET)
+    name = "resnet18" if tiny else "resnet50"
+    measure = gpu_models.measure_training if task == "training" else gpu_models.measure_inference
+    modes = [COMPILED] if "compiled" in options else []
+    call = partial(measure, found, name, "bfloat16", [batch], budget, device, modes)
+    if "untuned" in options:
+        with gpu_models.untuned():
+            call()
+    else:
+        call()
+    for entry in found.entries:
+        yield {"entry": asdict(entry)}
+
+
+def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Milliseconds of cuDNN's way and of ours, and what is wrong with results."""
+    batch = TINY_BATCH if tiny else BATCH
+    for what, ways, args in _conv_arguments(_conv_case(item), torch.bfloat16, batch, device, tiny):
+        offered = {label: partial(way, *args) for label, way in ways(*args).items()}
+        # Of Triton's the three that are most often the fastest elsewhere: there is no time for more.
+        triton = [label for label in offered if label.startswith("triton")][:3]
+        offered = {k: way for k, way in offered.items() if not k.startswith("triton") or k in triton}
+        if device == "cpu":
+            offered = dict(list(offered.items())[:2])
+        clock = partial(_milliseconds, device=device)
+        times, failures = tuning.measure(offered, clock)
+        reference = next(iter(offered.values()))()
+        wrong = {label: tuning.difference(offered[label](), reference) for label in times}
+        yield {
+            "convolution": what,
+            "ms": {label: round(ms, 4) for label, ms in times.items()},
+            "wrong": {label: reason for label, reason in wrong.items() if reason},
+            "failed": {label: str(error)[:200] for label, error in failures.items()},
+        }
+
+
+def _milliseconds(way: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        return tuning.milliseconds(way, torch.device("cuda", torch.cuda.current_device()))
+    from ..timing import measure
+
+    return measure({"way": way}, TINY_BUDGET)["way"].ms
+
+
+def _kernels(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
+    """Each phase once, for a profiler to watch."""
+    case, dtype, layout = _case(item, tiny)
+    batch = TINY_BATCH if tiny else BATCH
+    tensors = case.tensors(batch, DTYPES[dtype], LAYOUTS[layout], device)
+    with backends.use_backend(backend):
+        for phase in PHASES[1:]:
+            case.run(phase, tensors)()
+    yield {"phases": list(PHASES[1:])}
+
+
+_PARTS: dict[str, Callable[[str, str, bool, str], Iterator[Result]]] = {
+    "facts": _facts,
+    "compile": _compile,
+    "frontend": _frontend,
+    "smoke": _smoke,
+    "operators": _operators,
+    "models": _models,
+    "convolutions": _convolutions,
+    "kernels": _kernels,
+}
