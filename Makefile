@@ -34,8 +34,8 @@ CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo docs finetune test test-quick bench gpu gpu-first gpu-second lint format abi oldest clang cuda sanitize \
-        sanitize-cpu \
+.PHONY: help demo docs finetune test test-quick bench gpu gpu-first gpu-second lint format abi oldest triton-oldest \
+        clang cuda sanitize sanitize-cpu \
         sanitize-cuda arm arm-tools setup clean distclean FORCE
 
 help: ## list the targets
@@ -153,11 +153,17 @@ OLDEST_PYTHON := $(CURDIR)/$(OLDEST)/bin/python
 # There the CUDA kernels are compiled wherever there is nvcc.
 WITH_CUDA     := $(if $(shell command -v nvcc),POOLING_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$(or $(TORCH_CUDA_ARCH_LIST),9.0))
 
+# What a machine with a GPU has besides PyTorch and pytest is not known, so its tests are collected with little more.
 oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest PyTorch (OLDEST_TORCH), in a copy of the tree
 	$(call copy_tree,$(OLDEST)/tree)
 	cd $(OLDEST)/tree && $(WITH_CUDA) $(OLDEST_PYTHON) setup.py build_ext --inplace
 	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/abi_smoke.py --built-here
 	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
+	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q --collect-only -m gpu tests
+
+triton-oldest: $(PACKAGE) $(OLDEST)/installed ## compile the Triton kernels for every GPU under the oldest PyTorch's Triton
+	$(call copy_tree,$(OLDEST)/triton)
+	cd $(OLDEST)/triton && POOLING_EXT_NO_NATIVE=1 PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_triton_compiled.py $(ARGS)
 
 clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
 	$(call copy_tree,build/clang)

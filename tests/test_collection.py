@@ -19,6 +19,38 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "pytest_timeout
 """
 
 
+WARNS = """
+import sys
+import torch
+
+torch.cuda.is_available = lambda: True
+sys.path.insert(0, "tests")
+import pytest
+
+options = ["-q", "-p", "no:cacheprovider", "-p", "conftest", "--rootdir", {folder!r}, "-c", {ini!r}]
+sys.exit(pytest.main([*options, {folder!r}]))
+"""
+STRICT = """
+import pytest, torch
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+def test_on_the_cpu():
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+"""
+
+
+def test_on_a_gpu_pytorchs_own_operators_may_be_indeterminate(tmp_path):
+    """Some of those that results are compared with have no deterministic backward there, and would raise."""
+    (tmp_path / "test_strict.py").write_text(STRICT)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    done = run_python(WARNS.format(folder=str(tmp_path), ini=str(tmp_path / "pytest.ini")))
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_without_other_packages_every_gpu_test_is_collected():
     done = run_python(COLLECT.format(absent=ABSENT), CI=None, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
