@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +49,7 @@ def take(folder: Path) -> str | None:
     if len(paths) < len(LIBRARIES):
         return "there are none"
     for path in paths:
-        with gzip.open(path) as packed, (PACKAGE / path.stem).open("wb") as file:
-            shutil.copyfileobj(packed, file)
+        (PACKAGE / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     done = subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
         return None
@@ -82,8 +80,7 @@ def main() -> int:
         for pattern in LIBRARIES:
             for path in PACKAGE.glob(pattern):
                 # Less than half the size, for files that go from one machine to another.
-                with path.open("rb") as file, gzip.open(args.keep / f"{path.name}.gz", "wb", 1) as packed:
-                    shutil.copyfileobj(file, packed)
+                (args.keep / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
         note(sources=sources())
     return 0
 
