@@ -76,6 +76,11 @@ class CapturedStep:
 
     Attributes:
         why_not: why steps run as they are, where they could not be captured; else None.
+
+    Example:
+        >>> step = pooling_ext.capture_step(lambda x: model(x).sum(), model)  # doctest: +SKIP
+        >>> step.why_not is None  # doctest: +SKIP
+        True
     """
 
     def __init__(
@@ -201,14 +206,14 @@ def capture_step(
     Raises:
         ArgumentError: ``model`` is not on a GPU or has no parameters, or ``optimizer`` is not capturable.
 
-    Example::
-
-        >>> model = pooling_ext.patch(model)  # doctest: +SKIP
-        >>> step = pooling_ext.capture_step(  # doctest: +SKIP
-        ...     lambda images, labels: F.cross_entropy(model(images), labels), model, optimizer
-        ... )
-        >>> for images, labels in loader:  # doctest: +SKIP
-        ...     value = step(images, labels)
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> pooling_ext.capture_step(lambda x: model(x).sum(), model)
+        Traceback (most recent call last):
+        pooling_ext.errors.ArgumentError: model must be on a GPU, but weight is on cpu
+        >>> model = model.cuda()  # doctest: +SKIP
+        >>> step = pooling_ext.capture_step(lambda x: model(x).sum(), model)  # doctest: +SKIP
+        >>> loss = step(torch.randn(8, 4, device="cuda"))  # doctest: +SKIP
     """
     _check(loss, model, optimizer)
     return CapturedStep(loss, model, optimizer)
