@@ -36,17 +36,7 @@ def allot(layers: Iterable[PackedConv], left: int, exact: bool) -> bool:
         reasons[layer] = layer.left_out if settled else winograd_unfit(layer)
         if exact and reasons[layer] is None:
             reasons[layer] = "exact results are asked for"
-    sharing: dict[int, list[PackedConv]] = {}  # by the weight that they have in common
-    for layer, reason in reasons.items():
-        if reason is None:
-            sharing.setdefault(id(layer.weight), []).append(layer)
-    for group in sorted(sharing.values(), key=_saved_by_the_byte, reverse=True):
-        needed = transformed_bytes(group[0])
-        if needed <= left:
-            left -= needed
-            continue
-        for layer in group:
-            reasons[layer] = f"its transformed weight of {_mib(needed)} {_NO_MEMORY}"
+    reasons |= beyond((layer for layer, reason in reasons.items() if reason is None), left)
     changed = False
     # Those that give memory back come first.
     for layer in sorted(reasons, key=lambda layer: reasons[layer] is None):
@@ -54,6 +44,22 @@ def allot(layers: Iterable[PackedConv], left: int, exact: bool) -> bool:
             layer.settle(reasons[layer])
             changed = True
     return changed
+
+
+def beyond(layers: Iterable[PackedConv], left: int) -> dict[PackedConv, str]:
+    """Those of ``layers`` for whose transformed weights there is no memory left, with the reason."""
+    sharing: dict[int, list[PackedConv]] = {}  # by the weight that they have in common
+    for layer in layers:
+        sharing.setdefault(id(layer.weight), []).append(layer)
+    reasons: dict[PackedConv, str] = {}
+    for group in sorted(sharing.values(), key=_saved_by_the_byte, reverse=True):
+        needed = transformed_bytes(group[0])
+        if needed <= left:
+            left -= needed
+            continue
+        for layer in group:
+            reasons[layer] = f"its transformed weight of {_mib(needed)} {_NO_MEMORY}"
+    return reasons
 
 
 def _lacks_memory(layer: PackedConv) -> bool:

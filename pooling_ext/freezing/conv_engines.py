@@ -19,7 +19,7 @@ from .. import backends
 from ..graph.activations import RELU, Activation, kernel_activation
 from ..ops import tuned_conv
 from ..ops.activations import ACTIVATIONS
-from ..ops.conv_choice import Conv, depthwise_why_not, winograd_why_not
+from ..ops.conv_choice import Conv, depthwise_cannot, depthwise_why_not, winograd_cannot, winograd_why_not
 from ..ops.depthwise_conv import depthwise_conv
 from ..ops.winograd import winograd_conv, winograd_weight
 
@@ -40,22 +40,30 @@ class Engine(NamedTuple):
 
     Attributes:
         name: what reports call it.
+        cannot: the reason that a layer cannot run in this way here, or None if it can, fast or not.
         why_not: the reason that a layer does not run in this way, or None if it can, and should.
         pack: the weight that the layer keeps, from its plain one.
         bind: what a call of the layer comes to: a function of the input, and of the residual if there is one.
     """
 
     name: str
+    cannot: Callable[[PackedConv], str | None]
     why_not: Callable[[PackedConv], str | None]
     pack: Callable[[PackedConv], Tensor]
     bind: Callable[[PackedConv], Function]
 
 
-def choose(layer: PackedConv) -> tuple[Engine, list[tuple[str, str]]]:
-    """The first of :data:`ENGINES` that takes a layer; the names of those before it, with their reasons."""
+def choose(layer: PackedConv, chosen: Engine | None = None) -> tuple[Engine, list[tuple[str, str]]]:
+    """The first of :data:`ENGINES` that takes a layer; the names of those before it, with their reasons.
+
+    Args:
+        chosen: the one that it took before, and takes again.
+    """
     rejected = []
     for engine in ENGINES:
         reason = engine.why_not(layer)
+        if chosen is not None:
+            reason = None if engine is chosen else reason or f"{chosen.name} was chosen when it was frozen"
         if reason is None:
             return engine, rejected
         rejected.append((engine.name, reason))
@@ -117,6 +125,11 @@ def winograd_unfit(layer: PackedConv) -> str | None:
     if isinstance(conv, str):
         return conv
     return winograd_why_not(conv)
+
+
+def _winograd_cannot(layer: PackedConv) -> str | None:
+    conv = as_conv(layer)
+    return conv if isinstance(conv, str) else winograd_cannot(conv)
 
 
 def _winograd_why_not(layer: PackedConv) -> str | None:
@@ -197,11 +210,17 @@ def _bind_winograd(layer: PackedConv) -> Function:
 # --- depthwise ---------------------------------------------------------------------------------------------
 
 
+def _depthwise_cannot(layer: PackedConv) -> str | None:
+    return _depthwise_reason(layer, depthwise_cannot)
+
+
 def _depthwise_why_not(layer: PackedConv) -> str | None:
+    return _depthwise_reason(layer, depthwise_why_not)
+
+
+def _depthwise_reason(layer: PackedConv, of_conv: Callable[[Conv], str | None]) -> str | None:
     conv = as_conv(layer)
-    if isinstance(conv, str):
-        return conv
-    reason = depthwise_why_not(conv)
+    reason = conv if isinstance(conv, str) else of_conv(conv)
     if reason is not None:
         return reason
     if layer.residual is not None:
@@ -347,10 +366,12 @@ def _in_channels_last(layer: PackedConv) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-WINOGRAD = Engine("Winograd", _winograd_why_not, _plain, _bind_winograd)
-DEPTHWISE = Engine("depthwise", _depthwise_why_not, _channels_last_depthwise, _bind_depthwise)
-ONEDNN = Engine("prepacked", _onednn_why_not, _onednn_weight, _bind_onednn)
-TUNED = Engine("autotuned", _tuned_why_not, _in_channels_last, _bind_tuned)
-ATEN = Engine("PyTorch", lambda layer: None, _in_channels_last, _bind_aten)
+WINOGRAD = Engine("Winograd", _winograd_cannot, _winograd_why_not, _plain, _bind_winograd)
+DEPTHWISE = Engine(
+    "depthwise", _depthwise_cannot, _depthwise_why_not, _channels_last_depthwise, _bind_depthwise
+)
+ONEDNN = Engine("prepacked", _onednn_why_not, _onednn_why_not, _onednn_weight, _bind_onednn)
+TUNED = Engine("autotuned", _tuned_why_not, _tuned_why_not, _in_channels_last, _bind_tuned)
+ATEN = Engine("PyTorch", lambda layer: None, lambda layer: None, _in_channels_last, _bind_aten)
 #: In the order in which they are tried.
 ENGINES = (WINOGRAD, DEPTHWISE, ONEDNN, TUNED, ATEN)

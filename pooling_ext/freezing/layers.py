@@ -46,6 +46,11 @@ class Prepacked(nn.Module):
         """How it runs, in a word."""
         return "prepacked" if self.packed else "PyTorch"
 
+    @property
+    def plain_weight(self) -> Tensor:
+        """The weight in the order that any operator can read."""
+        return self.weight.to_dense() if self.packed else self.weight
+
     def _pack(self) -> None:
         """Replace the plain ``weight`` by a packed one, if there are kernels for it."""
         raise NotImplementedError
@@ -53,8 +58,7 @@ class Prepacked(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_call", None)
-        if self.packed:
-            state["weight"] = self.weight.to_dense()
+        state["weight"] = self.plain_weight
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,13 +140,27 @@ class PackedConv(Prepacked):
         Args:
             left_out: why that may not be Winograd's, from now on; None if it may.
         """
-        if self.packed:
-            self.weight, self.packed = self.weight.to_dense(), False
+        self.weight, self.packed = self.plain_weight, False
         self.left_out = left_out
         self._pack()
 
-    def _pack(self) -> None:
-        self.engine, self.rejected = conv_engines.choose(self)
+    def resume(self, engine: conv_engines.Engine, left_out: str | None) -> str | None:
+        """Run as a layer like this one did before; where that cannot be, choose the way again.
+
+        Args:
+            engine: the way that was chosen then.
+            left_out: see the attribute.
+
+        Returns:
+            Why it cannot be; None where it can.
+        """
+        self.left_out = left_out
+        reason = engine.cannot(self)
+        self._pack(engine if reason is None else None)
+        return reason
+
+    def _pack(self, chosen: conv_engines.Engine | None = None) -> None:
+        self.engine, self.rejected = conv_engines.choose(self, chosen)
         self.weight = self.engine.pack(self)
         self.packed = self.engine is conv_engines.ONEDNN
         self._call = self.engine.bind(self)

@@ -79,7 +79,7 @@ def _dense(layer: Prepacked) -> Tensor:
     if not layer.packed:
         return layer.weight
     with _unrecorded():
-        return layer.weight.to_dense()
+        return layer.plain_weight
 
 
 @contextmanager

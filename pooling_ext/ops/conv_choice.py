@@ -154,10 +154,8 @@ class Conv(NamedTuple):
         return channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
 
 
-def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
-    """Why Winograd's kernels should not do a phase of a convolution, or None if they should.
-
-    That is, why they cannot, or are known to be slower than PyTorch's.
+def winograd_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why Winograd's kernels cannot do a phase of a convolution here, fast or not; None if they can.
 
     Args:
         phase: of :data:`PHASES`.
@@ -185,12 +183,27 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "POOLING_EXT_WINOGRAD=0"
     if conv.dtype not in DTYPES:
         return _because("the dtype is {}", conv.dtype)
-    if conv.dtype == torch.bfloat16 and HAS_AMX:
-        return "the processor has AMX, with which oneDNN's bfloat16 is faster"
     if min(conv.padding) < 0:
         return "the padding is negative"
     if min(conv.output_size) < 1:
         return "the kernel does not fit the input"
+    return None
+
+
+def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why Winograd's kernels should not do a phase of a convolution, or None if they should.
+
+    That is, why they cannot, or are known to be slower than PyTorch's.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    reason = winograd_cannot(conv, phase)
+    if reason is not None:
+        return reason
+    if conv.dtype == torch.bfloat16 and HAS_AMX:
+        return "the processor has AMX, with which oneDNN's bfloat16 is faster"
+    strided = conv.stride[-2:] != (1, 1)
     saved = LEAST_SAVED if conv.dilation[-2:] != (1, 1) else 1.0
     if conv.work <= saved * conv.winograd_work:
         planes = _by(conv.output_size)
@@ -218,14 +231,8 @@ def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
-    """Why the depthwise kernels should not do a phase of a convolution, or None if they should.
-
-    That is, why they cannot, or are known to be slower than PyTorch's.
-
-    Args:
-        phase: of :data:`PHASES`.
-    """
+def depthwise_cannot(conv: Conv) -> str | None:
+    """Why the depthwise kernels cannot do a convolution here, fast or not; None if they can."""
     if conv.groups != conv.channels:
         return "a group of it is more than one channel"
     if conv.features != conv.channels:
@@ -246,6 +253,20 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return _because("the dtype is {}", conv.dtype)
     if min(conv.output_size) < 1:
         return "its kernel does not fit the input"
+    return None
+
+
+def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why the depthwise kernels should not do a phase of a convolution, or None if they should.
+
+    That is, why they cannot, or are known to be slower than PyTorch's.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    reason = depthwise_cannot(conv)
+    if reason is not None:
+        return reason
     if phase == FORWARD and conv.dtype == torch.float16:
         return "PyTorch's is faster in float16"
     if is_compiling() and not _has_known_sizes(conv):
