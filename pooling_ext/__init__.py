@@ -10,7 +10,7 @@ from .accelerating import AccelerateReport, accelerate
 from .backends import explain, use_backend
 from .capturing import CapturedStep, capture_step
 from .errors import ArgumentError, NativeUnavailableWarning
-from .freezing import Frozen, freeze
+from .freezing import Frozen, freeze, load
 from .graph.report import FusionReport
 from .memory import reuse_cpu_memory
 from .nn import *  # noqa: F403
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "load",
     "nn",
     "patch",
     "reuse_cpu_memory",

@@ -3,5 +3,6 @@
 from .api import freeze
 from .frozen import Frozen
 from .region import Region
+from .saving import load
 
-__all__ = ["Frozen", "Region", "freeze"]
+__all__ = ["Frozen", "Region", "freeze", "load"]

@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from ..graph.report import FusionReport
 from .parts import Part
 from .region import Region
+from .saving import files
 
 #: Of pickled frozen models. Another version of this package may write another one.
 FORMAT = 1
@@ -21,7 +22,8 @@ FORMAT = 1
 class Frozen(nn.Module):
     """The result of :func:`freeze`: call it like the model it was made from.
 
-    It may be called from several threads at once, copied, pickled and saved with ``torch.save``. It has no
+    It may be called from several threads at once and copied. :meth:`save` writes it to a file that is safe to
+    load; it can be pickled too (``torch.save``), and a pickle runs code: load only those you trust. It has no
     parameters, stays in eval mode, and computes on the device and in the dtype that it was made for.
 
     Attributes:
@@ -76,6 +78,35 @@ class Frozen(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
+
+    def save(self, path: files.File) -> None:
+        """Write this model to a file from which :func:`pooling_ext.load` makes it again, wherever that is.
+
+        The file has the graph and the layers as data and the weights as plain tensors, and no code. Modules
+        of torch.nn that the model kept are in it by their class and arguments; a model that runs code of its
+        own (whose forward could not be traced, or that has hooks) cannot be saved in this way.
+
+        Args:
+            path: the file's path, or a binary file object to write to. A file of that name is replaced when
+                all is written.
+
+        Raises:
+            TypeError: ``path`` is neither a path nor a file.
+            OSError: the file cannot be written.
+            ArgumentError: the model runs what has no form as data; the message names each such module.
+
+        Example::
+
+            >>> import io, torch, pooling_ext
+            >>> frozen = pooling_ext.freeze(torch.nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8))
+            >>> file = io.BytesIO()
+            >>> frozen.save(file)
+            >>> pooling_ext.load(io.BytesIO(file.getvalue()))
+            Frozen(Conv2d, float32):
+              (root): PackedConv(3 to 8, float32, prepacked, kernel=(3, 3), stride=(1, 1))
+              1 layers frozen, 0 kept
+        """
+        files.save(self, path)
 
     def train(self, mode: bool = True) -> Frozen:
         return super().train(False)  # there is nothing left to train

@@ -55,6 +55,16 @@ class Signature:
         signature = cls(forward, args, kwargs)
         return signature, *signature._bind(args, kwargs)
 
+    @classmethod
+    def restored(
+        cls, parameters: list[inspect.Parameter], spec: Any, constants: list[Any], plain: bool, count: int
+    ) -> Signature:
+        """The signature that has these attributes."""
+        signature = cls.__new__(cls)
+        signature._parameters, signature.spec, signature.constants = parameters, spec, constants
+        signature.plain, signature.count = plain, count
+        return signature
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound = inspect.Signature(self._parameters).bind(*args, **kwargs)
         for parameter in self._parameters:  # a default that is given is as good as none
