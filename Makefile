@@ -35,7 +35,7 @@ CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo docs finetune test test-quick bench gpu gpu-first gpu-second lint format abi oldest triton-oldest \
-        clang cuda sanitize sanitize-cpu \
+        wheel wheel-test clang cuda sanitize sanitize-cpu \
         sanitize-cuda arm arm-tools setup clean distclean FORCE
 
 help: ## list the targets
@@ -118,7 +118,7 @@ $(PACKAGE): pyproject.toml setup.py $(CSRC) | $(STAMPS)/torch
 	@touch $@
 
 # The package is there, so pip only adds what its extra names.
-EXTRAS := $(addprefix $(STAMPS)/,demo test bench lint docs)
+EXTRAS := $(addprefix $(STAMPS)/,demo test bench lint docs wheel)
 $(EXTRAS): $(STAMPS)/%: pyproject.toml | $(PACKAGE)
 	$(PIP) install $(KEEP) "pooling_ext[$*]"
 	@touch $@
@@ -159,11 +159,27 @@ oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest 
 	cd $(OLDEST)/tree && $(WITH_CUDA) $(OLDEST_PYTHON) setup.py build_ext --inplace
 	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/abi_smoke.py --built-here
 	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
+	$(BIN)/python tests/saving_worker.py write $(OLDEST)/saved
+	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/saving_worker.py read ../saved
 	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q --collect-only -m gpu tests
 
 triton-oldest: $(PACKAGE) $(OLDEST)/installed ## compile the Triton kernels for every GPU under the oldest PyTorch's Triton
 	$(call copy_tree,$(OLDEST)/triton)
 	cd $(OLDEST)/triton && POOLING_EXT_NO_NATIVE=1 PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_triton_compiled.py $(ARGS)
+
+# PyTorch's libraries stay out: the ones that are there when the package is imported are used. CPU kernels alone;
+# GPUs have Triton's. What of the package was built before is left out of it too.
+wheel: $(STAMPS)/wheel ## build dist/*.whl with the CPU kernels, for any supported PyTorch
+	rm -rf build/lib* build/bdist* build/wheel dist
+	POOLING_EXT_CUDA=0 $(PIP) wheel --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist \
+	    --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl
+
+# What `make wheel-test` installs the wheel with, each in an environment of its own.
+WHEEL_TORCH ?= torch==$(OLDEST_TORCH) torch
+
+wheel-test: | $(BIN)/python ## install dist/*.whl in bare environments (WHEEL_TORCH) and run the smoke test there
+	$(BIN)/python tests/packaging/check_wheel.py dist/*.whl $(addprefix --torch ,$(WHEEL_TORCH)) $(ARGS)
 
 clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
 	$(call copy_tree,build/clang)

@@ -19,7 +19,7 @@ from .patching import patch, unpatch
 _renamed.register()
 PatchReport = FusionReport  # its name before freeze had a report of the same class
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AccelerateReport",
