@@ -95,8 +95,7 @@ class Frozen(nn.Module):
             OSError: the file cannot be written.
             ArgumentError: the model runs what has no form as data; the message names each such module.
 
-        Example::
-
+        Example:
             >>> import io, torch, pooling_ext
             >>> frozen = pooling_ext.freeze(torch.nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8))
             >>> file = io.BytesIO()

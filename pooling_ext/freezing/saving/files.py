@@ -86,8 +86,7 @@ def load(path: File) -> Frozen:
         ArgumentError: it is not a file of a frozen model, is cut off or altered, comes from a newer version
             of this package, or names a function or a device that is not here; the message says which.
 
-    Example::
-
+    Example:
         >>> import tempfile, torch, pooling_ext
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> x = torch.randn(2, 3, 16, 16)
