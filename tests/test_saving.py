@@ -278,5 +278,5 @@ def test_the_version_is_the_one_that_is_written():
     file = io.BytesIO()
     pooling_ext.freeze(nn.Sequential(nn.ReLU()), torch.ones(1, 2)).save(file)
     data = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    assert (data["format"], data["version"]) == ("pooling_ext.frozen", files.VERSION)
+    assert (data["format"], data["version"]) == ("pooling_ext/frozen", files.VERSION)
     assert f'"pooling_ext":"{pooling_ext.__version__}"' in data["model"]

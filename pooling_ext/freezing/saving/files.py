@@ -31,7 +31,7 @@ from .values import Decoder, Encoder, Fields
 if TYPE_CHECKING:
     from ..frozen import Frozen
 
-FORMAT = "pooling_ext.frozen"
+FORMAT = "pooling_ext/frozen"
 #: Of the files that are written. Those of smaller numbers can be read, those of larger ones cannot.
 VERSION = 1
 _KINDS = {"format": str, "version": int, "model": str, "tensors": dict, "checksum": str}
