@@ -102,3 +102,22 @@ class Differentiable:
         if not needs_autograd(args[0]):  # a backward pass that no one differentiates
             return self.traced.forward(*args)
         return self.eager.apply(*args)
+
+
+class _WithZeroGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (source,) = ctx.saved_tensors
+        return grads[0], torch.zeros_like(source) if ctx.needs_input_grad[1] else None
+
+
+def with_zero_gradient(value: Tensor, source: Tensor | None) -> Tensor:
+    """``value``, on which ``source`` has no influence: its gradient is zeros, where it would be None."""
+    if source is None or not needs_grad(source):
+        return value
+    return _WithZeroGradient.apply(value, source)  # type: ignore[return-value]

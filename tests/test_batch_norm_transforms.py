@@ -405,3 +405,23 @@ def test_autocast_leaves_the_dtype_alone(ours, theirs, names):
             actual = with_gradients(ours, tensors)
         for one, other in zip(actual, with_gradients(ours, tensors), strict=True):
             assert_same(one, other)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "identity"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_what_has_no_part_in_a_gradient_has_the_second_gradient_of_pytorchs(activation, with_residual):
+    """Zeros through an activation, and none without one, as in a gradient penalty."""
+
+    def gradients(function):
+        torch.manual_seed(0)
+        x, residual = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64).unbind()
+        leaves = [x, torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64), residual]
+        leaves = [leaf.requires_grad_() for leaf in leaves[: 4 if with_residual else 3]]
+        output = function(*leaves, activation=activation)
+        (inner,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return torch.autograd.grad(inner.square().sum(), leaves, allow_unused=True)
+
+    for found, wanted in zip(gradients(norm), gradients(norm_as_torch), strict=True):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted)

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .. import backends
-from ..autograd import distinct, loses_grad, needs_grad, transformed
+from ..autograd import distinct, loses_grad, needs_grad, transformed, with_zero_gradient
 from . import _library
 from ._dispatch import public
 from .activations import IDENTITY, RELU, Activation, activation_of
@@ -243,8 +243,9 @@ def _differentiable_backward(
     if activation == RELU:
         if kept is None:
             kept = _forward(input.detach(), stats, weight, bias, None, eps, *RELU.arguments)
-        assert kept is not None
-        grad = grad * (kept > 0)
+            grad = with_zero_gradient(grad, bias)
+        # That of what decides here is zeros, as PyTorch has it, and not none.
+        grad = torch.ops.aten.threshold_backward(grad, kept, 0)
     elif activation != IDENTITY:
         grad = _activation_backward(grad, input, wide_weight, bias, (mean, var), kept, eps, activation, count)
     masks = [True, weight is not None, bias is not None]
