@@ -21,6 +21,7 @@ from torch.jit import TracerWarning  # pyright: ignore[reportPrivateImportUsage]
 import pooling_ext
 import pooling_ext.functional as F
 from pooling_ext import ArgumentError, scripting
+from pooling_ext.exporting import _SINCE_2_14
 from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 pytestmark = [
@@ -176,9 +177,13 @@ def test_exported_for_every_size(name, grads):
         assert ours  # and not PyTorch's in their place
 
 
-@pytest.mark.parametrize("name", ["MaxPool2d", "BatchNormAct2d", "patched"])
+@pytest.mark.parametrize(
+    "name", ["MaxPool2d", "BatchNormAct2d", "patched", "frozen", "frozen-residual", "frozen-norm"]
+)
 def test_exported_strictly(name):
     model, (x, *_) = made(name)
+    if "frozen" in name and not _SINCE_2_14:
+        pytest.skip("this PyTorch does not say whether it exports")
     check(model, torch.export.export(model, (x,), strict=True).module(), x)
 
 

@@ -29,7 +29,8 @@ def is_wanted() -> bool:
 def plain(layer: Any) -> Any:
     """What a call of ``layer`` comes to; ``layer`` itself where that is PyTorch's operators anyway."""
     if isinstance(layer, PackedConv):
-        return _conv(layer)
+        weight = _dense(layer)
+        return _conv(layer, lambda: weight)
     if isinstance(layer, PackedLinear):
         return _linear(layer)
     return layer.by_pytorch if isinstance(layer, FrozenBatchNormAct) else layer
@@ -53,12 +54,20 @@ def compiled(layer: Any) -> Any:
     return call
 
 
-def _conv(layer: PackedConv) -> Callable[..., Tensor]:
-    weight, transposed = _dense(layer), layer.output_padding is not None
+def exported(layer: Any) -> Any:
+    """What a call of ``layer`` comes to in a strict export, which takes no packed weight."""
+    if isinstance(layer, PackedConv):
+        return _conv(layer, constant_in_graphs(lambda: _dense(layer)))
+    return layer.by_pytorch if isinstance(layer, FrozenBatchNormAct) else compiled(layer)
+
+
+def _conv(layer: PackedConv, dense: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    transposed = layer.output_padding is not None
     geometry = layer.stride, layer.padding, layer.dilation, transposed
     rest = layer.output_padding or [0] * len(layer.stride), layer.groups
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight = dense()
         y = torch.convolution(in_dtype(x, weight.dtype), weight, layer.bias, *geometry, *rest)
         y = y if residual is None else y + in_dtype(residual, y.dtype)
         return y if layer.activation is None else layer.activation(y)

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError
-from ..exporting import tracing_state
+from ..exporting import is_exporting, tracing_state
 from . import plain
 from .cuda_graphs import Graphs
 from .layers import Call, PackedConv, PackedLinear
@@ -84,6 +84,10 @@ class Outputs:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
+#: Attributes that are made again of others.
+_BOUND = ("_run", "_compiled", "_exported", "_graphs")
+
+
 class Region(nn.Module):
     """A traced and rewritten graph, which casts and checks what goes in, and casts back what comes out."""
 
@@ -105,7 +109,7 @@ class Region(nn.Module):
     def bind(self) -> None:
         """Let the graph's code find functions where it names prepacked layers: small models gain by it."""
         self._run = self._bound(plain.packed)
-        self._compiled = self._bound(plain.compiled)
+        self._compiled, self._exported = self._bound(plain.compiled), self._bound(plain.exported)
         self._graphs = Graphs(self._run, self._cast) if self.device.type == "cuda" else None
 
     def _bound(self, call_of: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -118,9 +122,7 @@ class Region(nn.Module):
         return partial(type(self.graph).forward, SimpleNamespace(**names))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_run", "_compiled", "_graphs")
-        }
+        return {key: value for key, value in self.__dict__.items() if key not in _BOUND}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -138,7 +140,8 @@ class Region(nn.Module):
         if plain.is_wanted():
             run, entered = self._bound(plain.plain), (floating(x, self.dtype) for x in tensors)
         elif is_compiling():
-            run, entered = self._compiled, map(self._cast, tensors)
+            run = self._exported if is_exporting() else self._compiled
+            entered = map(self._cast, tensors)
         elif self._graphs is None or torch.cuda.is_current_stream_capturing():
             entered = map(self._cast, tensors)
         else:  # which casts as it copies
