@@ -126,7 +126,8 @@ struct Activations {
             sum = sum * r + 1.0f;
 #ifdef __AVX512F__
             // The instruction rounds once, as the two steps below do.
-            if constexpr (sizeof(X) == 64) return (X)_mm512_scalef_ps((__m512)sum, (__m512)n);
+            if constexpr (sizeof(X) == 64)
+                return (X)_mm512_maskz_scalef_ps(0xffff, (__m512)sum, (__m512)n);
 #endif
             // In two steps, since 2^128 and 2^-150 are no floats of their own.
             const Integers whole = (Integers)shifted - 0x4b400000, half = whole >> 1;
