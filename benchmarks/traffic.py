@@ -90,8 +90,9 @@ class _Stored:
         return sum(self.tensors[place].nbytes for place in self.touched)
 
 
+# What stands in for Triton's functions shares all that is counted.
 @contextmanager
-def counted() -> Iterator[Traffic]:
+def counted() -> Iterator[Traffic]:  # noqa: PLR0915
     """Count what kernels move while the context lasts; they must run in Triton's interpreter.
 
     Of a launch of many programs a random few are run, and counted for all: results are not to be used. They

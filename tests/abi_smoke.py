@@ -14,7 +14,7 @@ import copy
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -287,6 +287,17 @@ def main() -> int:
             assert cuda.why_not() is None, cuda.why_not()
             told_cuda = f", CUDA kernels for {', '.join(cuda.architectures())}"
 
+    native = not options.fallback
+    checked = check_pools(pooling_ext, backend, dtypes, native) + check_all_fused(
+        pooling_ext, backend, dtypes
+    )
+    library = f"library built with {built}{told_cuda}" if built else "without the library"
+    print(f"PyTorch {torch.__version__}, {library}: {checked} cases agree with PyTorch")
+    return 0
+
+
+def check_pools(pooling_ext, backend: str, dtypes: Sequence[torch.dtype], native: bool) -> int:
+    """Compare every pool with PyTorch's, and return how many calls that were."""
     checked = 0
     for (kind, name, rank, arguments), dtype, layout in itertools.product(cases(), dtypes, LAYOUTS):
         x = values(rank, dtype, layout)
@@ -297,11 +308,17 @@ def main() -> int:
         try:
             took = pooling_ext.explain(ours, x)
             assert took.backend == backend, f"expected backend {backend!r}, but got: {took}"
-            check(ours, theirs, x, kind, native=not options.fallback)
+            check(ours, theirs, x, kind, native)
         except Exception as error:
             print(f"{name}({arguments}) of {dtype}, {layout}, failed", file=sys.stderr)
             raise error
         checked += 1
+    return checked
+
+
+def check_all_fused(pooling_ext, backend: str, dtypes: Sequence[torch.dtype]) -> int:
+    """As :func:`check_pools` for the fused operators and convolutions."""
+    checked = 0
     for case, dtype, layout in itertools.product((*FUSED, None), dtypes, ("contiguous", "channels_last")):
         if dtype in INTEGERS:
             continue
@@ -319,9 +336,7 @@ def main() -> int:
             print(f"{name} of {dtype}, {layout}, failed", file=sys.stderr)
             raise error
         checked += 1
-    library = f"library built with {built}{told_cuda}" if built else "without the library"
-    print(f"PyTorch {torch.__version__}, {library}: {checked} cases agree with PyTorch")
-    return 0
+    return checked
 
 
 if __name__ == "__main__":

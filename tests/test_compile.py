@@ -188,8 +188,15 @@ def test_compiled_patched_model_under_autocast():
 
 def _samples():
     """Arguments for the low-level operators, which take windows as they lie."""
-    ops = torch.ops.pooling_ext
-    x = torch.rand(2, 3, 7, 8)
+    ops, x = torch.ops.pooling_ext, torch.rand(2, 3, 7, 8)
+    yield from _pool_samples(ops, x)
+    if NATIVE:
+        yield from _batch_norm_samples(ops, x)
+        yield from _convolution_samples()
+        yield from _stem_and_tail_samples(ops, x)
+
+
+def _pool_samples(ops, x):
     fixed = fixed_windows(2, x.shape, 3, 2, (1, 0, 1, 1), 1, True)
     plane = (2, 3, *fixed.output_size)
     for windows in (fixed, adaptive_windows(2, x.shape, fixed.output_size)):
@@ -217,8 +224,9 @@ def _samples():
         ops.avg_pool,
         (cube, *fixed_windows(3, cube.shape, 2, 1, 0, 1, False), True, None),
     )
-    if not NATIVE:
-        return
+
+
+def _batch_norm_samples(ops, x):
     stats, weight, bias = ops.batch_norm_stats(x), torch.rand(3), torch.rand(3)
     affine = (x, stats, weight, bias)
     yield "batch_norm_stats", ops.batch_norm_stats, (x,)
@@ -237,7 +245,6 @@ def _samples():
         yield f"batch_norm_act_training-{label}", ops.batch_norm_act_training, forward
         back = (x, x, stats, weight, None, kept, *act)
         yield f"batch_norm_act_training_backward-{label}", ops.batch_norm_act_training_backward, back
-    yield from _convolution_samples()
     running = torch.zeros(3), torch.ones(3, dtype=torch.bfloat16)
     yield "batch_norm_update_running", ops.batch_norm_update_running, (*running, stats, 112.0, 0.1)
     evaluation = (x, *running, weight, None, torch.rand_like(x), 1e-5, *RELU.arguments)
@@ -245,6 +252,10 @@ def _samples():
     yield "batch_norm_act_running_", ops.batch_norm_act_running_, evaluation
     folding = (torch.rand(3, 2, 3, 3), None, *running, weight, None, 1e-5, torch.bfloat16)
     yield "fold_batch_norm", ops.fold_batch_norm, folding
+
+
+def _stem_and_tail_samples(ops, x):
+    affine = (x, ops.batch_norm_stats(x), torch.rand(3), torch.rand(3))
     stem = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
     pooled, places = ops.batch_norm_relu_max_pool_places(*affine, 1e-5, *stem)
     back = (pooled, places, *affine)

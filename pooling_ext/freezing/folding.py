@@ -130,21 +130,10 @@ def _fuse_layer(
     """
     module = editor.module(node)
     path, parts = editor.path(node), [type(module).__name__]
-    last: fx.Node = node
     rank = 2 if kind is nn.Linear else module.weight.dim()
     shape: Any = node.meta.get("shape_in") or ()
-    normalizations: list[Normalization | Affine] = []
-    key: list[Any] = [node.target]
+    last, normalizations, key = _following_norms(editor, node, rank, parts)
     user = only_user(last)
-    while user is not None and len(node.meta.get("shape") or ()) == rank:
-        norm = _batch_norm(editor, user) or _affine(editor, user)
-        if norm is None or norm.input is not last:
-            break
-        normalizations.append(norm.values)
-        parts.append(norm.what)
-        editor.tell_norm(norm.path)
-        key.append(user.target if user.op == "call_module" else user)
-        last, user = user, only_user(user)
     activation, residual = editor.activation(user), None
     if activation is not None and user is not None:
         last = user
@@ -161,11 +150,7 @@ def _fuse_layer(
         return
     unbatched = kind is not nn.Linear and len(shape) == rank - 1
     if unbatched:
-        with editor.graph.inserting_before(node):
-            batched = editor.graph.call_method("unsqueeze", (node.args[0], 0))
-        batched.meta = {"shape": (1, *shape), "shape_in": shape}
-        editor.aliasing.replace(node.args[0], batched, node)  # type: ignore[arg-type]
-        node.args, shape = (batched,), (1, *shape)
+        shape = _batched(editor, node, shape)
     before, own_padding = _padding(module, kind)
     if before is not None:
         _pad(editor, node, before, module.padding_mode)
@@ -186,12 +171,51 @@ def _fuse_layer(
     editor.tell(node, parts[0], ", ".join(parts[1:]) or "prepacked" * (kind is nn.Linear))
     made = editor.substitute(node if residual is None else last, last, name, args, path)
     if unbatched:
-        with editor.graph.inserting_after(made):
-            alone = editor.graph.call_method("squeeze", (made, 0))
-        alone.meta = dict(made.meta)
-        made.meta = {**made.meta, "shape": (1, *(made.meta.get("shape") or ()))}
-        editor.aliasing.replace(made, alone, made)
-        made.replace_all_uses_with(alone, delete_user_cb=lambda user: user is not alone)
+        _unbatched(editor, made)
+
+
+def _following_norms(
+    editor: GraphEditor, node: fx.Node, rank: int, parts: list[str]
+) -> tuple[fx.Node, list[Normalization | Affine], list[Any]]:
+    """The last of the batch norms after a layer, what they do, and what tells the folded weights from others.
+
+    Args:
+        rank: dimensions of a batch.
+        parts: the names, to which theirs are added.
+    """
+    last, normalizations = node, []
+    key: list[Any] = [node.target]
+    user = only_user(last)
+    while user is not None and len(node.meta.get("shape") or ()) == rank:
+        norm = _batch_norm(editor, user) or _affine(editor, user)
+        if norm is None or norm.input is not last:
+            break
+        normalizations.append(norm.values)
+        parts.append(norm.what)
+        editor.tell_norm(norm.path)
+        key.append(user.target if user.op == "call_module" else user)
+        last, user = user, only_user(user)
+    return last, normalizations, key
+
+
+def _batched(editor: GraphEditor, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give a layer its one image as a batch, whose shape is returned."""
+    with editor.graph.inserting_before(node):
+        batched = editor.graph.call_method("unsqueeze", (node.args[0], 0))
+    batched.meta = {"shape": (1, *shape), "shape_in": shape}
+    editor.aliasing.replace(node.args[0], batched, node)  # type: ignore[arg-type]
+    node.args = (batched,)
+    return (1, *shape)
+
+
+def _unbatched(editor: GraphEditor, made: fx.Node) -> None:
+    """Let users of a layer have the image of a batch of one."""
+    with editor.graph.inserting_after(made):
+        alone = editor.graph.call_method("squeeze", (made, 0))
+    alone.meta = dict(made.meta)
+    made.meta = {**made.meta, "shape": (1, *(made.meta.get("shape") or ()))}
+    editor.aliasing.replace(made, alone, made)
+    made.replace_all_uses_with(alone, delete_user_cb=lambda user: user is not alone)
 
 
 def _residual(editor: GraphEditor, node: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:

@@ -179,36 +179,9 @@ def _describe(
     groups: int,
 ) -> tuple[dict[str, str], Conv | None]:
     """The convolution, or the reasons why our kernels can do none of these arguments."""
-    reason = None
-    if backends.forced() not in (None, "cpu"):
-        reason = f"backend {backends.forced()!r} was asked for"
-    elif is_tracing():
-        reason = "torch.jit traces"
-    elif is_exporting():  # for every size of a batch, and with gradients
-        reason = "an exported program has PyTorch's operators"
-    elif transformed():
-        reason = "torch.func or forward mode is at work"
-    elif not all(map(_is_plain, (input, weight, bias))):
-        reason = "a tensor is not on the CPU, or of a class of its own"
-    elif {input.dim(), weight.dim()} != {rank + 2} or input.numel() == 0 or input.layout != torch.strided:
-        reason = "the input is no batch of images"
-    elif any(x is not None and x.dtype != input.dtype for x in (weight, bias)):
-        reason = "the dtypes differ"
-    elif not isinstance(groups, int) or groups < 1 or weight.shape[1] * groups != input.shape[1]:
-        reason = "the channels do not go with the weight"
-    elif weight.shape[0] % groups or (bias is not None and bias.shape != weight.shape[:1]):
-        reason = "the weight does not go with groups or bias"
+    reason = _why_not_ours() or _why_not_plain(rank, input, weight, bias, groups)
     strides, dilations, kernel = _numbers(stride, rank), _numbers(dilation, rank), tuple(weight.shape[2:])
-    if isinstance(padding, str):
-        spans = [step * (size - 1) for step, size in zip(dilations or (), kernel, strict=False)]
-        if padding == "valid":
-            paddings: Any = (0,) * rank
-        else:
-            paddings = tuple(span // 2 for span in spans) if not any(s % 2 for s in spans) else None
-            if padding != "same" or strides != (1,) * rank:
-                paddings = None  # which is PyTorch's to refuse
-    else:
-        paddings = _numbers(padding, rank)
+    paddings = _paddings(padding, rank, kernel, strides, dilations)
     if reason is None and None in (strides, dilations, paddings):
         reason = f"the stride, padding or dilation is not {rank} numbers"
     if reason is not None:
@@ -222,13 +195,57 @@ def _describe(
         weight.shape[0],
         kernel,  # type: ignore[arg-type]
         strides,  # type: ignore[arg-type]
-        (*paddings, *paddings),
+        (*paddings, *paddings),  # type: ignore[misc]
         dilations,  # type: ignore[arg-type]
         groups,
         input.dtype,
         channels_last,
     )
     return {}, conv
+
+
+def _why_not_ours() -> str | None:
+    """Why PyTorch's operator has to do a call, whatever its arguments."""
+    if backends.forced() not in (None, "cpu"):
+        return f"backend {backends.forced()!r} was asked for"
+    if is_tracing():
+        return "torch.jit traces"
+    if is_exporting():  # for every size of a batch, and with gradients
+        return "an exported program has PyTorch's operators"
+    return "torch.func or forward mode is at work" if transformed() else None
+
+
+def _why_not_plain(rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, groups: Any) -> str | None:
+    """Why tensors are none of which our kernels make a convolution."""
+    if not all(map(_is_plain, (input, weight, bias))):
+        return "a tensor is not on the CPU, or of a class of its own"
+    if {input.dim(), weight.dim()} != {rank + 2} or input.numel() == 0 or input.layout != torch.strided:
+        return "the input is no batch of images"
+    if any(x is not None and x.dtype != input.dtype for x in (weight, bias)):
+        return "the dtypes differ"
+    if not isinstance(groups, int) or groups < 1 or weight.shape[1] * groups != input.shape[1]:
+        return "the channels do not go with the weight"
+    if weight.shape[0] % groups or (bias is not None and bias.shape != weight.shape[:1]):
+        return "the weight does not go with groups or bias"
+    return None
+
+
+def _paddings(
+    padding: Any,
+    rank: int,
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dilations: tuple[int, ...] | None,
+) -> tuple[int, ...] | None:
+    """The zeros on each side of each axis; None where these differ or PyTorch refuses the padding."""
+    if not isinstance(padding, str):
+        return _numbers(padding, rank)
+    if padding == "valid":
+        return (0,) * rank
+    spans = [gap * (size - 1) for gap, size in zip(dilations or (), kernel, strict=False)]
+    if padding != "same" or strides != (1,) * rank or any(span % 2 for span in spans):
+        return None
+    return tuple(span // 2 for span in spans)
 
 
 def _is_plain(x: Tensor | None) -> bool:

@@ -79,89 +79,113 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
         >>> isinstance(model, nn.Sequential), list(model.state_dict())[:2]
         (True, ['0.weight', '0.bias'])
     """
-    report = FusionReport()
-    classes: list[tuple[nn.Module, type[nn.Module]]] = []
-    known: dict[Any, list[Fusion]] = {}
-    convs: list[tuple[str, nn.Module]] = []  # that ours may take the place of
-    norms: list[tuple[str, nn.Module]] = []
-    chained: set[nn.Module] = set()  # convolutions and batch norms
+    plans = _Replacements(exact)
     for path, module in _modules(model):
-        if isinstance(module, torch.jit.ScriptModule):
-            if module.original_name in _SCRIPTED:
-                report.skipped.append(
-                    FusionEntry(path, str(module.original_name), "is compiled by torch.jit")
-                )
-            continue
-        what = type(module).__name__
-        ours = REPLACES.get(type(module))
-        if ours is not None:
-            classes.append((module, ours))
-            report.replace(path, what, f"{ours.__module__}.{ours.__qualname__}")
-        elif (theirs := stands_for(module)) in CONVOLUTIONS:
-            if _may_be_ours(module, exact):
-                convs.append((path, module))
-            elif module.__dict__.get(_MARK):  # it was ours by another patch
-                classes.append((module, theirs))
-        elif type(module) in _ORIGINAL:
-            report.skip(path, what, _ALREADY)
-        elif isinstance(module, _POOLING_BASES):
-            why = "has no counterpart here" if type(module) in _POOLING_BASES else "has a class of its own"
-            report.skip(path, what, why)
-        elif isinstance(module, _BatchNorm):
-            norms.append((path, module))
-        else:
-            try:
-                fusion = plan(module, known, exact)
-            except Untraceable as error:
-                if worth_fusing(module):
-                    report.skip(path, what, str(error))
-                continue
-            if fusion is not None:
-                _tell(report, classes, path, module, fusion, chained)
-    for path, module in norms:
-        if module not in chained or not calls_only_forward(module):
-            try:
-                _tell(report, classes, path, module, plan(module, exact=exact), chained)
-            except Untraceable as error:
-                report.leave_norm(path, type(module).__name__, str(error))
-    report.batch_norms = len(norms)
-    for path, module in convs:
-        cls = CONVOLUTIONS[stands_for(module)]
-        ours = type(module) is cls
-        if not ours:
-            classes.append((module, cls))
-        if module not in chained:
-            entry = FusionEntry(path, cls.__name__, _ALREADY if ours else f"{cls.__module__}.{cls.__name__}")
-            (report.skipped if ours else report.replaced).append(entry)
+        plans.look_at(path, module)
+    plans.take_batch_norms()
+    plans.take_convolutions()
+    report = plans.report
     failed = [entry for entry in report.skipped if entry.why != _ALREADY]
     if strict and failed:
         listed = "; ".join(f"{entry.path} ({entry.what}) {entry.why}" for entry in failed)
         raise ArgumentError(f"patch(strict=True) cannot replace everything in model: {listed}")
-    set_classes(classes)
+    set_classes(plans.classes)
     return report
 
 
-def _tell(
-    report: FusionReport,
-    classes: list[tuple[nn.Module, type[nn.Module]]],
-    path: str,
-    module: nn.Module,
-    fusion: Any,
-    chained: set[nn.Module],
-) -> None:
-    """Note what is fused in ``module``; what is in a chain of another module already is not told again."""
-    already = type(module) is fusion.cls
-    if not already:
-        classes.append((module, fusion.cls))
-    for part in fusion.parts:
-        taken = [module.get_submodule(name) for name in (part.conv, part.norm) if name is not None]
-        if part.norm is not None and taken[-1] in chained and taken[-1] is not module:
-            continue
-        chained.update(taken)
-        if already:
-            report.skip(path, part.steps, _ALREADY)
+class _Replacements:
+    """Which classes the modules of a model are to have, and the report of it.
+
+    Attributes:
+        exact: as in :func:`patch`.
+        report: what is replaced and skipped.
+        classes: modules and their new classes.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+        self.report = FusionReport()
+        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._known: dict[Any, list[Fusion]] = {}
+        # They come last: a chain of another module may take them.
+        self._convolutions: list[tuple[str, nn.Module]] = []
+        self._batch_norms: list[tuple[str, nn.Module]] = []
+        self._chained: set[nn.Module] = set()  # convolutions and batch norms
+
+    def look_at(self, path: str, module: nn.Module) -> None:
+        """Decide about a module, or keep it for one of the methods below."""
+        what, kind = type(module).__name__, type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in _SCRIPTED:
+                entry = FusionEntry(path, str(module.original_name), "is compiled by torch.jit")
+                self.report.skipped.append(entry)
+        elif (ours := REPLACES.get(kind)) is not None:
+            self.classes.append((module, ours))
+            self.report.replace(path, what, f"{ours.__module__}.{ours.__qualname__}")
+        elif (theirs := stands_for(module)) in CONVOLUTIONS:
+            if _may_be_ours(module, self.exact):
+                self._convolutions.append((path, module))
+            elif module.__dict__.get(_MARK):  # it was ours by another patch
+                self.classes.append((module, theirs))
+        elif kind in _ORIGINAL:
+            self.report.skip(path, what, _ALREADY)
+        elif isinstance(module, _POOLING_BASES):
+            why = "has no counterpart here" if kind in _POOLING_BASES else "has a class of its own"
+            self.report.skip(path, what, why)
+        elif isinstance(module, _BatchNorm):
+            self._batch_norms.append((path, module))
         else:
-            report.replace(path, part.steps, f"pooling_ext.functional.{part.operator}")
+            self._fuse(path, module)
+
+    def _fuse(self, path: str, module: nn.Module) -> None:
+        """Fuse what stands in the forward of a module."""
+        try:
+            fusion = plan(module, self._known, self.exact)
+        except Untraceable as error:
+            if worth_fusing(module):
+                self.report.skip(path, type(module).__name__, str(error))
+            return
+        if fusion is not None:
+            self._take(path, module, fusion)
+
+    def take_batch_norms(self) -> None:
+        """Fuse the batch norms that are in no chain, each alone."""
+        self.report.batch_norms = len(self._batch_norms)
+        for path, module in self._batch_norms:
+            if module in self._chained and calls_only_forward(module):
+                continue
+            try:
+                self._take(path, module, plan(module, exact=self.exact))
+            except Untraceable as error:
+                self.report.leave_norm(path, type(module).__name__, str(error))
+
+    def take_convolutions(self) -> None:
+        """Replace convolutions; those in a chain are told there."""
+        for path, module in self._convolutions:
+            cls = CONVOLUTIONS[stands_for(module)]
+            already = type(module) is cls
+            if not already:
+                self.classes.append((module, cls))
+            if module in self._chained:
+                continue
+            why = _ALREADY if already else f"{cls.__module__}.{cls.__name__}"
+            told = self.report.skipped if already else self.report.replaced
+            told.append(FusionEntry(path, cls.__name__, why))
+
+    def _take(self, path: str, module: nn.Module, fusion: Any) -> None:
+        """Note what is fused in a module; what is in a chain of another module already is not told again."""
+        already = type(module) is fusion.cls
+        if not already:
+            self.classes.append((module, fusion.cls))
+        for part in fusion.parts:
+            taken = [module.get_submodule(name) for name in (part.conv, part.norm) if name is not None]
+            if part.norm is not None and taken[-1] in self._chained and taken[-1] is not module:
+                continue
+            self._chained.update(taken)
+            if already:
+                self.report.skip(path, part.steps, _ALREADY)
+            else:
+                self.report.replace(path, part.steps, f"pooling_ext.functional.{part.operator}")
 
 
 def _may_be_ours(conv: Any, exact: bool) -> bool:

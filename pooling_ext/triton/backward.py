@@ -84,8 +84,9 @@ def spread_windows(
     )
 
 
+# A kernel is one function: what its branches leave out is left out as it is compiled.
 @triton.jit
-def _spread_cells(
+def _spread_cells(  # noqa: PLR0915
     grad,
     places,
     result,

@@ -75,8 +75,9 @@ def pool_windows(
     )
 
 
+# A kernel is one function: what its branches leave out is left out as it is compiled.
 @triton.jit
-def _pool_windows(
+def _pool_windows(  # noqa: C901, PLR0912, PLR0915
     x,
     y,
     places,

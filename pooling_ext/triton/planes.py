@@ -127,8 +127,9 @@ def _launch(
     )
 
 
+# A kernel is one function: what its branches leave out is left out as it is compiled.
 @triton.jit
-def _pool_planes(
+def _pool_planes(  # noqa: PLR0912, PLR0915
     x,
     winners,
     y,
