@@ -7,6 +7,8 @@ import re
 import pytest
 from helpers import run_python
 
+#: A process of the tests' own is no worker of theirs.
+ALONE = {"PYTEST_XDIST_WORKER": None, "PYTEST_XDIST_WORKER_COUNT": None, "PYTEST_XDIST_TESTRUNUID": None}
 #: What tests use, but a machine with a GPU need not have.
 ABSENT = ("expecttest", "hypothesis", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn")
 COLLECT = """
@@ -47,13 +49,13 @@ def test_on_a_gpu_pytorchs_own_operators_may_be_indeterminate(tmp_path):
     """Some of those that results are compared with have no deterministic backward there, and would raise."""
     (tmp_path / "test_strict.py").write_text(STRICT)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    done = run_python(WARNS.format(folder=str(tmp_path), ini=str(tmp_path / "pytest.ini")))
+    done = run_python(WARNS.format(folder=str(tmp_path), ini=str(tmp_path / "pytest.ini")), **ALONE)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_without_other_packages_every_gpu_test_is_collected():
-    done = run_python(COLLECT.format(absent=ABSENT), CI=None, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    done = run_python(COLLECT.format(absent=ABSENT), CI=None, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = re.search(r"^(\d+)/\d+ tests collected", done.stdout, re.MULTILINE)
     assert found and int(found[1]) > 3000

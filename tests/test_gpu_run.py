@@ -139,7 +139,7 @@ def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
 
 def test_a_command_that_hangs_is_interrupted_and_then_killed(tmp_path, monkeypatch):
     """With what it has started; it may say a last word."""
-    monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setattr(runner, "GRACE", 5.0)
     polite = "import time\ntry: time.sleep(1000)\nexcept KeyboardInterrupt: print('last word')"
     child = tmp_path / "child"
     rude = (

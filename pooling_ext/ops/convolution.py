@@ -158,7 +158,9 @@ def _is_others(rank: int, input: Tensor, weight: Any, bias: Any, groups: Any) ->
     if weight.dim() != rank + 2:
         return True
     points = math.prod(weight.shape[2:])
-    return input.numel() * weight.shape[0] * points < conv_choice.LEAST_WORK or points not in (1, 9, 27)
+    return input.numel() * weight.shape[0] * points < conv_choice.LEAST_WORK or (
+        points != 1 and weight.shape[-2:] != (3, 3)
+    )
 
 
 def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
