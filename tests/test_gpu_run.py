@@ -140,7 +140,11 @@ def test_a_worker_that_cannot_start_is_not_started_again(tmp_path):
 def test_a_command_that_hangs_is_interrupted_and_then_killed(tmp_path, monkeypatch):
     """With what it has started; it may say a last word."""
     monkeypatch.setattr(runner, "GRACE", 5.0)
-    polite = "import time\ntry: time.sleep(1000)\nexcept KeyboardInterrupt: print('last word')"
+    polite = (
+        # A shell's background jobs, and what they start, are born deaf to it.
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try: time.sleep(1000)\nexcept KeyboardInterrupt: print('last word')"
+    )
     child = tmp_path / "child"
     rude = (
         "import signal, subprocess, sys, time, pathlib\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
