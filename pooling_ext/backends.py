@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from . import _native, cuda, triton
 from .errors import ArgumentError
-from .exporting import is_exporting, is_recording, leaves_us, tracing_state
+from .exporting import are_known, is_exporting, is_recording, leaves_us, tracing_state
 from .windows import Windows
 
 
@@ -198,8 +198,12 @@ def choose_pool(op: str, input: torch.Tensor, windows: Windows) -> Backend:
     """:func:`choose` for a pooling operator over ``windows``."""
     backend = choose(op, input)
     # AOTInductor cannot hand our operators the empty list that tells adaptive windows. Those of one element,
-    # in which most models end, PyTorch's operators do for every size; the others they do not.
-    return ATEN if is_recording() and windows.is_global else backend
+    # in which most models end, PyTorch's operators do for every size; the others for sizes that are known.
+    if is_recording() and windows.adaptive and backend is not ATEN:
+        sizes = input.shape[-len(windows.output_size) :]
+        if windows.is_global or are_known((*sizes, *windows.output_size)):
+            return ATEN
+    return backend
 
 
 def recording() -> bool:

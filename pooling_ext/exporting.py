@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,13 @@ def most(a: Any, b: Any) -> Any:
     return torch.sym_max(a, b) if _SINCE_2_14 and is_compiling() else max(a, b)
 
 
+def are_known(sizes: Iterable[Any]) -> bool:
+    """Whether sizes are numbers, and not the symbols of a compiler's trace that is for any size."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second to import
+
+    return all(map(has_static_value, sizes))
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Let torch.compile call ``function`` as it traces, and keep the result.
 
@@ -55,6 +62,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 __all__ = [
+    "are_known",
     "constant_in_graphs",
     "is_exporting",
     "is_recording",

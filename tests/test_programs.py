@@ -348,6 +348,16 @@ def test_aot_inductor(name, tmp_path):
         check(model, torch._inductor.aoti_load_package(path).__call__, inputs[1])
 
 
+@pytest.mark.parametrize("pool", [pooling_ext.AdaptiveAvgPool2d, pooling_ext.AdaptiveMaxPool2d])
+def test_aot_inductor_on_adaptive_pools_of_known_sizes(pool, tmp_path):
+    """As in VGG; of sizes that are not known they are an error, which docs/programs.md tells of."""
+    model, x = pool((3, 2)).eval(), torch.rand(2, 4, 11, 13)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        check(model, torch._inductor.aoti_load_package(path).__call__, torch.rand(5, 4, 11, 13))
+
+
 def test_graph_modules_and_scripts_in_a_patched_model():
     """They run as they are, and the report says so."""
     for make, why in ((torch.fx.symbolic_trace, "GraphModule"), (torch.jit.script, "compiled by torch.jit")):

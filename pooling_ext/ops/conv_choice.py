@@ -19,7 +19,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from .. import _native
-from ..exporting import constant_in_graphs
+from ..exporting import are_known, constant_in_graphs
 from . import conv_speeds
 
 #: What a convolution is in training: each is decided for itself.
@@ -304,12 +304,9 @@ def pointwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
 
 
 def _has_known_sizes(conv: Conv) -> bool:
-    """Whether the sizes are numbers, and not the symbols of a compiler's trace that is for any size."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a second to import
-
     numbers = conv.batch, conv.channels, conv.features, conv.groups
     pairs = conv.size, conv.kernel, conv.stride, conv.padding, conv.dilation
-    return all(has_static_value(number) for each in (numbers, *pairs) for number in each)
+    return are_known(number for each in (numbers, *pairs) for number in each)
 
 
 def _speedup(kernels: str, conv: Conv, phase: str) -> tuple[float, bool] | None:
