@@ -10,7 +10,7 @@ from helpers import run_python
 #: A process of the tests' own is no worker of theirs.
 ALONE = {"PYTEST_XDIST_WORKER": None, "PYTEST_XDIST_WORKER_COUNT": None, "PYTEST_XDIST_TESTRUNUID": None}
 #: What tests use, but a machine with a GPU need not have.
-ABSENT = ("expecttest", "hypothesis", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn")
+ABSENT = ("expecttest", "rich", "hypothesis", "onnx", "onnxruntime", "onnxscript", "openvino", "sklearn")
 COLLECT = """
 import sys
 

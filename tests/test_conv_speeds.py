@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("rich")
+
 import pooling_ext
 from benchmarks import targets
 from benchmarks.conv import ConvCase

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("rich")
+
 from benchmarks import targets
 from benchmarks.suite import LAYOUTS
 from benchmarks.timing import measure
