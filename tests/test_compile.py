@@ -122,7 +122,8 @@ def test_export_with_a_dynamic_batch():
     program = torch.export.export(model, (inputs(2, 3, 9, 11),), dynamic_shapes={"x": {0: batch}})
     for size in (2, 7):
         x = inputs(size, 3, 9, 11)
-        assert_same(program.module()(x), model(x))
+        # Not to the last bit: adaptive pooling of known sizes is PyTorch's in a program.
+        torch.testing.assert_close(program.module()(x), model(x))
 
 
 def metadata(result):
