@@ -168,3 +168,18 @@ def test_function_and_explain():
     x, weight = torch.randn(4, 8, 28, 28), torch.randn(16, 8, 1, 1)
     assert_close(F.conv2d(x, weight), TF.conv2d(x, weight), scale=8)
     assert POINTWISE in str(pooling_ext.explain(F.conv2d, x, weight))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiled(training):
+    """Of sizes for which a measurement decides, in one graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU()).train(training)
+    pooling_ext.patch(model)
+    x = torch.randn(16, 64, 28, 28)
+    assert conv_choice.pointwise_why_not(convolution(64, 128, 28), FORWARD) is None
+    expected = torch.autograd.grad(model(x).square().mean(), model[0].weight)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).square().mean(), model[0].weight)
+    torch.testing.assert_close(found, expected)
