@@ -147,13 +147,7 @@ def prepare_pointwise(call: Call) -> Plan:
 
 
 def run_pointwise(call: Call, plan: Plan) -> Any:
-    """The convolution alone."""
-    own, dtype = call.conv._parameters, call.dtype
-    weight, bias = own["weight"], own["bias"]
-    with torch.autocast("cpu", enabled=False):
-        bias = None if bias is None else bias.to(dtype)
-        call.continue_with(convolve(call.input.to(dtype), weight.to(dtype), bias, plan))
-    return call
+    return _run_planned(call, plan)
 
 
 def run_winograd(call: Call, prepared: Prepared) -> Any:
@@ -205,11 +199,11 @@ def _constants(call: Call) -> Norm | None:
 def _run_planned(call: Call, plan: Plan) -> Any:
     """The convolution with its gradients, and in training with the statistics that the batch norm takes.
 
-    Where the statistics are not the batch's own, the convolution alone is done.
+    Where the statistics are not the batch's own, or the kernels make none, the convolution alone is done.
     """
     own, bn, dtype = call.conv._parameters, call.bn, call.dtype
     weight, bias = own["weight"], own["bias"]
-    alone = not call.trains or isinstance(bn, nn.SyncBatchNorm)
+    alone = not call.trains or plan.kernels == POINTWISE or isinstance(bn, nn.SyncBatchNorm)
     with torch.autocast("cpu", enabled=False):
         x, weight, bias = call.input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         if alone:
