@@ -37,18 +37,19 @@ inline Through through_of(double gradient, double product, double away, double s
     return {-scale * share, scale * (away * share - gradient)};
 }
 
-// Source of the ReLU mask: none, the input, or (with a residual) the output. Other activations take
-// their derivative at their input, which is made of the batch norm's input and, with Sum, the
+// Source of the mask of ReLU: none, the input, or (with a residual) the output; ReLU6 without a
+// residual has its from the input. Other activations take their derivative at their input, which is made of the batch norm's input and, with Sum, the
 // residual. The gradient of a residual is written. So is, with Kept, the gradient of what the
 // activation is given, for the second pass over it: derivatives that take an exponential are then
 // made once.
-enum class Gate { None, Relu, ReluOutput, Derivative, DerivativeKept, DerivativeOfSum };
+enum class Gate { None, Relu, Relu6, ReluOutput, Derivative, DerivativeKept, DerivativeOfSum };
 
 // That of a call whose activation this is, with something kept for a residual or not.
 inline Gate gate_of(Activation activation, bool kept) {
     if (activation == Activation::None) return Gate::None;
     if (activation == Activation::Relu) return kept ? Gate::ReluOutput : Gate::Relu;
-    return kept ? Gate::DerivativeOfSum : Gate::Derivative;
+    if (kept) return Gate::DerivativeOfSum;
+    return activation == Activation::Relu6 ? Gate::Relu6 : Gate::Derivative;
 }
 
 constexpr bool reads_kept(Gate gate) {

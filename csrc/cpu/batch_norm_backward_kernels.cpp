@@ -14,6 +14,8 @@ void with_gate(Gate gate, const Run& run) {
             return run(std::integral_constant<Gate, Gate::None>{});
         case Gate::Relu:
             return run(std::integral_constant<Gate, Gate::Relu>{});
+        case Gate::Relu6:
+            return run(std::integral_constant<Gate, Gate::Relu6>{});
         case Gate::ReluOutput:
             return run(std::integral_constant<Gate, Gate::ReluOutput>{});
         case Gate::Derivative:
@@ -81,6 +83,7 @@ struct Gradients {
         const X d = kind.get(x + i) - center;
         X g = kind.get(grad + i);
         if constexpr (kGate == Gate::Relu) g = through(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::Relu6) g = through_six(kind, X(d * scale + shift), g);
         if constexpr (kGate == Gate::ReluOutput) g = through(kind, kind.get(kept + i), g);
         if constexpr (derives(kGate)) g = multiplied(kind, derivatives.take(kind), g);
         if constexpr (writes_gradient(kGate)) write(kind, residual_grad + i, g, streams);
@@ -269,6 +272,7 @@ struct Spreads {
         X g = kind.get(grad + i);
         const X d = kind.get(x + i) - center;
         if constexpr (kGate == Gate::Relu) g = through(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::Relu6) g = through_six(kind, X(d * scale + shift), g);
         if constexpr (derives(kGate)) g = multiplied(kind, derivatives.take(kind), g);
         g *= scale;
         if constexpr (kBatch) g += d * slope + offset;

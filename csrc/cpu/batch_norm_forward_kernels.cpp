@@ -194,9 +194,9 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
-// What follows the sum of the normalised input and the residual: nothing, ReLU, or another
+// What follows the sum of the normalised input and the residual: nothing, ReLU, ReLU6, or another
 // activation.
-enum class After { None, Relu, Other };
+enum class After { None, Relu, Relu6, Other };
 
 // What makes the output, which may lie where x does.
 template <bool kResidual, After kAfter, class In>
@@ -231,6 +231,7 @@ struct Acts {
     POOLING_EXT_INLINE void act(Kind kind, int64_t i, X given, X center, X scale, X shift) const {
         X z = sum(kind, i, given, center, scale, shift);
         if constexpr (kAfter == After::Relu) z = rectified(kind, z);
+        if constexpr (kAfter == After::Relu6) z = rectified_to_six(kind, z);
         put(kind, i, z);
     }
 
@@ -249,6 +250,8 @@ void with_acts(const BatchNormJob& job, const Run& run) {
             run(std::type_identity<Acts<kResidual, After::None, In>>{});
         else if (job.activation == Activation::Relu)
             run(std::type_identity<Acts<kResidual, After::Relu, In>>{});
+        else if (job.activation == Activation::Relu6)
+            run(std::type_identity<Acts<kResidual, After::Relu6, In>>{});
         else
             run(std::type_identity<Acts<kResidual, After::Other, In>>{});
     };

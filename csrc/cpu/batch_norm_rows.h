@@ -53,6 +53,16 @@ POOLING_EXT_INLINE X rectified(Kind, X z) {
     });
 }
 
+template <class Kind, class X = typename Kind::X>
+POOLING_EXT_INLINE X rectified_to_six(Kind kind, X z) {
+    using T = typename Kind::T;
+    const X positive = rectified(kind, z);
+    return by_registers<T, T>(positive, z, [](auto value, auto) POOLING_EXT_INLINE_LAMBDA {
+        const decltype(value) six = decltype(value){} + T(6);
+        return value > six ? six : value;
+    });
+}
+
 // The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as
 // in PyTorch.
 template <class Kind, class X = typename Kind::X>
@@ -61,6 +71,16 @@ POOLING_EXT_INLINE X through(Kind, X z, X grad) {
     return by_registers<T, T>(z, grad, [](auto value, auto given) POOLING_EXT_INLINE_LAMBDA {
         const decltype(value) zero{};
         return value <= zero ? zero : given;
+    });
+}
+
+// The same of ReLU6, where `z` is its input.
+template <class Kind, class X = typename Kind::X>
+POOLING_EXT_INLINE X through_six(Kind, X z, X grad) {
+    using T = typename Kind::T;
+    return by_registers<T, T>(z, grad, [](auto value, auto given) POOLING_EXT_INLINE_LAMBDA {
+        const decltype(value) zero{}, six = zero + T(6);
+        return value <= zero ? zero : value >= six ? zero : given;
     });
 }
 
