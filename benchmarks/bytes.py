@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from pooling_ext.backends import explain, use_backend
+from pooling_ext.backends.triton_library import interpreted
 from pooling_ext.testing.launches import CASES, PHASES, LaunchCase
-from pooling_ext.triton import interpreted
 from pooling_ext.triton.launching import watched
 
 from .report import Grid, ratio, size

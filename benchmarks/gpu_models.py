@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pooling_ext
-from pooling_ext import tuning
+from pooling_ext.backends import autotune
 from pooling_ext.ops import tuned_conv
 
 from .gpu_operators import ALLOWED, CHECKED, first_call
@@ -54,7 +54,7 @@ def untuned() -> Iterator[None]:
     chosen = dict(tuned_conv._chosen)
     os.environ.update(wanted)
     tuned_conv._chosen.clear()
-    tuning.forget()
+    autotune.forget()
     try:
         yield
     finally:
@@ -63,7 +63,7 @@ def untuned() -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
         tuned_conv._chosen.clear()
         tuned_conv._chosen.update(chosen)
-        tuning.forget()
+        autotune.forget()
 
 
 def measure_training(

@@ -155,8 +155,8 @@ def measure_operator(
 
 
 def _with(backend: str, call: Callable[[], Any]) -> Any:
-    if backends._forced != backend:  # to force it costs as much as a small operator
-        backends._force(backend)
+    if backends.forced() != backend:  # to force it costs as much as a small operator
+        backends.REGISTRY.force(backend)
     return call()
 
 

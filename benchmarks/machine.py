@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import pooling_ext
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.cli import cpu_model
 
 
@@ -62,9 +62,9 @@ def facts() -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "isa": getattr(_native.module, "isa", None),
-        "native": _native.module is not None,
-        "why_not_native": _native.why_not,
+        "isa": getattr(cpu_library.module, "isa", None),
+        "native": cpu_library.module is not None,
+        "why_not_native": cpu_library.why_not,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import pooling_ext
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 
 from . import machine
 from .timing import copy_rate
@@ -87,8 +87,10 @@ def settings(args: argparse.Namespace, console: Console, **more: Any) -> Iterato
     memory = pooling_ext.reuse_cpu_memory()
     # Pinned, so that nothing in the process changes its mind half-way.
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    if _native.module is None:
-        console.print(f"[yellow]No native kernels ({_native.why_not}): this compares PyTorch with itself.[/]")
+    if cpu_library.module is None:
+        console.print(
+            f"[yellow]No native kernels ({cpu_library.why_not}): this compares PyTorch with itself.[/]"
+        )
     start, others = time.perf_counter(), machine.OtherLoad()
     facts = machine.facts() | {
         "memory_reused": memory.reason,

@@ -1,4 +1,4 @@
-"""Names under which modules of this package are in pickles of earlier versions."""
+"""Names under which earlier versions had modules of this package, in pickles and in imports."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import sys
 
 from torch import fx
 
+from .backends import autotune, cpu_library, cuda_library
 from .freezing import layers, region
 from .graph import op_tables, report
 from .patching import codegen
 
-_MODULES = {"fusing": codegen, "prepacked": layers, "recognition": op_tables}
+_MODULES = {
+    "_native": cpu_library,
+    "cuda": cuda_library,
+    "fusing": codegen,
+    "prepacked": layers,
+    "recognition": op_tables,
+    "tuning": autotune,
+}
 
 
 def register() -> None:
-    """Let pickles find the modules that have moved."""
+    """Let pickles and imports find the modules that have moved."""
     for name, module in _MODULES.items():
         sys.modules.setdefault(f"pooling_ext.{name}", module)
     for package, classes in (

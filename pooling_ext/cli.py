@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import _native, backends, conv_tuning, cuda, triton
+from . import backends, conv_tuning
 from .accelerating import bench
+from .backends import cpu_library, cuda_library, triton_library
 
 Rows = list[tuple[str, str]]
 
@@ -33,14 +34,14 @@ def info() -> Rows:
     """Names and values of what decides how this installation runs."""
     from . import __version__
 
-    native = _native.module
+    native = cpu_library.module
     rows = [
         ("pooling_ext", __version__),
         ("Python", f"{platform.python_version()} ({sys.executable})"),
         ("torch", torch.__version__),
     ]
     if native is None:
-        rows.append(("native kernels", f"missing: {_native.why_not}"))
+        rows.append(("native kernels", f"missing: {cpu_library.why_not}"))
     else:
         built = [f"for torch {getattr(native, 'torch_target', '?')} and later"]
         if hasattr(native, "build_torch"):
@@ -56,7 +57,10 @@ def info() -> Rows:
     rows += [
         ("CPU", cpu_model()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        ("CUDA kernels for", ", ".join(cuda.architectures()) or f"no architecture: {cuda.why_not()}"),
+        (
+            "CUDA kernels for",
+            ", ".join(cuda_library.architectures()) or f"no architecture: {cuda_library.why_not()}",
+        ),
         ("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU that torch can use"),
     ]
     return rows
@@ -75,7 +79,9 @@ def _availability(backend: backends.Backend) -> str:
         torch.cuda.init()  # what GPUs there are is not known before
         device = torch.device("cuda", 0)
     call = backends.Call("max_pool", device, torch.float32, torch.strided, torch.Tensor)
-    missing = {backends.CUDA: cuda.why_not, backends.TRITON: triton.why_not}.get(backend, lambda: None)()
+    missing = {backends.CUDA: cuda_library.why_not, backends.TRITON: triton_library.why_not}.get(
+        backend, lambda: None
+    )()
     reason = missing or backend.why_not(call)
     if for_gpus and reason is not None and reason != missing and device.type == "cpu":
         reason = "there is no GPU that torch can use"

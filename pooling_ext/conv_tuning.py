@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from .backends import cpu_library
 from .memory import reuse_cpu_memory
 from .ops import conv_speeds
 from .ops._library import memory_format
@@ -157,16 +157,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, cpu: str) -> int:
     """Measure and write; 1 if there is nothing to measure."""
-    if _native.module is None:
-        print(f"pooling-ext tune: there are no compiled kernels: {_native.why_not}")
+    if cpu_library.module is None:
+        print(f"pooling-ext tune: there are no compiled kernels: {cpu_library.why_not}")
         return 1
     reuse_cpu_memory()
     file = args.out or conv_speeds.user_file()
     content = conv_speeds.read(file)
     speedups = measure(args.dtype or ["float32", "bfloat16"], args.quick, print, args.kernels)
     if args.kernels is not None:
-        speedups = content.get(_native.module.isa, {}).get("speedups", {}) | speedups
-    content[_native.module.isa] = {
+        speedups = content.get(cpu_library.module.isa, {}).get("speedups", {}) | speedups
+    content[cpu_library.module.isa] = {
         "processor": cpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -266,26 +266,26 @@ def main() -> int:
         warnings.simplefilter("always")
         import pooling_ext
         import pooling_ext.functional
-        from pooling_ext import _native, cuda
+        from pooling_ext.backends import cpu_library, cuda_library
     told_cuda = ""
     told = [w for w in caught if issubclass(w.category, pooling_ext.NativeUnavailableWarning)]
 
     if options.fallback:
-        assert _native.module is None, "the compiled kernels loaded although none were expected"
+        assert cpu_library.module is None, "the compiled kernels loaded although none were expected"
         assert len(told) == 1, f"expected one NativeUnavailableWarning, but got {len(told)}"
         built, backend, dtypes = None, "aten", (torch.float32, torch.float64)  # PyTorch pools no other in 3-d
     else:
-        assert _native.module is not None, f"the compiled kernels did not load: {_native.why_not}"
+        assert cpu_library.module is not None, f"the compiled kernels did not load: {cpu_library.why_not}"
         assert not told, f"unexpected warning: {told[0].message}"
-        built = _native.module.build_torch
+        built = cpu_library.module.build_torch
         assert options.built_here or release(built) != release(torch.__version__), (
             f"built with {built}: run it under another PyTorch"
         )
         backend, dtypes = "cpu", FLOATS + INTEGERS
         # The GPU's library, where there is one, has to load too; nothing here runs on a GPU.
         if find_spec("pooling_ext._cuda") is not None:
-            assert cuda.why_not() is None, cuda.why_not()
-            told_cuda = f", CUDA kernels for {', '.join(cuda.architectures())}"
+            assert cuda_library.why_not() is None, cuda_library.why_not()
+            told_cuda = f", CUDA kernels for {', '.join(cuda_library.architectures())}"
 
     native = not options.fallback
     checked = check_pools(pooling_ext, backend, dtypes, native) + check_all_fused(

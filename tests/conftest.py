@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from sharing import WORKER, Sharing
 
     import pooling_ext
-    from pooling_ext import _native, cuda, triton
+    from pooling_ext.backends import cpu_library, cuda_library, triton_library
     from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 pytest_plugins = ["quick", "packages"]
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    state = "loaded" if _native.module is not None else f"absent ({_native.why_not})"
+    state = "loaded" if cpu_library.module is not None else f"absent ({cpu_library.why_not})"
     return f"pooling_ext {pooling_ext.__version__}, torch {torch.__version__}, compiled kernels: {state}"
 
 
@@ -74,7 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def round_to_nearest():
     """Triton's interpreter cuts off the bits that bfloat16 has not; on a GPU they are rounded."""
-    if find_spec("triton") is None or not triton.interpreted():
+    if find_spec("triton") is None or not triton_library.interpreted():
         yield
         return
     import triton.language as tl
@@ -121,13 +121,13 @@ def backend(request: pytest.FixtureRequest):
         return
     if name == "cpu":
         require_native()
-    if name == "cuda" and cuda.why_not() is not None:
-        pytest.skip(f"needs the CUDA kernels: {cuda.why_not()}")
-    if name == "cuda" and cuda.on_cpu() == (device == "cuda"):
+    if name == "cuda" and cuda_library.why_not() is not None:
+        pytest.skip(f"needs the CUDA kernels: {cuda_library.why_not()}")
+    if name == "cuda" and cuda_library.on_cpu() == (device == "cuda"):
         pytest.skip("the CUDA kernels are those of a GPU, or stand in for it, in the whole process")
     if name == "triton":
         pytest.importorskip("triton")
-    if name == "triton" and triton.interpreted() == (device == "cuda"):
+    if name == "triton" and triton_library.interpreted() == (device == "cuda"):
         pytest.skip("Triton interprets kernels, or compiles them, in the whole process")
     with torch.device(device or "cpu"), pooling_ext.use_backend(name):
         yield name

@@ -15,7 +15,7 @@ import torch.nn.functional as TF
 from helpers import dtype_id, integers
 from torch import Tensor
 
-from pooling_ext import cuda
+from pooling_ext.backends import cuda_library
 from pooling_ext.ops import cuda_conv
 from pooling_ext.ops.activations import IDENTITY, RELU
 from pooling_ext.ops.conv import conv_bias_act, conv_stats
@@ -63,7 +63,7 @@ def kernels(backend: str, tile: int | None = None) -> Kernels:
     """Those of ``backend``: CUDA's in one of its tiles, the last if none is named."""
     if backend == "triton":
         return Kernels(conv_bias_act, conv_stats)
-    number = len(cuda.conv_tiles()) - 1 if tile is None else tile
+    number = len(cuda_library.conv_tiles()) - 1 if tile is None else tile
     functions = cuda_conv.conv_bias_act, cuda_conv.conv_stats
     return Kernels(*(partial(function, tile=number) for function in functions))
 

@@ -13,7 +13,8 @@ from itertools import product
 
 import torch
 
-from pooling_ext import backends, cuda
+from pooling_ext import backends
+from pooling_ext.backends import cuda_library
 from pooling_ext.ops.activations import ACTIVATIONS
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, PHASES, LaunchCase
 
@@ -41,7 +42,7 @@ def run_convolutions(device: str) -> None:
     """Every tile of the CUDA convolutions, with a prologue and without, with vectors and without."""
     ops, window = torch.ops.pooling_ext, ([2, 1], [1, 1], [1, 1])
     with backends.use_backend("cuda"):
-        for dtype, channels, tile in product(DTYPES, (32, 7), range(len(cuda.conv_tiles()))):
+        for dtype, channels, tile in product(DTYPES, (32, 7), range(len(cuda_library.conv_tiles()))):
             x, weight, residual = (
                 torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
                 for shape in ((2, channels, 17, 12), (72, channels, 3, 3), (2, 72, 9, 12))
@@ -57,7 +58,7 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], help="on a GPU")
     args = parser.parse_args()
     if args.on_cpu:
-        if not cuda.on_cpu():
+        if not cuda_library.on_cpu():
             print("POOLING_EXT_CUDA_ON_CPU names no library.", file=sys.stderr)
             return 2
         for case in EVERY_CASE:
@@ -69,7 +70,7 @@ def main() -> int:
         for case in EVERY_CASE:
             for backend in args.backends:
                 run(case, "cuda", backend)
-        if "cuda" in args.backends and cuda.why_not() is None:
+        if "cuda" in args.backends and cuda_library.why_not() is None:
             run_convolutions("cuda")
         torch.cuda.synchronize()
     else:

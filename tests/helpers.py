@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 import pooling_ext.functional as F
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.testing.reference import axis_places
 from pooling_ext.windows import Windows, fixed_windows
 
@@ -34,7 +34,7 @@ def on_gpus(*others: str) -> pytest.MarkDecorator:
 
 
 RANKS = (1, 2, 3)
-NATIVE = _native.module is not None
+NATIVE = cpu_library.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -47,7 +47,7 @@ def require_native() -> None:
         return
     if NO_NATIVE:
         pytest.skip("needs the compiled kernels, and POOLING_EXT_NO_NATIVE is set")
-    pytest.fail(f"needs the compiled kernels, but {_native.why_not}", pytrace=False)
+    pytest.fail(f"needs the compiled kernels, but {cpu_library.why_not}", pytrace=False)
 
 
 def dtype_id(value: Any) -> str | None:

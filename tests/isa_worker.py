@@ -14,7 +14,7 @@ import torch
 from helpers import FLOATS, INTEGERS, gradient, integers, our_op, torch_op, with_layout
 from torch import Tensor
 
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.testing.tolerances import assert_close
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
@@ -71,11 +71,11 @@ def digest(threads: int, compare: bool) -> str:
 
 
 def main() -> None:
-    if _native.module is None:
-        sys.exit(f"no compiled kernels: {_native.why_not}")
+    if cpu_library.module is None:
+        sys.exit(f"no compiled kernels: {cpu_library.why_not}")
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    print(_native.module.isa)
+    print(cpu_library.module.isa)
     one, two = digest(1, compare=True), digest(2, compare=False)
     assert one == two, "one thread and two give different bits"
     print(one)

@@ -27,7 +27,8 @@ from conv_cases import (
 )
 from helpers import LAYOUTS, dtype_id, integers, with_layout
 
-from pooling_ext import ArgumentError, cuda
+from pooling_ext import ArgumentError
+from pooling_ext.backends import cuda_library
 from pooling_ext.ops.conv import conv_input_grad
 from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.tolerances import assert_close
@@ -297,7 +298,7 @@ def test_tiles(backend, conv, dtype):
     residual, bias = conv.output(dtype), integers((conv.features,), torch.float32)
     expected = (conv.expected(x, weight, bias) + residual.double()).relu()
     expected_norm = conv.expected(normalise(x, norm, True), weight, bias)
-    for tile in range(len(cuda.conv_tiles())):
+    for tile in range(len(cuda_library.conv_tiles())):
         ops, found = kernels(backend, tile), []
         for seed in (1, 2):
             with thread_order(seed):
@@ -312,7 +313,7 @@ def test_tiles(backend, conv, dtype):
 
 @CUDA
 def test_there_is_no_such_tile(backend):
-    for tile in (-1, len(cuda.conv_tiles())):
+    for tile in (-1, len(cuda_library.conv_tiles())):
         with pytest.raises(RuntimeError, match=f"there is no tile {tile}"):
             kernels(backend, tile).conv_bias_act(X, WEIGHT, None, None, *WINDOW.values(), True)
 
@@ -326,7 +327,7 @@ def test_traffic(backend, name, dtype):
     conv = Conv((1, 64, 32, 32), 64, (kernel,) * 2, padding=(kernel // 2,) * 2)
     x, weight, y = conv.input(dtype), conv.weight(dtype), conv.output(dtype)
     x, weight, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, y))
-    for number, tile in enumerate(cuda.conv_tiles()):
+    for number, tile in enumerate(cuda_library.conv_tiles()):
         with counted() as counts:
             kernels(backend, number).conv_bias_act(x, weight, None, y, *conv.window, True)
         (found,) = counts

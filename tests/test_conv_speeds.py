@@ -13,7 +13,8 @@ pytest.importorskip("rich")
 import pooling_ext
 from benchmarks import targets
 from benchmarks.conv import ConvCase
-from pooling_ext import _native, cli, conv_tuning
+from pooling_ext import cli, conv_tuning
+from pooling_ext.backends import cpu_library
 from pooling_ext.ops import conv_choice, conv_speeds
 from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, POINTWISE, WINOGRAD, Conv
 from pooling_ext.testing.conv_shapes import RESNET
@@ -34,7 +35,7 @@ def speeds(monkeypatch, tmp_path):
     monkeypatch.setenv("POOLING_EXT_CONV_SPEEDS", str(file))
 
     def write(kinds: dict[str, list[list[float]]]) -> None:
-        file.write_text(json.dumps({_native.module.isa: {"speedups": kinds}}))
+        file.write_text(json.dumps({cpu_library.module.isa: {"speedups": kinds}}))
         conv_speeds.forget()
 
     yield write
@@ -113,15 +114,15 @@ def test_tune(monkeypatch, tmp_path, capsys):
     )
     assert cli.main(["tune", "--dtype", "float32", "--quick"]) == 0
     written = json.loads(file.read_text())
-    assert set(written) == {"other", _native.module.isa}
+    assert set(written) == {"other", cpu_library.module.isa}
     kinds = {KIND, "depthwise float32 contiguous 3 2", "pointwise float32 contiguous 1 1"}
-    assert set(written[_native.module.isa]["speedups"]) == kinds
-    written[_native.module.isa]["speedups"][KIND] = [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
+    assert set(written[cpu_library.module.isa]["speedups"]) == kinds
+    written[cpu_library.module.isa]["speedups"][KIND] = [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
     file.write_text(json.dumps(written))
     assert cli.main(["tune", "--dtype", "float32", "--kernels", "pointwise"]) == 0
-    again = json.loads(file.read_text())[_native.module.isa]["speedups"]
+    again = json.loads(file.read_text())[cpu_library.module.isa]["speedups"]
     assert set(again) == kinds and again[KIND] == [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
-    file.write_text(json.dumps({_native.module.isa: {"speedups": {}}}))
+    file.write_text(json.dumps({cpu_library.module.isa: {"speedups": {}}}))
     assert cli.main(["tune", "--dtype", "float32"]) == 0
     assert "forward" in capsys.readouterr().out
     found = conv_speeds.speedup(*small[0], 0)
@@ -164,8 +165,8 @@ def test_patched_layers_heed_it(speeds):
 @pytest.mark.parametrize("shape", RESNET, ids=lambda shape: shape.name)
 def test_the_layers_of_resnets_stay_fast(shape):
     """Not below two thirds of what the benchmarks set out to reach, on processors that these are for."""
-    if _native.module.isa != "avx512":
-        pytest.skip(f"the goals are for AVX-512, and this is {_native.module.isa}")
+    if cpu_library.module.isa != "avx512":
+        pytest.skip(f"the goals are for AVX-512, and this is {cpu_library.module.isa}")
     rivals, _ = ConvCase(shape, 4).rivals(torch.float32)
     goals = {target.what: target.goal for target in targets.CONV}
     small = shape.output_side < 14

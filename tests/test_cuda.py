@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pooling_ext
 import pooling_ext.functional as F
-from pooling_ext import backends, cli, cuda, triton
+from pooling_ext import backends, cli
+from pooling_ext.backends import REGISTRY, cuda_library, triton_library
 from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.launches import (
     ACTIVATION_CASES,
@@ -32,13 +34,21 @@ from pooling_ext.testing.launches import (
 )
 
 ROOT = Path(__file__).parents[1]
+#: The operators whose CUDA kernels are called instead of Triton's.
+IN_TRITONS_PLACE = sorted(
+    op.name
+    for op in REGISTRY.operators.values()
+    if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels["triton"]
+)
 OURS = [
     case
     for case in CASES + ACTIVATION_CASES
-    if case.op in {*cuda.OPERATORS, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
+    if case.op in {*IN_TRITONS_PLACE, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
 ]
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-on_cpu = pytest.mark.skipif(not cuda.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")
+on_cpu = pytest.mark.skipif(
+    not cuda_library.on_cpu(), reason="needs the CUDA kernels as a library for the CPU"
+)
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 #: How far above the least possible the traffic of a kernel may be.
 MOST = 1.15
@@ -64,13 +74,13 @@ MOST = 1.15
     ],
 )
 def test_which_gpus_the_kernels_run_on(capability, built, runs):
-    assert cuda.runs_on(capability, built) == runs
+    assert cuda_library.runs_on(capability, built) == runs
 
 
 @on_cpu
-@pytest.mark.parametrize("op", sorted(cuda.OPERATORS))
+@pytest.mark.parametrize("op", IN_TRITONS_PLACE)
 def test_every_operator_has_its_kernels(op):
-    for name in triton.MODULES[op]:
+    for name in REGISTRY.operators[op].kernels["cuda"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "PrivateUse1"), name
 
 
@@ -93,17 +103,16 @@ def gpus(monkeypatch):
     """Has CUDA start on GPUs of the capabilities given, where there are said to be kernels for 9.0."""
 
     def start(*capabilities: tuple[int, int]) -> None:
-        monkeypatch.setattr(cuda, "on_cpu", lambda: False)
-        monkeypatch.setattr(cuda, "architectures", lambda: ("9.0",))
+        monkeypatch.setattr(cuda_library, "on_cpu", lambda: False)
+        monkeypatch.setattr(cuda_library, "architectures", lambda: ("9.0",))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
-        backends._look_at_gpus()
+        REGISTRY.look_at_gpus()
 
     yield start
     monkeypatch.undo()
-    monkeypatch.setattr(backends, "_gpus_why_not", None)
-    backends._decisions.clear()
-    backends._wire_gpu()
+    monkeypatch.setattr(REGISTRY, "_gpus_why_not", None)
+    REGISTRY.force(REGISTRY.forced)
 
 
 def on_a_gpu() -> torch.Tensor:
@@ -115,13 +124,13 @@ def triton_runs_on_gpus(op: str) -> bool:
     """Whether the dispatcher would give ``op`` to Triton; nothing else is registered here."""
     return all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "CUDA")
-        for name in triton.MODULES[op]
+        for name in REGISTRY.operators[op].kernels["triton"]
     )
 
 
 @on_cpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own kernels are registered")
-@pytest.mark.parametrize("op", sorted(cuda.OPERATORS))
+@pytest.mark.parametrize("op", IN_TRITONS_PLACE)
 @pytest.mark.parametrize(
     ("capabilities", "chosen"),
     [
@@ -154,17 +163,17 @@ def test_the_reason_names_the_gpu(gpus):
 
 def test_what_a_build_left_out_can_be_asked_for(monkeypatch):
     """``explain`` of a tensor on a GPU says how, and so does ``pooling-ext info``."""
-    monkeypatch.setattr(cuda, "ON_CPU", None)
-    monkeypatch.setattr(cuda, "_library", None)
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(cuda, "_why_not", None)
-    cuda._load()
-    cuda.architectures.cache_clear()
+    monkeypatch.setattr(cuda_library, "ON_CPU", None)
+    monkeypatch.setattr(cuda_library, "_library", None)
+    monkeypatch.setattr(cuda_library, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda_library, "_why_not", None)
+    cuda_library._load()
+    cuda_library.architectures.cache_clear()
     try:
         (decision,) = pooling_ext.explain(backends.choose, "max_pool", on_a_gpu()).decisions
         rows = dict(cli.info())
     finally:
-        cuda.architectures.cache_clear()
+        cuda_library.architectures.cache_clear()
     for said in (decision.declined["cuda"], rows["backend cuda"], rows["CUDA kernels for"]):
         assert "built without CUDA kernels" in said
         assert "POOLING_EXT_CUDA=1" in said and "TORCH_CUDA_ARCH_LIST" in said
@@ -172,10 +181,11 @@ def test_what_a_build_left_out_can_be_asked_for(monkeypatch):
 
 @on_cpu
 def test_what_is_faster_in_triton_is_cudas_without_triton(gpus, monkeypatch):
-    monkeypatch.setattr(backends, "TRITON_FIRST", frozenset(("avg_pool",)))
+    operator = replace(REGISTRY.operators["avg_pool"], triton_first=True)
+    monkeypatch.setitem(REGISTRY.operators, "avg_pool", operator)
     gpus((9, 0))
     assert backends.choose("avg_pool", on_a_gpu()).name == "triton" and triton_runs_on_gpus("avg_pool")
-    monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed")
+    monkeypatch.setattr(triton_library, "why_not", lambda: "triton is not installed")
     gpus((9, 0))
     assert backends.choose("avg_pool", on_a_gpu()).name == "cuda" and not triton_runs_on_gpus("avg_pool")
 
@@ -184,9 +194,9 @@ ON_AN_OLD_GPU = """
 import torch
 torch.cuda.device_count = torch.cuda.get_device_capability = None  # not to be asked yet
 import pooling_ext
-from pooling_ext import backends, cuda
+from pooling_ext.backends import cuda_library
 assert not torch.cuda.is_initialized()
-assert cuda.why_not() is None, cuda.why_not()
+assert cuda_library.why_not() is None, cuda_library.why_not()
 (look,) = [call for call, _ in torch.cuda._queued_calls if call.__module__.startswith("pooling_ext")]
 torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda index: (2, 0)
@@ -201,7 +211,9 @@ assert torch.equal(pooled, torch.nn.functional.max_pool2d(x, 2))
 
 
 @pytest.mark.skipif(find_spec("pooling_ext._cuda") is None, reason="needs the CUDA kernels for GPUs")
-@pytest.mark.skipif(not triton.interpreted(), reason="needs Triton's interpreter, which takes CPU tensors")
+@pytest.mark.skipif(
+    not triton_library.interpreted(), reason="needs Triton's interpreter, which takes CPU tensors"
+)
 def test_kernels_that_cannot_run_give_way_when_cuda_starts():
     """Not before: importing the package must leave CUDA alone."""
     result = run_python(ON_AN_OLD_GPU, POOLING_EXT_CUDA_ON_CPU=None)

@@ -10,10 +10,12 @@ from helpers import dtype_id
 
 import pooling_ext
 import pooling_ext.functional as F
-from pooling_ext import cuda
+from pooling_ext.backends import cuda_library
 from pooling_ext.testing.cuda_counts import counted
 
-pytestmark = pytest.mark.skipif(not cuda.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")
+pytestmark = pytest.mark.skipif(
+    not cuda_library.on_cpu(), reason="needs the CUDA kernels as a library for the CPU"
+)
 
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1)]
 windows = pytest.mark.parametrize("window", WINDOWS, ids=lambda w: "k{}s{}p{}".format(*w))

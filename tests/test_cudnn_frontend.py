@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conv_cases import channel_stats
 from helpers import dtype_id
 
-from pooling_ext import tuning
+from pooling_ext.backends import autotune
 from pooling_ext.ops import cudnn_frontend, tuned_conv
 from pooling_ext.ops.tuned_conv import Geometry
 
@@ -206,10 +206,10 @@ def test_the_tuner_tries_it_like_any_other_way(package, supported, monkeypatch, 
     """Where it is the fastest it is taken and remembered; where the card has no kernel it is passed over."""
     monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
     monkeypatch.delenv("POOLING_EXT_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "card_name", lambda device: "a card")
+    monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuned_conv, "_chosen", {})
-    tuning.forget()
+    autotune.forget()
 
     def milliseconds(way, device) -> float:
         way()
@@ -218,7 +218,7 @@ def test_the_tuner_tries_it_like_any_other_way(package, supported, monkeypatch, 
     def build(self, modes) -> None:
         raise GraphNotSupported("no engine")
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     real = Graph.build
     monkeypatch.setattr(Graph, "build", real if supported else build)
     x, weight, *_ = tensors()
@@ -228,7 +228,7 @@ def test_the_tuner_tries_it_like_any_other_way(package, supported, monkeypatch, 
     (entry,) = json.loads((tmp_path / "tuning.json").read_text())["a card"].values()
     assert entry["fastest"] == ("cudnn graph" if supported else "cudnn, then statistics")
     assert ("cudnn graph" in entry["milliseconds"]) == supported
-    tuning.forget()
+    autotune.forget()
 
 
 def test_the_probe_says_what_is_supported(package, monkeypatch):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import pooling_ext
-from pooling_ext import tuning
+from pooling_ext.backends import autotune
 from pooling_ext.ops import tuned_conv
 from pooling_ext.ops.deferred_norm import Deferred
 
@@ -32,7 +32,7 @@ def deferred(monkeypatch):
         if "deferred" not in ways:
             return next(iter(ways))
         before = len(calls)
-        _, failures = tuning.measure(ways, lambda way: float(way() is None))
+        _, failures = autotune.measure(ways, lambda way: float(way() is None))
         assert not failures
         del calls[before:]
         return "deferred"

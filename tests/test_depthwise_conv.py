@@ -15,7 +15,7 @@ from conv_cases import ACTIVATIONS, LEAKY_SLOPE
 from helpers import FLOATS, dtype_id, integers, run_python, strides, with_layout
 from torch import Tensor
 
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.ops import depthwise_conv as ops
 from pooling_ext.testing.tolerances import assert_close
 
@@ -309,13 +309,13 @@ def check_every_instruction_set_case() -> None:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_set(isa):
-    assert _native.module is not None
-    if isa not in _native.module.isas:
+    assert cpu_library.module is not None
+    if isa not in cpu_library.module.isas:
         pytest.skip(f"this CPU has no {isa}")
     script = (
         f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n"
-        "import test_depthwise_conv as tests\nfrom pooling_ext import _native\n"
-        "tests.check_every_instruction_set_case()\nprint(_native.module.isa)"
+        "import test_depthwise_conv as tests\nfrom pooling_ext.backends import cpu_library\n"
+        "tests.check_every_instruction_set_case()\nprint(cpu_library.module.isa)"
     )
     result = run_python(script, POOLING_EXT_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr[-4000:]

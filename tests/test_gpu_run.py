@@ -16,7 +16,7 @@ pytest.importorskip("rich")
 
 from benchmarks.gpu_run import build, runner, steps, summary
 from benchmarks.gpu_run.runner import Runner, Step, python
-from pooling_ext import cuda
+from pooling_ext.backends import cuda_library
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, CONVOLUTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -274,7 +274,7 @@ sys.exit(subprocess.call(sys.argv[sys.argv.index({sys.executable!r}):]) if "ncu"
 @pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not cuda.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")
+@pytest.mark.skipif(not cuda_library.on_cpu(), reason="needs the CUDA kernels as a library for the CPU")
 @pytest.mark.parametrize("name", steps.RUNS)
 def test_dry_run(name, tmp_path):
     """Every step on the CPU's stand-ins, on small inputs."""
@@ -286,7 +286,10 @@ def test_dry_run(name, tmp_path):
         (tools / tool).chmod(0o755)
     folder = tmp_path / "run"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "POOLING_EXT_CUDA_ON_CPU": str(cuda.ON_CPU)}
+    environment |= {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "POOLING_EXT_CUDA_ON_CPU": str(cuda_library.ON_CPU),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_run", name, "--dry", "--out", folder],
         cwd=ROOT, env=environment, capture_output=True, text=True,

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 
 from benchmarks import gpu, gpu_operators, gpu_timing
-from pooling_ext import cuda
+from pooling_ext.backends import cuda_library
 from pooling_ext.testing.launches import CASES as traffic_cases
 
 
@@ -34,7 +34,7 @@ def test_gpu_suite_on_the_interpreter(monkeypatch, tmp_path):
                               threads=None)  # fmt: skip
     assert gpu.run(args, device="cpu") == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
-    rivals = {"eager", "triton"} | ({"cuda"} if cuda.on_cpu() else set())
+    rivals = {"eager", "triton"} | ({"cuda"} if cuda_library.on_cpu() else set())
     assert {entry["rival"] for entry in found["entries"]} == rivals
     assert len(found["entries"]) == 2 * len(rivals) * len(small) and not found["wrong"]
     assert "of a copy's rate" in (tmp_path / "gpu.md").read_text()

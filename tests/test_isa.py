@@ -36,13 +36,13 @@ def test_instruction_set(isa):
 
 @pytest.mark.native
 def test_the_best_instruction_set_is_chosen():
-    from pooling_ext import _native
+    from pooling_ext.backends import cpu_library
 
-    assert _native.module is not None
+    assert cpu_library.module is not None
     if platform.machine() == "x86_64":
-        assert set(_native.module.isas) == {isa for isa, flags in NEEDS.items() if flags <= cpu_flags()}
+        assert set(cpu_library.module.isas) == {isa for isa, flags in NEEDS.items() if flags <= cpu_flags()}
     result = run_python(
-        "from pooling_ext import _native as n; print(n.module.isa, n.module.isas[-1])",
+        "from pooling_ext.backends import cpu_library as n; print(n.module.isa, n.module.isas[-1])",
         POOLING_EXT_CPU_ISA=None,
     )
     chosen, best = result.stdout.split()

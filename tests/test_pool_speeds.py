@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 from benchmarks import targets
 from benchmarks.suite import LAYOUTS
 from benchmarks.timing import measure
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.testing.shapes import CASES
 
 pytestmark = [pytest.mark.native, pytest.mark.timing, pytest.mark.no_poison]
@@ -26,7 +26,7 @@ MARGIN, TURNS, SECONDS = 1.25, 5, 0.3
 
 @pytest.fixture(autouse=True)
 def _skip_without_vectors():
-    if _native.module.isa == "baseline":
+    if cpu_library.module.isa == "baseline":
         pytest.skip("the goals are for AVX2 and AVX-512")
 
 

@@ -12,7 +12,8 @@ from helpers import BACKENDS, dtype_id
 from torch import nn
 
 import pooling_ext
-from pooling_ext import backends, tuning
+from pooling_ext import backends
+from pooling_ext.backends import autotune, registry
 from pooling_ext.freezing import conv_engines
 from pooling_ext.freezing.layers import PackedConv
 from pooling_ext.graph.activations import RELU
@@ -75,11 +76,11 @@ def test_statistics_and_gradients(backend):
 def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
     """On tensors that say they are on a GPU, with ways that note their use."""
     monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
-    monkeypatch.setattr(tuning, "card_name", lambda device: "a card")
-    monkeypatch.setattr(tuning, "milliseconds", lambda way, device: {"slow": 2.0, "fast": 1.0}[way()])
+    monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
+    monkeypatch.setattr(autotune, "milliseconds", lambda way, device: {"slow": 2.0, "fast": 1.0}[way()])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuned_conv, "_chosen", {})
-    tuning.forget()
+    autotune.forget()
 
     class OnGpu(torch.Tensor):
         is_cuda = True
@@ -99,7 +100,7 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
     assert len(offered) == 2
     text = (tmp_path / "tuning.json").read_text()
     assert "conv 2x8x9x7 float32 channels_last, 16x8x3x3 float32 channels_last, stride (2, 2)" in text
-    tuning.forget()
+    autotune.forget()
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
@@ -107,24 +108,24 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
 def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path):
     """A clock that prefers the last of them has it taken, with statistics and without."""
     monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
-    monkeypatch.setattr(tuning, "card_name", lambda device: "a card")
+    monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuned_conv, "_chosen", {})
-    tuning.forget()
+    autotune.forget()
     timed, called = [], []
 
     def milliseconds(way, device):
         timed.append(way.func)
         return 1.0 / len(timed) if way.func is preferred else 2.0
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
     # As on a GPU, where no backend is asked for and there are tensors of it.
     monkeypatch.setattr(backends, "forced", lambda: None)
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(backends, "PLAIN_TENSORS", (torch.Tensor, OnGpu))
+    monkeypatch.setattr(registry, "PLAIN_TENSORS", (torch.Tensor, OnGpu))
     x = torch.randn(1, channels, 28, 28).bfloat16().to(memory_format=torch.channels_last).as_subclass(OnGpu)
     weight = (torch.randn(128, channels, 3, 3) / 8).bfloat16().to(memory_format=torch.channels_last)
     conv2d = F.conv2d
@@ -142,7 +143,7 @@ def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path)
         assert not called
     for entry in json.loads((tmp_path / "tuning.json").read_text())["a card"].values():
         assert entry["fastest"] == "cuda 64x64x32, 4 stages"
-    tuning.forget()
+    autotune.forget()
 
 
 @pytest.mark.parametrize("residual", [None, "add"])

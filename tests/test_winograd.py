@@ -17,7 +17,7 @@ from test_isa import NEEDS, cpu_flags
 from torch import Tensor
 from torch.library import opcheck
 
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.ops import conv_choice, conv_speeds, winograd
 from pooling_ext.ops.batch_norm_statistics import batch_stats
 from pooling_ext.testing.conv_shapes import RESNET, TORCHVISION, VGG, ConvShape
@@ -246,7 +246,7 @@ def test_instruction_set_and_threads(isa):
 @pytest.mark.parametrize("shape", RESNET + VGG, ids=lambda shape: shape.name)
 def test_shares_of_64_workers(shape, batch):
     """Every tile and vector once, and nobody has 15% more than a 64th."""
-    tasks = _native.module.winograd_tasks(batch, shape.channels, shape.features, shape.side, False, 64)
+    tasks = cpu_library.module.winograd_tasks(batch, shape.channels, shape.features, shape.side, False, 64)
     tiles = batch * math.ceil(shape.side / 4) ** 2
     done = torch.zeros(tiles, shape.features // 16, dtype=torch.int32)
     for first, last, begin, end in tasks:
@@ -261,17 +261,17 @@ def test_shares_of_64_workers_in_training(shape):
     """With statistics, whose units of eight tiles stay whole, and for the weight's gradient."""
     sizes = 16, shape.channels, shape.features, shape.side
     for workers in (1, 2, 3, 64):
-        forward = _native.module.winograd_tasks(*sizes, True, workers)
+        forward = cpu_library.module.winograd_tasks(*sizes, True, workers)
         assert all(first % 8 == 0 for first, *_ in forward)
         shares = [(last - first) * (end - begin) for first, last, begin, end in forward]
         assert max(shares) <= 1.15 * sum(shares) / workers
-        grad = _native.module.winograd_grad_tasks(*sizes, workers)
+        grad = cpu_library.module.winograd_grad_tasks(*sizes, workers)
         shares = [(t1 - t0) * (c1 - c0) * (v1 - v0) for _, t0, t1, c0, c1, v0, v1 in grad]
         turns = math.ceil(len(grad) / workers)
         assert max(shares) * turns <= 1.15 * sum(shares) / workers
         # Splits decide the order of additions, so the number of workers must not decide them.
         assert len({task[0] for task in grad}) == len(
-            {t[0] for t in _native.module.winograd_grad_tasks(*sizes, 1)}
+            {t[0] for t in cpu_library.module.winograd_grad_tasks(*sizes, 1)}
         )
 
 

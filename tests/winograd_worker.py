@@ -15,7 +15,7 @@ import torch.nn.functional as TF
 from helpers import FLOATS
 from torch import Tensor
 
-from pooling_ext import _native
+from pooling_ext.backends import cpu_library
 from pooling_ext.ops import winograd
 
 THREADS = (1, 2, 3, 64)
@@ -72,8 +72,8 @@ def results(case: tuple, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def main() -> None:
-    if _native.module is None:
-        sys.exit(f"no compiled kernels: {_native.why_not}")
+    if cpu_library.module is None:
+        sys.exit(f"no compiled kernels: {cpu_library.why_not}")
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     for dtype in FLOATS:
@@ -90,7 +90,7 @@ def main() -> None:
                         assert error <= bound, f"{dtype} {case} result {i}: off by {float(error):.2g}"
                 for i, (one, (other, _)) in enumerate(zip(first, found, strict=True)):
                     assert torch.equal(one, other), f"{dtype} {case} result {i}: {threads} threads differ"
-    print(_native.module.isa)
+    print(cpu_library.module.isa)
 
 
 if __name__ == "__main__":

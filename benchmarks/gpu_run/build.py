@@ -18,8 +18,8 @@ LIBRARIES = ("_C*.so", "_cuda*.so")
 #: Both load, and the second without a word of what it lacks.
 LOADS = """
 import torch
-from pooling_ext import _native, cuda
-for why_not in (_native.why_not, cuda.why_not()):
+from pooling_ext.backends import cpu_library, cuda_library
+for why_not in (cpu_library.why_not, cuda_library.why_not()):
     if why_not: raise SystemExit(why_not)
 """
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pooling_ext import backends, cuda, tuning
+from pooling_ext import backends
+from pooling_ext.backends import autotune, cuda_library
 from pooling_ext.ops import cudnn_frontend, tuned_conv
 from pooling_ext.testing.launches import (
     ACTIVATION_CASES,
@@ -46,7 +47,10 @@ def make(part: str, device: str, tiny: bool) -> Part:
 
 
 def _facts(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
-    yield {"facts": gpu.facts(device) | {"cuda_kernels": cuda.why_not() or ", ".join(cuda.architectures())}}
+    yield {
+        "facts": gpu.facts(device)
+        | {"cuda_kernels": cuda_library.why_not() or ", ".join(cuda_library.architectures())}
+    }
 
 
 def _case(item: str, tiny: bool) -> tuple[LaunchCase, str, str]:
@@ -66,7 +70,9 @@ def _smoke(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]
     tensors = case.tensors(TINY_BATCH, DTYPES[dtype], LAYOUTS[layout], device)
     with backends.use_backend(backend):
         if not gpu_operators.takes(case, backend, tensors):
-            raise RuntimeError(f"{backend} does not take it: {cuda.why_not() if backend == 'cuda' else ''}")
+            raise RuntimeError(
+                f"{backend} does not take it: {cuda_library.why_not() if backend == 'cuda' else ''}"
+            )
         for phase in PHASES:
             case.run(phase, tensors)()
         yield {"errors": gpu_operators.check(case, tensors, gpu_operators.ALLOWED[dtype])}
@@ -85,7 +91,7 @@ def _smoke_convolution(backend: str, device: str, tiny: bool, item: str) -> Iter
                 raise RuntimeError(f"no way of {backend} takes {what}")
             # A few of the tilings; each is a kernel to compile.
             for label in list(ours)[:: max(1, len(ours) // 3)]:
-                if reason := tuning.difference(ours[label](*arguments), reference):
+                if reason := autotune.difference(ours[label](*arguments), reference):
                     raise AssertionError(f"{what}, {label}: {reason}")
             yield {"what": what, "ways": len(ours)}
 
@@ -124,7 +130,7 @@ def _compile(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
         case, torch.bfloat16, TINY_BATCH if tiny else BATCH, device, tiny
     ):
         offered = {label: partial(way, *args) for label, way in ways(*args).items()}
-        times, _failures = tuning.measure(offered, lambda way: float(way() is None))
+        times, _failures = autotune.measure(offered, lambda way: float(way() is None))
         ran += len(times)
     yield {"ways": ran}
 
@@ -173,9 +179,9 @@ def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result
         if device == "cpu":
             offered = dict(list(offered.items())[:2])
         clock = partial(_milliseconds, device=device)
-        times, failures = tuning.measure(offered, clock)
+        times, failures = autotune.measure(offered, clock)
         reference = next(iter(offered.values()))()
-        wrong = {label: tuning.difference(offered[label](), reference) for label in times}
+        wrong = {label: autotune.difference(offered[label](), reference) for label in times}
         yield {
             "convolution": what,
             "ms": {label: round(ms, 4) for label, ms in times.items()},
@@ -186,7 +192,7 @@ def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result
 
 def _milliseconds(way: Callable[[], Any], device: str) -> float:
     if device == "cuda":
-        return tuning.milliseconds(way, torch.device("cuda", torch.cuda.current_device()))
+        return autotune.milliseconds(way, torch.device("cuda", torch.cuda.current_device()))
     from ..timing import measure
 
     return measure({"way": way}, TINY_BUDGET)["way"].ms

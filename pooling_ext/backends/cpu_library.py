@@ -1,4 +1,4 @@
-"""Loads the compiled part, or says why it is not there."""
+"""Loads the CPU kernels, or says why they are not there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be in the process before ours)
 
-from .errors import NativeUnavailableWarning
+from ..errors import NativeUnavailableWarning
 
 module: ModuleType | None = None
 why_not: str | None = None
@@ -18,7 +18,7 @@ if os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0"):
     why_not = "POOLING_EXT_NO_NATIVE is set"
 else:
     try:
-        module = importlib.import_module("._C", __package__)
+        module = importlib.import_module("pooling_ext._C")
     except ImportError as error:
         why_not = f"the compiled kernels could not be loaded ({error})"
 

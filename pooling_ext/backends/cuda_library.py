@@ -8,28 +8,15 @@ run on the CPU instead, for tests; ``use_backend("cuda")`` then puts them in the
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
-#: The operators that have CUDA kernels, as ``triton.MODULES`` names them.
-OPERATORS = frozenset(
-    (
-        "add_relu_global_avg_pool",
-        "avg_pool",
-        "batch_norm_act",
-        "batch_norm_relu_max_pool",
-        "lp_pool",
-        "max_pool",
-    )
-)
-#: Low-level operators that only CUDA has: beside Triton's, not in their place.
-OWN = ("conv_bias_act_cuda", "conv_stats_cuda")
 #: The compute capabilities, first to last, that the convolutions' kernels are for. Their matrix instruction
 #: is Ampere's; of Hopper's tensor cores it reaches half at best.
 CONV_CAPABILITIES = ((8, 0), (8, 9))
@@ -48,7 +35,7 @@ def _load() -> None:
         return
     path = ON_CPU
     if path is None:
-        spec = importlib.util.find_spec("pooling_ext._cuda")
+        spec = find_spec("pooling_ext._cuda")
         if spec is None or spec.origin is None:
             _why_not = f"pooling_ext was built without CUDA kernels ({ASK})"
             return
@@ -137,8 +124,13 @@ def gpus_why_not() -> str | None:
     return None
 
 
-def stand_in(operator: str) -> Callable[..., Any]:
-    """What runs the kernel of ``operator`` on CPU tensors."""
-    overload = getattr(torch.ops.pooling_ext, operator).default
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-    return lambda *args, **kwargs: overload.redispatch(keys, *args, **kwargs)
+@dataclass(frozen=True)
+class StandIn:
+    """The kernel of ``operator``, for CPU tensors."""
+
+    operator: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        overload = getattr(torch.ops.pooling_ext, self.operator).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+        return overload.redispatch(keys, *args, **kwargs)

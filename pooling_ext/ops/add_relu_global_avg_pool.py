@@ -19,7 +19,13 @@ from .batch_norm_act import FLOATS, like
 from .batch_norm_arguments import alike, check_device
 from .global_pool import global_avg_pool2d
 
-backends.register("add_relu_global_avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
+backends.register(
+    "add_relu_global_avg_pool",
+    cpu=FLOATS,
+    cuda=FLOATS,
+    triton=FLOATS,
+    kernels=("add_relu_global_avg_pool", "add_relu_global_avg_pool_backward"),
+)
 
 _forward = _library.define(
     "add_relu_global_avg_pool(Tensor input, Tensor residual)",

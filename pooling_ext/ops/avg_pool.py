@@ -25,7 +25,9 @@ from . import _library
 from ._dispatch import public
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-backends.register("avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
+backends.register(
+    "avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS, kernels=("avg_pool", "avg_pool_backward")
+)
 
 _avg_pool_forward = _library.define(
     "avg_pool(Tensor input, {windows}, bool count_include_pad, int? divisor_override)",

@@ -32,7 +32,21 @@ from .batch_norm_statistics import (
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 #: The last arguments of the operators, :attr:`Activation.arguments`.
 _ACTIVATION = "int activation, float negative_slope"
-backends.register("batch_norm_act", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
+backends.register(
+    "batch_norm_act",
+    cpu=FLOATS,
+    cuda=FLOATS,
+    triton=FLOATS,
+    kernels=(
+        "batch_norm_stats",
+        "batch_norm_act",
+        "batch_norm_act_sums",
+        "batch_norm_act_backward",
+        "batch_norm_act_training",
+        "batch_norm_act_training_backward",
+        "batch_norm_update_running",
+    ),
+)
 
 
 def like(input: Tensor) -> Tensor:

@@ -23,7 +23,18 @@ from .batch_norm_arguments import check
 from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
 
-backends.register("batch_norm_relu_max_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
+backends.register(
+    "batch_norm_relu_max_pool",
+    cpu=FLOATS,
+    cuda=FLOATS,
+    triton=FLOATS,
+    kernels=(
+        "batch_norm_relu_max_pool",
+        "batch_norm_relu_max_pool_places",
+        "batch_norm_relu_max_pool_sums",
+        "batch_norm_relu_max_pool_backward",
+    ),
+)
 
 #: The largest window whose places fit a byte.
 BYTE_WINDOW = 255

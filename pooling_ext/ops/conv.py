@@ -217,5 +217,11 @@ conv_input_grad = _library.define(
 
 # CUDA's kernels of these are operators of their own, in cuda_conv.py.
 for _name in ("conv_bias_act", "conv_stats"):
-    backends.register(_name, cuda=DTYPES, triton=DTYPES)
+    backends.register(
+        _name,
+        cuda=DTYPES,
+        triton=DTYPES,
+        cuda_kernels=(f"{_name}_cuda",),
+        triton_module="pooling_ext.triton.conv",
+    )
 backends.register("conv_input_grad", triton=DTYPES)

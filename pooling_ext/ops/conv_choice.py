@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from .. import _native
+from ..backends import cpu_library
 from ..exporting import are_known, constant_in_graphs
 from . import conv_speeds
 
@@ -177,8 +177,8 @@ def winograd_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
     least = min(conv.channels, conv.features) // conv.groups
     if least < LEAST_CHANNELS:
         return _because("a group has {} channels, which fill no vector of {}", least, LEAST_CHANNELS)
-    if _native.module is None:
-        return _because("there are no compiled kernels: {}", _native.why_not)
+    if cpu_library.module is None:
+        return _because("there are no compiled kernels: {}", cpu_library.why_not)
     if SWITCHED_OFF:
         return "POOLING_EXT_WINOGRAD=0"
     if conv.dtype not in DTYPES:
@@ -247,8 +247,8 @@ def depthwise_cannot(conv: Conv) -> str | None:
         return _because("its dilation is {}, not 1", _by(conv.dilation))
     if not conv.is_symmetric or min(conv.padding) < 0:
         return _because("its padding is {}, not the same on opposite sides", conv.padding)
-    if _native.module is None:
-        return _because("there are no compiled kernels: {}", _native.why_not)
+    if cpu_library.module is None:
+        return _because("there are no compiled kernels: {}", cpu_library.why_not)
     if conv.dtype not in DTYPES:
         return _because("the dtype is {}", conv.dtype)
     if min(conv.output_size) < 1:
@@ -370,7 +370,7 @@ def may_be_ours(
     """
     if set(kernel) == set(stride) == {1} and groups == 1:
         return True
-    if _native.module is None:
+    if cpu_library.module is None:
         return False
     if groups == channels == features:
         square = len(kernel) == 2 and kernel[0] == kernel[1] and kernel[0] in KERNEL_SIZES

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import _native
+from ..backends import cpu_library
 
 if TYPE_CHECKING:
     from .conv_choice import Conv
@@ -81,7 +81,7 @@ def table(section: dict[str, Any]) -> Table:
 @cache
 def known() -> Table:
     """What is known for the instruction set in use: measured here or shipped, or else that of AVX-512."""
-    isa = getattr(_native.module, "isa", "none")
+    isa = getattr(cpu_library.module, "isa", "none")
     here, shipped = read(user_file()), read(SHIPPED)
     for section in (here.get(isa), shipped.get(isa), shipped.get("avx512")):
         if section is not None:
@@ -92,7 +92,7 @@ def known() -> Table:
 @cache
 def is_measured_here() -> bool:
     """Whether what is known was measured by ``pooling-ext tune`` on this machine."""
-    return getattr(_native.module, "isa", "none") in read(user_file())
+    return getattr(cpu_library.module, "isa", "none") in read(user_file())
 
 
 def forget() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from .. import backends, cuda
+from .. import backends
+from ..backends import cuda_library
 from . import _library
 from .conv import (
     GEOMETRY,
@@ -48,11 +49,11 @@ def tiles(input: Tensor, weight: Tensor, geometry: Sequence[Sequence[int]]) -> I
     """
     if not backends.offers(backends.CUDA, "conv_bias_act", input):
         return
-    if backends.forced() != backends.CUDA.name and not cuda.convolves_on(input.device):
+    if backends.forced() != backends.CUDA.name and not cuda_library.convolves_on(input.device):
         return
     found = check_conv(input, weight, None, *geometry)
     pixels = found.batch * found.output_size[0] * found.output_size[1]
-    known = cuda.conv_tiles()
+    known = cuda_library.conv_tiles()
     for number, tile in enumerate(known):
         # The last is for what is read element by element, and the smallest.
         if number + 1 < len(known) and (
@@ -84,7 +85,7 @@ def conv_bias_act(
         bias: ``(O,)`` of any floating-point dtype.
         residual: of the output's shape and the input's dtype; likewise.
         stride: for height and width, as ``padding`` and ``dilation``.
-        tile: of ``cuda.conv_tiles()``; the last is taken where 16 bytes of channels cannot be read at once.
+        tile: of ``cuda_library.conv_tiles()``; the last where 16 bytes of channels cannot be read at once.
 
     Returns:
         ``(N, O, H_out, W_out)`` in channels_last.

@@ -26,8 +26,13 @@ from ._dispatch import public
 from .avg_pool import FLOATS
 
 INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
-backends.register("max_pool", cpu=FLOATS | INTEGERS, cuda=FLOATS | INTEGERS, triton=FLOATS | INTEGERS)
-
+backends.register(
+    "max_pool",
+    cpu=FLOATS | INTEGERS,
+    cuda=FLOATS | INTEGERS,
+    triton=FLOATS | INTEGERS,
+    kernels=("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
+)
 
 #: Windows of so many places remember indices instead of offsets, which would not fit.
 _MANY_PLACES = 2**30

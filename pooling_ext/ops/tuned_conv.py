@@ -1,6 +1,7 @@
 """Convolutions on a GPU, each call in the fastest way: cuDNN's, that of its graphs, or our kernels'.
 
-Which that is depends on the card, the shape and the dtype; :mod:`pooling_ext.tuning` measures it once.
+Which that is depends on the card, the shape and the dtype; :mod:`pooling_ext.backends.autotune` measures it
+once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from .. import backends, tuning
+from .. import backends
 from ..autograd import needs_grad
+from ..backends import autotune
 from . import conv as _conv
 from . import cuda_conv, cudnn_frontend
 from .batch_norm_statistics import batch_stats
@@ -117,7 +119,7 @@ def choose(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Way:
 
 
 def _measured(call: str, ways: dict[str, Way], input: Tensor) -> str:
-    return tuning.fastest(call, ways, input.device) if input.is_cuda else next(iter(ways))
+    return autotune.fastest(call, ways, input.device) if input.is_cuda else next(iter(ways))
 
 
 def _kind(x: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from .. import cuda
+from ..backends import cuda_library
 
 
 class KernelCounts(NamedTuple):
@@ -30,9 +30,9 @@ class KernelCounts(NamedTuple):
 
 
 def _library() -> ctypes.CDLL:
-    if not cuda.on_cpu():
+    if not cuda_library.on_cpu():
         raise RuntimeError("the CUDA kernels do not run on the CPU: POOLING_EXT_CUDA_ON_CPU names no library")
-    library = ctypes.CDLL(cuda.ON_CPU)
+    library = ctypes.CDLL(cuda_library.ON_CPU)
     library.cuda_on_cpu_set.argtypes = [ctypes.c_uint64, ctypes.c_int64, ctypes.c_bool]
     library.cuda_on_cpu_counts.restype = ctypes.c_char_p
     return library
@@ -41,7 +41,7 @@ def _library() -> ctypes.CDLL:
 @contextmanager
 def thread_order(seed: int) -> Iterator[None]:
     """Let threads run in the order that ``seed`` draws, by default 0; a GPU has an order of its own."""
-    if not cuda.on_cpu():
+    if not cuda_library.on_cpu():
         yield
         return
     library = _library()

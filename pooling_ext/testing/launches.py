@@ -12,8 +12,8 @@ from torch import Tensor
 
 import pooling_ext.functional as F
 
-from .. import triton
-from ..backends import use_backend
+from ..backends import REGISTRY, use_backend
+from ..backends.triton_library import Kernel
 from ..triton.launching import Launch, watched
 
 FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"
@@ -201,8 +201,9 @@ def recorded_on_meta() -> Iterator[list[Launch]]:
 
     library = torch.library.Library("pooling_ext", "IMPL")
     try:
-        for module in triton.MODULES:
-            triton.register(library, "Meta", module)
+        for op in REGISTRY.operators.values():
+            for name in op.kernels.get("triton", ()):
+                library.impl(name, Kernel(op.triton_module, name), "Meta", allow_override=True)
         with use_backend("triton"), watched(record):
             yield launches
     finally:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import interpreted
+from ..backends.triton_library import interpreted
 from .batch_norm import store_parts, through
 
 #: The most columns of a tile that an epilogue works on at a time, so that what it reads besides finds room
