@@ -27,7 +27,7 @@ KEEP   := -c $(STAMPS)/constraints.txt
 # so it has a stamp of its own.
 NO_NATIVE := $(filter-out 0,$(POOLING_EXT_NO_NATIVE))$(if $(shell command -v $(firstword $(CXX))),,none)
 PACKAGE   := $(STAMPS)/package$(if $(NO_NATIVE),-no-native)
-CSRC      := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*/*.*)
+CSRC      := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 STAND_IN  := $(wildcard tests/cuda_on_cpu/*)
 CUDA_ON_CPU := $(if $(NO_NATIVE),,build/cuda_on_cpu.so)
 
@@ -189,9 +189,9 @@ clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test 
 # --- sanitizers ----------------------------------------------------------------------------------
 
 FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_winograd build/fuzz_depthwise
-KERNELS  := $(wildcard csrc/cpu/*_kernels.cpp csrc/kernels/cpu/*/*_kernels.cpp)
+KERNELS  := $(wildcard csrc/kernels/cpu/*/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
-NEEDED_BY_FUZZERS := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) \
+NEEDED_BY_FUZZERS := $(wildcard csrc/common/*.h csrc/kernels/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) \
                      $(FUZZERS:build/%=csrc/tests/%.cpp)
 # Runs what follows on each word that it is given, on as many at a time as there are cores.
 AT_ONCE  := tr ' ' '\n' | xargs -P $$(nproc) -I{}

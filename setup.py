@@ -1,12 +1,12 @@
 """Builds the native libraries; everything else is in pyproject.toml.
 
-_C has the CPU's kernels (csrc/cpu/*_kernels.cpp and csrc/kernels/cpu/*/*_kernels.cpp, compiled once for each
-instruction set). Without a C++ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it
-and runs on PyTorch's operators.
+_C has the CPU's kernels (csrc/kernels/cpu/*/*_kernels.cpp, compiled once for each instruction set). Without a
+C++ compiler, or with POOLING_EXT_NO_NATIVE=1, the package is installed without it and runs on PyTorch's
+operators.
 
-_cuda has the GPU's (csrc/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA, and is
-built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and makes
-it an error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
+_cuda has the GPU's (csrc/kernels/cuda). It takes nvcc (CUDACXX, CUDA_HOME or PATH) and a PyTorch for CUDA,
+and is built for the GPUs that are visible. Where none is, POOLING_EXT_CUDA=1 builds it for ARCHITECTURES, and
+makes it an error that it cannot be built; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") builds it for what it names;
 POOLING_EXT_CUDA=0 leaves it out.
 
 CXX names the C++ compiler, POOLING_EXT_CXXFLAGS more flags for it.
@@ -81,7 +81,9 @@ def cpu_objects():
 
     They take the longest by far, so they begin.
     """
-    paths = glob("*.cpp", "ops/*.cpp", "cpu/*.cpp", "launchers/*.cpp", "kernels/cpu/*/*.cpp")
+    paths = glob(
+        "*.cpp", "launchers/*.cpp", "launchers/cpu/*.cpp", "kernels/cpu/*.cpp", "kernels/cpu/*/*.cpp"
+    )
     for path in (path for path in paths if path.stem.endswith("_kernels")):
         contract = CONTRACTED if path.parent.name == "conv" else ()
         for isa, flags in ISAS.items():
@@ -95,9 +97,9 @@ def cpu_objects():
 
 def cuda_objects(rule="nvcc", define=("-DPOOLING_EXT_CUDA", "-DUSE_CUDA")):
     """The launchers, by the C++ compiler, and the kernels."""
-    for path in glob("ops/*.cpp", "cuda/*.cpp"):
+    for path in glob("launchers/*.cpp", "launchers/cuda/*.cpp"):
         yield Object(path, f"cuda_{path.stem}", flags=define)
-    for path in glob("cuda/*.cu"):
+    for path in glob("kernels/cuda/*/*.cu"):
         yield Object(path, f"cuda_{path.stem}_kernels", rule)
 
 

@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/isa.h"
 #include "kernels/cpu/conv/winograd_plan.h"
+#include "kernels/cpu/isa.h"
 
 namespace py = pybind11;
 

@@ -22,8 +22,8 @@ from cuda_resources import compiler
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     ROOT / "tests" / "cuda_machine_code" / "max_pool.cu",
-    ROOT / "csrc" / "cuda" / "batch_norm_forward.cu",
-    ROOT / "csrc" / "cuda" / "batch_norm_backward.cu",
+    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_forward.cu",
+    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_backward.cu",
 ]
 TABLE = ROOT / "tests" / "cuda_machine_code_sm_90.txt"
 FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]

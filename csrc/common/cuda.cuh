@@ -21,7 +21,7 @@
 
 #include "common/pooling.h"
 #ifndef __CUDACC__
-#include "cpu/numeric.h"
+#include "kernels/cpu/simd/numeric.h"
 #endif
 
 namespace pooling_ext {

@@ -16,7 +16,7 @@
 #include <random>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "kernels/cpu/pool/job.h"
 
 namespace pooling_ext {
 namespace {

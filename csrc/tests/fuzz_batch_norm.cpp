@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/tables.h"
+#include "kernels/cpu/dispatch.h"
 #include "tests/activations.h"
 #include "tests/fuzz.h"
 

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/batch_norm_relu_max_pool.h"
-#include "cpu/tables.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/norm/batch_norm_relu_max_pool.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/tables.h"
 #include "kernels/cpu/conv/depthwise.h"
+#include "kernels/cpu/dispatch.h"
 #include "tests/activations.h"
 #include "tests/fuzz.h"
 

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/plan.h"
-#include "cpu/tables.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/pool/plan.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {

@@ -1,7 +1,7 @@
 """Defines the library's low-level operators.
 
 The schema, the shape rule and the vmap rule of an operator are registered here from Python; its
-kernels are registered from C++ (``csrc/cpu``) when the compiled part is loaded.
+kernels are registered from C++ (``csrc/launchers``) when the compiled part is loaded.
 """
 
 from __future__ import annotations

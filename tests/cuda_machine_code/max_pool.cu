@@ -1,6 +1,6 @@
 // The kernels of max pooling whose machine code tests/cuda_machine_code.py reads.
-#include "cuda/max_pool_cells.cuh"
-#include "cuda/max_pool_rows.cuh"
+#include "kernels/cuda/pool/max_pool_cells.cuh"
+#include "kernels/cuda/pool/max_pool_rows.cuh"
 
 namespace pooling_ext::cuda {
 

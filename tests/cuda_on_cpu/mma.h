@@ -2,8 +2,8 @@
 // specified on a GPU, so here they lie where nobody would guess.
 #pragma once
 
-#include "cpu/numeric.h"
 #include "cuda_on_cpu.h"
+#include "kernels/cpu/simd/numeric.h"
 
 namespace nvcuda::wmma {
 

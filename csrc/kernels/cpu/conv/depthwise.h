@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "common/activation_kind.h"
-#include "cpu/kernels.h"
+#include "kernels/cpu/pool/job.h"
 
 namespace pooling_ext {
 

@@ -1,8 +1,8 @@
 // What the files of depthwise convolution's kernels share.
 #pragma once
 
-#include "cpu/tables.h"
 #include "kernels/cpu/conv/depthwise_rows.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 

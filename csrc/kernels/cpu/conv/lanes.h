@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "cpu/numeric.h"
+#include "kernels/cpu/simd/numeric.h"
 
 #ifndef POOLING_EXT_INLINE_LAMBDA
 #define POOLING_EXT_INLINE_LAMBDA __attribute__((always_inline))

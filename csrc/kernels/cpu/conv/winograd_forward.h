@@ -2,10 +2,10 @@
 // the other, with what follows a convolution in the output transform.
 #pragma once
 
-#include "cpu/vector.h"
 #include "kernels/cpu/conv/activation.h"
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
+#include "kernels/cpu/simd/vector.h"
 
 namespace pooling_ext::POOLING_EXT_ISA::conv {
 

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "kernels/cpu/pool/job.h"
 
 namespace pooling_ext {
 

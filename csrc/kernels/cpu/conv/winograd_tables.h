@@ -1,9 +1,9 @@
 // How the Winograd kernels of one instruction set find each other.
 #pragma once
 
-#include "cpu/numeric.h"
-#include "cpu/tables.h"
 #include "kernels/cpu/conv/winograd.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/simd/numeric.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 

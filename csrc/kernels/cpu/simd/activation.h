@@ -12,7 +12,7 @@
 #endif
 
 #include "common/activation_kind.h"
-#include "cpu/numeric.h"
+#include "kernels/cpu/simd/numeric.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 

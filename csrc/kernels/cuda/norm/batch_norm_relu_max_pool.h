@@ -1,0 +1,30 @@
+// Batch normalisation, ReLU and max pooling on a GPU: what its launchers and kernels agree on.
+#pragma once
+
+#include "kernels/cuda/norm/batch_norm.h"
+
+namespace pooling_ext::cuda {
+
+struct StemJob {
+    StemJob(const PoolJob& pool, DType dtype, bool channels_last)
+        : pool(pool), dtype(dtype), channels_last(channels_last) {}
+
+    PoolJob pool;  // src, dst and places_out, or src, places_in and dst
+    DType dtype;
+    bool channels_last;
+    const void* x = nullptr;  // backward
+    Norm norm;
+    // Five rows of `channels` in the type that kernels compute in: center, scale, shift, slope and
+    // offset of each.
+    void* coefficients = nullptr;
+};
+
+void stem_coefficients(const StemJob& job, StreamHandle stream);
+void stem_forward(const StemJob& job, StreamHandle stream);
+// How the outputs are divided into parts of the sums.
+ChannelTiles stem_tiles(const StemJob& job);
+// Sums of each part, as batch_norm_sums makes them.
+void stem_sums(const StemJob& job, double* parts, StreamHandle stream);
+void stem_backward(const StemJob& job, StreamHandle stream);
+
+}  // namespace pooling_ext::cuda

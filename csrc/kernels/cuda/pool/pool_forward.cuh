@@ -1,0 +1,385 @@
+// Pooling forward. An Op says what becomes of the elements of a window:
+//
+//     In, of elements; T, of counts; Acc, what a window has come to
+//     kPlaces: whether it wants the places of winners; kVectors: whether it is worth vectors
+//     Wide: the same where places need 64 bits
+//     kSquares: false where kernels of its own take the windows that CNNs use (default: true)
+//     void start(Acc&), void step(Acc&, In element, place in the window)
+//     Acc merge(Acc, Acc)           of two parts of a window
+//     In finish(Acc)                or, with kAverages,
+//     In finish(Acc, T count, T places)    of the elements that count, and that a full window has
+//
+// One without merge() takes no windows that are the whole plane by themselves. OwnOp may be
+// specialised for one that treats each channel in its own way.
+#pragma once
+
+#include "kernels/cuda/pool/pool.cuh"
+
+namespace pooling_ext::cuda {
+
+// What every forward kernel is given besides its windows.
+struct ForwardCall {
+    const void* src;
+    void* dst;
+    void* places;
+    Places kind;
+    bool count_include_pad;
+    int64_t divisor;
+
+    explicit ForwardCall(const PoolJob& job, Places kind = Places::None)
+        : src(job.src),
+          dst(job.dst),
+          places(job.places_out),
+          kind(kind),
+          count_include_pad(job.count_include_pad),
+          divisor(job.divisor) {}
+};
+
+// The Op of a thread whose vectors have the N channels from `channel` of a plane on.
+template <class Op, int N>
+struct OwnOp {
+    const Op& op;
+
+    POOLING_EXT_DEVICE OwnOp(const Op& op, int64_t, int64_t) : op(op) {}
+
+    // With an element of the i-th channel.
+    template <class Int>
+    POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int, typename Op::In element,
+                                 Int place) const {
+        op.step(acc, element, place);
+    }
+};
+
+// The index in the plane of a place in a window, or -1 of none.
+template <class Int>
+POOLING_EXT_DEVICE int64_t index_of(const Geometry<Int>& g, Int place, Int od, Int oh, Int ow) {
+    if (place < 0) return -1;
+    const Int kw = place % g.w.kernel, row = place / g.w.kernel;
+    const Int d = g.d.start(od) + row / g.h.kernel * g.d.dilation;
+    const Int h = g.h.start(oh) + row % g.h.kernel * g.h.dilation;
+    return (int64_t(d) * g.h.in + h) * g.w.in + g.w.start(ow) + kw * g.w.dilation;
+}
+
+// Writes the places of the vector of outputs at `to`; the i-th is of column ow + i * step.
+template <class Int, int N, class Acc>
+POOLING_EXT_DEVICE void store_places(const ForwardCall& call, const Geometry<Int>& g, int64_t to,
+                                     const Acc (&acc)[N], Int od, Int oh, Int ow, Int step) {
+    if (call.kind == Places::Byte) {
+        Vec<uint8_t, N> bytes;
+#pragma unroll
+        for (int i = 0; i < N; ++i) bytes.at[i] = uint8_t(acc[i].place);  // -1 becomes 255
+        store<N>(static_cast<uint8_t*>(call.places) + to, bytes);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (call.kind == Places::Int32)
+            store(static_cast<int32_t*>(call.places) + to + i, {{int32_t(acc[i].place)}});
+        else
+            store(static_cast<int64_t*>(call.places) + to + i,
+                  {{index_of<Int>(g, acc[i].place, od, oh, ow + i * step)}});
+    }
+}
+
+template <class Op, class Int>
+POOLING_EXT_DEVICE typename Op::In finish(const Op& op, const typename Op::Acc& acc,
+                                          const ForwardCall& call, const Geometry<Int>& g, Int od,
+                                          Int oh, Int ow) {
+    if constexpr (Op::kAverages) {
+        using T = typename Op::T;
+        const T count = call.divisor ? T(call.divisor)
+                                     : T(g.d.count(od, call.count_include_pad)) *
+                                           T(g.h.count(oh, call.count_include_pad)) *
+                                           T(g.w.count(ow, call.count_include_pad));
+        return op.finish(acc, count, T(g.d.places(od)) * T(g.h.places(oh)) * T(g.w.places(0)));
+    } else {
+        return op.finish(acc);
+    }
+}
+
+// A vector of channels of one output pixel for each row; one element where the planes are apart.
+template <class Op, class Window, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    pool_pixels(Op op, ForwardCall call, Geometry<typename Window::Int> sizes, Walk walk) {
+    using In = typename Op::In;
+    using Int = typename Window::Int;
+    const Geometry<Int> g = Window::of(sizes);
+    const Place at(walk);
+    if (!at.inside) return;
+    const Int od = at.depth, ow = at.column, c = Int(at.vector) * N;
+    const int64_t in_row = int64_t(g.w.in) * g.channels;
+    const In* x =
+        static_cast<const In*>(call.src) + at.plane * (int64_t(g.d.in) * g.h.in * in_row) + c;
+    // The places of windows that lie inside the input; where there are few, all are looked at.
+    const Int kd0 = g.d.first(od), kd1 = g.d.end(od);
+    const Int kw0 = Window::kFixed ? 0 : g.w.first(ow),
+              kw1 = Window::kFixed ? g.w.kernel : g.w.end(ow);
+    const Int left = g.w.start(ow);
+    const OwnOp<Op, N> own(op, at.plane, c);
+    for (unsigned r = 0; r < walk.rows; ++r) {
+        const Int oh = at.row + r;
+        if (oh >= g.h.out) return;
+        typename Op::Acc acc[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) op.start(acc[i]);
+        const Int top = g.h.start(oh);
+        const Int kh0 = Window::kFixed ? 0 : g.h.first(oh),
+                  kh1 = Window::kFixed ? g.h.kernel : g.h.end(oh);
+        for (Int kd = kd0; kd < kd1; ++kd) {
+            const int64_t slice = int64_t(g.d.start(od) + kd * g.d.dilation) * g.h.in;
+#pragma unroll(Window::kFixed ? 3 : 1)
+            for (Int kh = kh0; kh < kh1; ++kh) {
+                const Int ih = top + kh * g.h.dilation;
+                if (Window::kFixed && (ih < 0 || ih >= g.h.in)) continue;
+                const In* const row = x + (slice + ih) * in_row;
+#pragma unroll(Window::kFixed ? 3 : 1)
+                for (Int kw = kw0; kw < kw1; ++kw) {
+                    const Int iw = left + kw * g.w.dilation;
+                    if (Window::kFixed && (iw < 0 || iw >= g.w.in)) continue;
+                    const Vec<In, N> values = load<N>(row + int64_t(iw) * g.channels);
+                    const Int place = (kd * g.h.kernel + kh) * g.w.kernel + kw;
+#pragma unroll
+                    for (int i = 0; i < N; ++i) own.step(acc[i], i, values.at[i], place);
+                }
+            }
+        }
+        const int64_t to =
+            (((at.plane * g.d.out + od) * g.h.out + oh) * g.w.out + ow) * g.channels + c;
+        Vec<In, N> out;
+#pragma unroll
+        for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, od, oh, ow);
+        store<N>(static_cast<In*>(call.dst) + to, out);
+        if constexpr (Op::kPlaces) store_places(call, g, to, acc, od, oh, ow, Int(0));
+    }
+}
+
+// A vector of outputs along a row, from as many vectors of inputs as the stride, with the columns
+// beside them that the first and the last windows need.
+template <class Op, class Window, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    pool_runs(Op op, ForwardCall call, Geometry<int> sizes, Walk walk) {
+    using In = typename Op::In;
+    constexpr int kBefore = Window::padding, kMiddle = Window::stride * N;
+    constexpr int kAfter = Window::kernel - Window::stride - Window::padding > 0
+                               ? Window::kernel - Window::stride - Window::padding
+                               : 0;
+    const Geometry<int> g = Window::of(sizes);
+    const Place at(walk);
+    if (!at.inside) return;
+    const int ow = int(at.column) * N, first = ow * Window::stride;
+    const In* const plane =
+        static_cast<const In*>(call.src) + at.plane * (int64_t(g.h.in) * g.w.in);
+    const OwnOp<Op, 1> own(op, at.plane, 0);
+    for (unsigned r = 0; r < walk.rows; ++r) {
+        const int oh = at.row + r;
+        if (oh >= g.h.out) return;
+        typename Op::Acc acc[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) op.start(acc[i]);
+#pragma unroll
+        for (int kh = 0; kh < Window::kernel; ++kh) {
+            const int ih = g.h.start(oh) + kh;
+            if (ih < 0 || ih >= g.h.in) continue;
+            const In* const row = plane + int64_t(ih) * g.w.in + first;
+            In values[kBefore + kMiddle + kAfter];
+#pragma unroll
+            for (int j = 0; j < kBefore; ++j)
+                if (first >= kBefore - j) values[j] = load(row - kBefore + j).at[0];
+#pragma unroll
+            for (int v = 0; v < Window::stride; ++v) {
+                if (first + v * N >= g.w.in) continue;
+                const Vec<In, N> middle = load<N>(row + v * N);
+#pragma unroll
+                for (int i = 0; i < N; ++i) values[kBefore + v * N + i] = middle.at[i];
+            }
+#pragma unroll
+            for (int j = 0; j < kAfter; ++j)
+                if (first + kMiddle + j < g.w.in)
+                    values[kBefore + kMiddle + j] = load(row + kMiddle + j).at[0];
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+#pragma unroll
+                for (int kw = 0; kw < Window::kernel; ++kw) {
+                    const int j = i * Window::stride + kw, iw = first - kBefore + j;
+                    if (iw >= 0 && iw < g.w.in)
+                        own.step(acc[i], 0, values[j], kh * Window::kernel + kw);
+                }
+        }
+        const int64_t to = (at.plane * g.h.out + oh) * g.w.out + ow;
+        Vec<In, N> out;
+#pragma unroll
+        for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, 0, oh, ow + i);
+        store<N>(static_cast<In*>(call.dst) + to, out);
+        if constexpr (Op::kPlaces) store_places(call, g, to, acc, 0, oh, ow, 1);
+    }
+}
+
+// --- windows that are the whole plane ------------------------------------------------------------
+
+template <class Acc>
+POOLING_EXT_DEVICE Acc shuffled(Acc acc, int bits) {
+    acc.value = __shfl_xor_sync(~0u, acc.value, bits);
+    if constexpr (requires { acc.place; }) acc.place = __shfl_xor_sync(~0u, acc.place, bits);
+    return acc;
+}
+
+// A plane for each row of threads: a warp, or the block.
+template <class Op, class Int, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    pool_whole_planes(Op op, ForwardCall call, Geometry<Int> g, int64_t planes) {
+    using In = typename Op::In;
+    using Acc = typename Op::Acc;
+    const int64_t plane = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+    const Int size = g.d.in * g.h.in * g.w.in;
+    Acc acc;
+    op.start(acc);
+    if (plane < planes) {
+        const In* const x = static_cast<const In*>(call.src) + plane * size;
+        for (Int at = Int(threadIdx.x) * N; at < size; at += Int(blockDim.x) * N) {
+            const Vec<In, N> values = load<N>(x + at);
+#pragma unroll
+            for (int i = 0; i < N; ++i) op.step(acc, values.at[i], at + i);
+        }
+    }
+    for (int bits = warpSize / 2; bits > 0; bits /= 2) acc = op.merge(acc, shuffled(acc, bits));
+    if (blockDim.x > warpSize) {  // one plane, all warps
+        Acc* const warps = dynamic_shared<Acc>();
+        if (threadIdx.x % warpSize == 0) warps[threadIdx.x / warpSize] = acc;
+        __syncthreads();
+        if (threadIdx.x == 0)
+            for (unsigned warp = 1; warp < blockDim.x / warpSize; ++warp)
+                acc = op.merge(acc, warps[warp]);
+    }
+    if (threadIdx.x != 0 || plane >= planes) return;
+    store(static_cast<In*>(call.dst) + plane, {{finish<Op, Int>(op, acc, call, g, 0, 0, 0)}});
+    if constexpr (Op::kPlaces) {
+        const Acc one[1] = {acc};
+        store_places<Int>(call, g, plane, one, 0, 0, 0, 0);
+    }
+}
+
+// Vectors of channels side by side, the pixels divided among the rows of threads.
+template <class Op, class Int, int N>
+__global__ void __launch_bounds__(kThreads, kResident)
+    pool_whole_pixels(Op op, ForwardCall call, Geometry<Int> g, unsigned tiles) {
+    using In = typename Op::In;
+    using Acc = typename Op::Acc;
+    const int64_t image = blockIdx.x / tiles;
+    const int c = int(blockIdx.x % tiles * blockDim.x + threadIdx.x) * N;
+    const Int size = g.d.in * g.h.in * g.w.in;
+    Acc acc[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) op.start(acc[i]);
+    if (c < g.channels) {
+        const In* const x = static_cast<const In*>(call.src) + image * size * g.channels + c;
+#pragma unroll 4
+        for (Int at = threadIdx.y; at < size; at += Int(blockDim.y)) {
+            const Vec<In, N> values = load<N>(x + int64_t(at) * g.channels);
+#pragma unroll
+            for (int i = 0; i < N; ++i) op.step(acc[i], values.at[i], at);
+        }
+    }
+    Acc* const all = dynamic_shared<Acc>();
+    const int threads = int(blockDim.x * blockDim.y);
+    const int me = int(threadIdx.y * blockDim.x + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) all[i * threads + me] = acc[i];
+    for (int below = int(blockDim.y) / 2; below > 0; below /= 2) {
+        __syncthreads();
+        if (int(threadIdx.y) >= below) continue;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            acc[i] = op.merge(acc[i], all[i * threads + me + below * int(blockDim.x)]);
+            all[i * threads + me] = acc[i];
+        }
+    }
+    if (threadIdx.y != 0 || c >= g.channels) return;
+    const int64_t to = image * g.channels + c;
+    Vec<In, N> out;
+#pragma unroll
+    for (int i = 0; i < N; ++i) out.at[i] = finish<Op, Int>(op, acc[i], call, g, 0, 0, 0);
+    store<N>(static_cast<In*>(call.dst) + to, out);
+    if constexpr (Op::kPlaces) store_places<Int>(call, g, to, acc, 0, 0, 0, 0);
+}
+
+template <class Op, class Int, int N>
+void launch_whole(const Op& op, const PoolJob& job, const ForwardCall& call, Stream stream) {
+    using Acc = typename Op::Acc;
+    const PoolParams& p = job.p;
+    const Geometry<Int> g(p);
+    const int64_t size = p.in_plane();
+    if (p.channels == 1) {
+        constexpr int64_t kLong = 2048;  // vectors from which on a plane is shared by more warps
+        const bool block = size / N >= kLong;
+        const dim3 threads = block ? dim3(kThreads) : dim3(32, kThreads / 32);
+        const Grid grid{dim3(unsigned(ceil_div(p.outer, threads.y))), threads,
+                        block ? kThreads / 32 * sizeof(Acc) : 0};
+        return launch<pool_whole_planes<Op, Int, N>>(grid, stream, op, call, g, p.outer);
+    }
+    unsigned width = 1, height = 1;
+    while (width < 32 && width * N < p.channels) width *= 2;
+    while (height * width < kThreads && height < size) height *= 2;
+    const unsigned tiles = unsigned(ceil_div(p.channels, width * N));
+    const Grid grid{dim3(unsigned(p.outer * tiles)), dim3(width, height),
+                    width * height * N * sizeof(Acc)};
+    launch<pool_whole_pixels<Op, Int, N>>(grid, stream, op, call, g, tiles);
+}
+
+// --- launching -----------------------------------------------------------------------------------
+
+// Runs Op over the windows of a job. Where there are no vectors to be had, an element at a time.
+template <class Op>
+void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream) {
+    using In = typename Op::In;
+    constexpr int N = kVector<In>;
+    const PoolParams& p = job.p;
+    const ForwardCall call(job, kind);
+    const bool channels = p.channels > 1 && takes_vectors<In>(job.src, p.channels);
+    constexpr bool kMerges = requires(const typename Op::Acc& acc) { op.merge(acc, acc); };
+    if constexpr (kMerges)
+        if (is_whole(p) && p.in_plane() > 1 && p.outer * p.channels < (1ll << 31)) {
+            const bool planes = p.channels == 1 && takes_vectors<In>(job.src, p.in_plane());
+            if (!fits_32_bits(p)) {
+                const typename Op::Wide wide(op);
+                return launch_whole<typename Op::Wide, int64_t, 1>(wide, job, call, stream);
+            }
+            if (Op::kVectors && (channels || planes))
+                return launch_whole<Op, int, Op::kVectors ? N : 1>(op, job, call, stream);
+            return launch_whole<Op, int, 1>(op, job, call, stream);
+        }
+    constexpr bool kSquares = [] {
+        if constexpr (requires { Op::kSquares; }) return Op::kSquares;
+        return true;
+    }();
+    with_window<In, kSquares>(p, [&](auto window) {
+        using Window = decltype(window);
+        using Int = typename Window::Int;
+        const Geometry<Int> g(p);
+        if constexpr (Op::kVectors && std::is_same_v<Int, int>) {
+            if (channels) {
+                const Walk walk(p.outer, p.d.out, p.h.out, p.w.out, p.channels / N);
+                return launch<pool_pixels<Op, Window, N>>(walk.grid(), stream, op, call, g, walk);
+            }
+            if constexpr (Window::kFixed) {
+                const auto runs = [&](auto length) {
+                    constexpr int kRun = decltype(length)::value;
+                    if (p.channels > 1 || !takes_vectors<In, kRun>(job.src, p.w.in) ||
+                        p.w.out % kRun)
+                        return false;
+                    const Walk walk(p.outer, 1, p.h.out, p.w.out / kRun, 1);
+                    launch<pool_runs<Op, Window, kRun>>(walk.grid(), stream, op, call, g, walk);
+                    return true;
+                };
+                if (in_runs<In>(runs)) return;
+            }
+        }
+        const Walk walk(p.outer, p.d.out, p.h.out, p.w.out, p.channels);
+        if constexpr (std::is_same_v<Int, int>)
+            launch<pool_pixels<Op, Window, 1>>(walk.grid(), stream, op, call, g, walk);
+        else
+            launch<pool_pixels<typename Op::Wide, Window, 1>>(walk.grid(), stream,
+                                                              typename Op::Wide(op), call, g, walk);
+    });
+}
+
+}  // namespace pooling_ext::cuda

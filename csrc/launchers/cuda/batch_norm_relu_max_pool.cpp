@@ -1,0 +1,132 @@
+// Launchers of batch normalisation, ReLU and max pooling as one operator on a GPU, which is defined
+// in pooling_ext/ops/batch_norm_relu_max_pool.py.
+#include "kernels/cuda/norm/batch_norm_relu_max_pool.h"
+
+#include "launchers/cuda/batch_norm_call.h"
+
+namespace pooling_ext {
+namespace {
+
+// What all four operators are given.
+struct StemCall {
+    BatchNormCall norm;
+    Ints out;
+    cuda::StemJob job;
+
+    StemCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+             const MaybeTensor& bias, double eps, const Windows& windows)
+        : norm(input),
+          out(output_sizes(sizes_of(input), windows)),
+          job({params_of(sizes_of(input), windows, norm.channels_last)}, dtype_of(input),
+              norm.channels_last) {
+        STD_TORCH_CHECK(input.dim() == 4, "pooling_ext: input must have four dimensions");
+        STD_TORCH_CHECK(job.pool.p.window_places() <= kByteWindow,
+                        "pooling_ext: kernel_size must have at most 255 places");
+        job.norm = norm.norm(stats, weight, bias, eps);
+        job.x = norm.input.data_ptr();
+    }
+
+    Tensor empty_output(ScalarType dtype) const {
+        return norm.device.empty(out, dtype, norm.channels_last);
+    }
+
+    // The normalisation as the kernels of windows read it.
+    void make_coefficients() {
+        const bool wide = norm.input.scalar_type() == ScalarType::Double;
+        kept_.push_back(
+            norm.empty_vector(5 * norm.channels, wide ? ScalarType::Double : ScalarType::Float));
+        job.coefficients = kept_.back().data_ptr();
+        cuda::stem_coefficients(job, norm.device.stream());
+    }
+
+    void with_gradient(const Tensor& grad, const Tensor& places) {
+        STD_TORCH_CHECK(sizes_of(grad) == out && sizes_of(places) == out &&
+                            grad.scalar_type() == norm.input.scalar_type() &&
+                            places.scalar_type() == ScalarType::Byte,
+                        "pooling_ext: grad and places must have the output's size");
+        kept_.push_back(dense(grad, norm.channels_last));
+        job.pool.src = kept_.back().data_ptr();
+        kept_.push_back(dense(places, norm.channels_last));
+        job.pool.places_in = kept_.back().data_ptr();
+    }
+
+    void forward(const Tensor& output, void* places) {
+        if (output.numel() == 0) return;
+        job.pool.src = norm.input.data_ptr();
+        job.pool.dst = output.data_ptr();
+        job.pool.places_out = places;
+        make_coefficients();
+        cuda::stem_forward(job, norm.device.stream());
+    }
+
+  private:
+    std::vector<Tensor> kept_;
+};
+
+Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, MaybeTensor bias,
+              double eps, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+              Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    Tensor output = call.empty_output(input.scalar_type());
+    call.forward(output, nullptr);
+    return output;
+}
+
+std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stats,
+                                         MaybeTensor weight, MaybeTensor bias, double eps,
+                                         Ints output_size, Ints kernel_size, Ints stride,
+                                         Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    Tensor output = call.empty_output(input.scalar_type());
+    Tensor places = call.empty_output(ScalarType::Byte);
+    call.forward(output, places.data_ptr());
+    return {output, places};
+}
+
+Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+            MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
+            Ints stride, Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    call.with_gradient(grad, places);
+    Tensor result = call.norm.empty_sums();
+    if (call.norm.channels == 0) return result;
+    const bool any = !call.norm.empty() && grad.numel() > 0;
+    const int64_t splits = any ? cuda::stem_tiles(call.job).splits : 0;
+    const Tensor parts =
+        call.norm.empty_vector(splits * 2 * call.norm.channels, ScalarType::Double);
+    double* const data = static_cast<double*>(parts.data_ptr());
+    if (any) cuda::stem_sums(call.job, data, call.norm.device.stream());
+    cuda::batch_norm_total(call.job.norm, call.job.dtype, data, splits,
+                           static_cast<double*>(result.data_ptr()), {}, {},
+                           call.norm.device.stream());
+    return result;
+}
+
+Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+                MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
+                Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
+    StemCall call(input, stats, weight, bias, eps,
+                  {output_size, kernel_size, stride, padding, dilation});
+    call.with_gradient(grad, places);
+    Tensor result = call.norm.empty_like_input();
+    if (call.norm.empty()) return result;
+    if (sums) call.job.norm.sums = call.norm.sums(*sums);
+    call.job.norm.count = count;
+    call.job.pool.dst = result.data_ptr();
+    call.make_coefficients();
+    cuda::stem_backward(call.job, call.norm.device.stream());
+    return result;
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
+    m.impl("batch_norm_relu_max_pool", TORCH_BOX(&pooling_ext::pooled));
+    m.impl("batch_norm_relu_max_pool_places", TORCH_BOX(&pooling_ext::pooled_places));
+    m.impl("batch_norm_relu_max_pool_sums", TORCH_BOX(&pooling_ext::sums));
+    m.impl("batch_norm_relu_max_pool_backward", TORCH_BOX(&pooling_ext::backward));
+}

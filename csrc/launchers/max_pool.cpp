@@ -1,0 +1,109 @@
+// Launchers of max pooling, for each device. The operators are defined in
+// pooling_ext/ops/max_pool.py.
+#include "launchers/forward_call.h"
+
+namespace pooling_ext {
+namespace {
+
+// Windows of so many places remember indices instead of offsets, as places_dtype in max_pool.py
+// says.
+constexpr int64_t kManyPlaces = int64_t(1) << 30;
+
+// Of so many places nearly all are outside the input, and nothing that is remembered counts them.
+void leave_outside_out(PoolParams& p) {
+    if (p.window_places() < kManyPlaces) return;
+    for (Axis* axis : {&p.d, &p.h, &p.w}) *axis = without_outside(*axis);
+}
+
+Tensor max_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+                Ints dilation) {
+    Forward call(input, {output_size, kernel_size, stride, padding, dilation});
+    leave_outside_out(call.job.p);
+    if (call.any()) call.device.max_pool(call.job, dtype_of(input), Places::None);
+    return call.output;
+}
+
+std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size, Ints kernel_size,
+                                           Ints stride, Ints padding, Ints dilation, bool indices) {
+    const Windows windows{output_size, kernel_size, stride, padding, dilation};
+    Forward call(input, windows);
+    const int64_t window = call.job.p.window_places();
+    leave_outside_out(call.job.p);
+    STD_TORCH_CHECK(call.job.p.window_places() < kManyPlaces || is_whole(call.job.p),
+                    "pooling_ext: kernel_size must have fewer than 2**30 places in the input");
+    const Places kind = indices || window >= kManyPlaces ? Places::Index
+                        : window <= kByteWindow          ? Places::Byte
+                                                         : Places::Int32;
+    const ScalarType dtype = kind == Places::Index  ? ScalarType::Long
+                             : kind == Places::Byte ? ScalarType::Byte
+                                                    : ScalarType::Int;
+    Tensor places = call.device.empty(sizes_of(call.output), dtype, call.channels_last);
+    call.job.places_out = places.data_ptr();
+    if (call.any()) call.device.max_pool(call.job, dtype_of(input), kind);
+    return {call.output, places};
+}
+
+Places kind_of(const Tensor& places) {
+    switch (places.scalar_type()) {
+        case ScalarType::Byte:
+            return Places::Byte;
+        case ScalarType::Int:
+            return Places::Int32;
+        case ScalarType::Long:
+            return Places::Index;
+        default:
+            STD_TORCH_CHECK(false, "pooling_ext: places must be uint8, int32 or int64");
+    }
+}
+
+Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_size,
+                         Ints output_size, Ints kernel_size, Ints stride, Ints padding,
+                         Ints dilation) {
+    const Windows windows{output_size, kernel_size, stride, padding, dilation};
+    const bool channels_last = suggests_channels_last(places, windows.rank());
+    STD_TORCH_CHECK(
+        sizes_of(grad) == sizes_of(places) && sizes_of(grad) == output_sizes(input_size, windows),
+        "pooling_ext: grad and places must have the output's size");
+    const Tensor dense_grad = dense(grad, channels_last);
+    const Tensor dense_places = dense(places, channels_last);
+    Device device(grad);
+    Tensor result = device.empty(input_size, grad.scalar_type(), channels_last);
+    PoolJob job;
+    job.p = params_of(input_size, windows, channels_last);
+    leave_outside_out(job.p);
+    job.src = dense_grad.data_ptr();
+    job.places_in = dense_places.data_ptr();
+    job.dst = result.data_ptr();
+    if (result.numel() > 0) device.max_pool_backward(job, dtype_of(grad), kind_of(places));
+    return result;
+}
+
+Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_size,
+                       Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
+    const Windows windows{output_size, kernel_size, stride, padding, dilation};
+    const bool channels_last = suggests_channels_last(places, windows.rank());
+    const Tensor dense_input = dense(input, channels_last);
+    const Tensor dense_places = dense(places, channels_last);
+    const Ints sizes = output_sizes(sizes_of(input), windows);
+    STD_TORCH_CHECK(sizes_of(places) == sizes, "pooling_ext: places must have the output's size");
+    Device device(input);
+    Tensor result = device.empty(sizes, input.scalar_type(), channels_last);
+    PoolJob job;
+    job.p = params_of(sizes_of(input), windows, channels_last);
+    leave_outside_out(job.p);
+    job.src = dense_input.data_ptr();
+    job.places_in = dense_places.data_ptr();
+    job.dst = result.data_ptr();
+    if (result.numel() > 0) device.max_pool_gather(job, dtype_of(input), kind_of(places));
+    return result;
+}
+
+}  // namespace
+}  // namespace pooling_ext
+
+STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
+    m.impl("max_pool", TORCH_BOX(&pooling_ext::max_pool));
+    m.impl("max_pool_places", TORCH_BOX(&pooling_ext::max_pool_places));
+    m.impl("max_pool_backward", TORCH_BOX(&pooling_ext::max_pool_backward));
+    m.impl("max_pool_gather", TORCH_BOX(&pooling_ext::max_pool_gather));
+}
