@@ -188,7 +188,7 @@ clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test 
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
-FUZZERS  := build/fuzz_kernels build/fuzz_batch_norm build/fuzz_batch_norm_relu_max_pool build/fuzz_winograd build/fuzz_depthwise
+FUZZERS  := $(patsubst csrc/tests/%.cpp,build/%,$(wildcard csrc/tests/fuzz_*.cpp))
 KERNELS  := $(wildcard csrc/kernels/cpu/*/*_kernels.cpp)
 SANITIZE := $(CXX) -std=c++20 -O1 -g -pthread -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 NEEDED_BY_FUZZERS := $(wildcard csrc/common/*.h csrc/kernels/cpu/*.h csrc/kernels/cpu/*/*.h csrc/tests/*.h) $(KERNELS) \

@@ -1,16 +1,41 @@
 // Launchers of average pooling, for each device. The operators are defined in
 // pooling_ext/ops/avg_pool.py.
 #include "launchers/forward_call.h"
+#ifdef POOLING_EXT_CUDA
+#include "kernels/cuda/pool/avg_pool.h"
+#else
+#include "kernels/cpu/pool/avg_pool.h"
+#endif
 
 namespace pooling_ext {
 namespace {
+
+#ifdef POOLING_EXT_CUDA
+void run(const Device& device, const PoolJob& job, DType dtype) {
+    cuda::avg_pool(job, dtype, device.stream());
+}
+
+void run_backward(const Device& device, const PoolJob& job, DType dtype) {
+    cuda::avg_pool_backward(job, dtype, device.stream());
+}
+#else
+void run(const Device&, const PoolJob& job, DType dtype) {
+    run_forward(kernels::avg_pool(dtype), job, dtype, true);
+}
+
+void run_backward(const Device&, const PoolJob& call, DType dtype) {
+    Job job{call};
+    const Rows rows = plan_avg_backward(job, int64_t(size_of(dtype)));
+    launch(kernels::avg_pool_backward(dtype), job, rows);
+}
+#endif
 
 Tensor avg_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
                 Ints dilation, bool count_include_pad, std::optional<int64_t> divisor_override) {
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.count_include_pad = count_include_pad;
     call.job.divisor = divisor_override.value_or(0);
-    if (call.any()) call.device.avg_pool(call.job, dtype_of(input));
+    if (call.any()) run(call.device, call.job, dtype_of(input));
     return call.output;
 }
 
@@ -34,7 +59,7 @@ Tensor avg_pool_backward(const Tensor& grad, Ints input_size, bool channels_last
     job.dst = result.data_ptr();
     job.count_include_pad = count_include_pad;
     job.divisor = divisor_override.value_or(0);
-    if (result.numel() > 0) device.avg_pool_backward(job, dtype_of(grad));
+    if (result.numel() > 0) run_backward(device, job, dtype_of(grad));
     return result;
 }
 

@@ -1,9 +1,24 @@
 // Launcher of power-average pooling, for each device. The operator is defined in
 // pooling_ext/ops/lp_pool.py.
 #include "launchers/forward_call.h"
+#ifdef POOLING_EXT_CUDA
+#include "kernels/cuda/pool/lp_pool.h"
+#else
+#include "kernels/cpu/pool/lp_pool.h"
+#endif
 
 namespace pooling_ext {
 namespace {
+
+#ifdef POOLING_EXT_CUDA
+void run(const Device& device, const PoolJob& job, DType dtype) {
+    cuda::lp_pool(job, dtype, device.stream());
+}
+#else
+void run(const Device&, const PoolJob& job, DType dtype) {
+    run_forward(kernels::lp_pool(dtype), job, dtype, false);
+}
+#endif
 
 Tensor lp_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
                Ints dilation, int64_t norm_type, bool safe) {
@@ -11,7 +26,7 @@ Tensor lp_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints str
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.norm = static_cast<int>(norm_type);
     call.job.magnitude = safe;
-    if (call.any()) call.device.lp_pool(call.job, dtype_of(input));
+    if (call.any()) run(call.device, call.job, dtype_of(input));
     return call.output;
 }
 

@@ -1,9 +1,43 @@
 // Launchers of max pooling, for each device. The operators are defined in
 // pooling_ext/ops/max_pool.py.
 #include "launchers/forward_call.h"
+#ifdef POOLING_EXT_CUDA
+#include "kernels/cuda/pool/max_pool.h"
+#else
+#include "kernels/cpu/pool/max_pool.h"
+#include "launchers/cpu/max_pool_gather.h"
+#endif
 
 namespace pooling_ext {
 namespace {
+
+#ifdef POOLING_EXT_CUDA
+void run(const Device& device, const PoolJob& job, DType dtype, Places kind) {
+    cuda::max_pool(job, dtype, kind, device.stream());
+}
+
+void run_backward(const Device& device, const PoolJob& job, DType dtype, Places kind) {
+    cuda::max_pool_backward(job, dtype, kind, device.stream());
+}
+
+void run_gather(const Device& device, const PoolJob& job, DType dtype, Places kind) {
+    cuda::max_pool_gather(job, dtype, kind, device.stream());
+}
+#else
+void run(const Device&, const PoolJob& job, DType dtype, Places kind) {
+    run_forward(kernels::max_pool(dtype, kind), job, dtype, false);
+}
+
+void run_backward(const Device&, const PoolJob& call, DType dtype, Places kind) {
+    Job job{call};
+    plan_max_backward(job, dtype, kind);
+    launch(kernels::max_pool_backward(dtype, kind), job, max_backward_rows(job));
+}
+
+void run_gather(const Device&, const PoolJob& job, DType dtype, Places kind) {
+    gather_winners(job, dtype, kind);
+}
+#endif
 
 // Windows of so many places remember indices instead of offsets, as places_dtype in max_pool.py
 // says.
@@ -19,7 +53,7 @@ Tensor max_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints st
                 Ints dilation) {
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     leave_outside_out(call.job.p);
-    if (call.any()) call.device.max_pool(call.job, dtype_of(input), Places::None);
+    if (call.any()) run(call.device, call.job, dtype_of(input), Places::None);
     return call.output;
 }
 
@@ -39,7 +73,7 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
                                                     : ScalarType::Int;
     Tensor places = call.device.empty(sizes_of(call.output), dtype, call.channels_last);
     call.job.places_out = places.data_ptr();
-    if (call.any()) call.device.max_pool(call.job, dtype_of(input), kind);
+    if (call.any()) run(call.device, call.job, dtype_of(input), kind);
     return {call.output, places};
 }
 
@@ -74,7 +108,7 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, Ints input_si
     job.src = dense_grad.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
-    if (result.numel() > 0) device.max_pool_backward(job, dtype_of(grad), kind_of(places));
+    if (result.numel() > 0) run_backward(device, job, dtype_of(grad), kind_of(places));
     return result;
 }
 
@@ -94,7 +128,7 @@ Tensor max_pool_gather(const Tensor& input, const Tensor& places, Ints output_si
     job.src = dense_input.data_ptr();
     job.places_in = dense_places.data_ptr();
     job.dst = result.data_ptr();
-    if (result.numel() > 0) device.max_pool_gather(job, dtype_of(input), kind_of(places));
+    if (result.numel() > 0) run_gather(device, job, dtype_of(input), kind_of(places));
     return result;
 }
 

@@ -16,7 +16,7 @@
 #include <random>
 #include <string>
 
-#include "kernels/cpu/pool/job.h"
+#include "common/pool_job.h"
 
 namespace pooling_ext {
 namespace {

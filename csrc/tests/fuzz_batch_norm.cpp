@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/norm/batch_norm.h"
 #include "tests/activations.h"
 #include "tests/fuzz.h"
 

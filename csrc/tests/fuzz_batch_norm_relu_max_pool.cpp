@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/norm/batch_norm_relu_max_pool.h"
+#include "kernels/cpu/pool/max_pool.h"
 #include "tests/fuzz.h"
 
 namespace pooling_ext {
@@ -47,7 +47,7 @@ Case make_case(Random& r) {
     do {
         c = Case{};
         do c.format = kFormats[r.pick(0, 3)];
-        while (!StemJob::has(c.format.dtype));
+        while (!BnReluMaxPoolJob::has(c.format.dtype));
         c.coarse = r.chance(2);
         c.places = !r.chance(4);
         c.constants = r.chance(3);
@@ -56,7 +56,7 @@ Case make_case(Random& r) {
         c.p.channels = r.pick(2, r.chance(3) ? 300 : r.chance(2) ? 70 : 9);
         for (Axis* a : {&c.p.h, &c.p.w}) {
             a->in = r.pick(1, r.chance(8) ? 200 : 20);
-            a->kernel = r.pick(1, StemJob::kMost);
+            a->kernel = r.pick(1, BnReluMaxPoolJob::kMost);
             a->stride = r.pick(1, 4);
             a->pad_before = r.pick(0, a->kernel - 1), a->pad_after = r.pick(0, a->kernel - 1);
             a->out = output_size(a->in, a->kernel, a->stride, a->pad_before, a->pad_after, 1,
@@ -67,14 +67,15 @@ Case make_case(Random& r) {
 }
 
 // Two ranges of a step's units, in either order, as two threads would take them.
-void run(const Case& c, const StemJob& job, StemStep step, int64_t count, Random& r) {
+void run(const Case& c, const BnReluMaxPoolJob& job, BnReluMaxPoolStep step, int64_t count,
+         Random& r) {
     const int64_t middle = r.pick(0, count);
     std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, count}};
     if (r.chance(2)) std::swap(ranges[0], ranges[1]);
     for (const auto& [begin, end] : ranges) {
         if (begin == end) continue;
         Array scratch(scratch_bytes(job), 1, r.chance(2) ? 0xff : 0x4b);
-        stem(c.format.dtype, step)(job, begin, end, scratch.data.get());
+        bn_relu_max_pool(c.format.dtype, step)(job, begin, end, scratch.data.get());
     }
 }
 
@@ -105,7 +106,7 @@ void check_job(const Case& c, Random& r) {
     const auto center = coefficients(), scale = coefficients(), shift = coefficients(),
                slope = coefficients(), offset = coefficients();
 
-    StemJob job;
+    BnReluMaxPoolJob job;
     BatchNormJob& norm = job.norm;
     norm.batch = p.outer, norm.channels = channels, norm.inner = p.in_plane();
     norm.channels_last = true;
@@ -116,7 +117,7 @@ void check_job(const Case& c, Random& r) {
     job.pool.dst = y.data.get();
     if (c.places) job.pool.places_out = places.data.get();
     if (!job.taken(format.dtype)) fail("taken", 0, 0, {1});
-    run(c, job, StemStep::Forward, p.out_rows(), r);
+    run(c, job, BnReluMaxPoolStep::Forward, p.out_rows(), r);
 
     const double roundoff = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
     std::vector<double> given(c.inputs()), terms(c.inputs()), first(channels), second(channels),
@@ -153,7 +154,7 @@ void check_job(const Case& c, Random& r) {
     progress->counted[kSeveralBands] += job.bands() > 1;
     const std::unique_ptr<double[]> sums(new double[bands * 2 * channels]);
     norm.sums = sums.get();
-    run(c, job, StemStep::Sums, bands, r);
+    run(c, job, BnReluMaxPoolStep::Sums, bands, r);
     for (int64_t i = 0; i < 2 * channels; ++i) {
         double found = 0;
         for (int64_t band = 0; band < bands; ++band) found += sums[band * 2 * channels + i];
@@ -162,7 +163,7 @@ void check_job(const Case& c, Random& r) {
         check("sum", i, found, wanted, std::isfinite(wanted) ? 300 * roundoff * size[i] : -1);
     }
 
-    run(c, job, StemStep::Backward, p.in_rows(), r);
+    run(c, job, BnReluMaxPoolStep::Backward, p.in_rows(), r);
     for (int64_t i = 0; i < c.inputs(); ++i) {
         const int64_t k = i % channels;
         const double d = value(*x, i) - center[k];

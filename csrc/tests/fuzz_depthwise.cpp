@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "kernels/cpu/conv/depthwise.h"
-#include "kernels/cpu/dispatch.h"
 #include "tests/activations.h"
 #include "tests/fuzz.h"
 

@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/pool/avg_pool.h"
+#include "kernels/cpu/pool/lp_pool.h"
+#include "kernels/cpu/pool/max_pool.h"
 #include "kernels/cpu/pool/plan.h"
 #include "tests/fuzz.h"
 

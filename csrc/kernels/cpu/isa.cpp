@@ -3,24 +3,26 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "kernels/cpu/dispatch.h"
+
 namespace pooling_ext {
 namespace {
 
 struct Variant {
     std::string name;
-    const Kernels* kernels;
+    int index;
 };
 
 std::vector<Variant> variants() {
-    std::vector<Variant> found{{"baseline", &baseline::kernels}};
+    std::vector<Variant> found{{"baseline", 0}};
 #ifdef POOLING_EXT_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", &avx2::kernels});
+        found.push_back({"avx2", 1});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512cd"))
-        found.push_back({"avx512", &avx512::kernels});
+        found.push_back({"avx512", 2});
 #endif
     return found;
 }
@@ -53,6 +55,6 @@ std::vector<std::string> available_isas() {
 
 const std::string& chosen_isa() { return chosen().name; }
 
-const Kernels& kernels() { return *chosen().kernels; }
+int chosen_isa_index() { return chosen().index; }
 
 }  // namespace pooling_ext

@@ -4,8 +4,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/pool/job.h"
-
 namespace pooling_ext {
 
 // Names of the compiled variants that this CPU can run, slowest first.
@@ -14,8 +12,5 @@ std::vector<std::string> available_isas();
 // The one in use: the last of them, or POOLING_EXT_CPU_ISA. Throws std::invalid_argument if that
 // names none of them.
 const std::string& chosen_isa();
-
-// Its kernels.
-const Kernels& kernels();
 
 }  // namespace pooling_ext

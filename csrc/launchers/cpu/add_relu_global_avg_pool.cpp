@@ -1,5 +1,7 @@
 // Launchers of residual add, ReLU and global average pooling as one operator on the CPU, which is
 // defined in pooling_ext/ops/add_relu_global_avg_pool.py.
+#include "kernels/cpu/norm/add_relu_global_avg_pool.h"
+
 #include "launchers/cpu/batch_norm_launch.h"
 
 namespace pooling_ext {
@@ -9,7 +11,7 @@ void run(BatchNormCall& call, bool backward) {
     BatchNormJob& job = call.job;
     if (job.numel() == 0) return;
     const int64_t units = job.channels_last ? job.batch : job.batch * job.channels;
-    launch(kernels().add_relu_mean(dtype_of(call.input), backward), job,
+    launch(kernels::add_relu_mean(dtype_of(call.input), backward), job,
            {units, job.numel() / units});
 }
 

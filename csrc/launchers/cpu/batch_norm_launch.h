@@ -108,7 +108,7 @@ struct BatchNormCall {
         if (job.numel() == 0) return;
         job.streams = streams();
         const Units units(job, step);
-        launch(kernels().batch_norm(dtype_of(input), step), job, {units.count, units.size});
+        launch(kernels::batch_norm(dtype_of(input), step), job, {units.count, units.size});
     }
 
     // Runs a step that makes two rows of sums, and the one that adds up those of its units.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/pool/max_pool.h"
 #include "launchers/cpu/batch_norm_launch.h"
 
 namespace pooling_ext {
@@ -44,9 +45,9 @@ class Tiled {
     int64_t tiles(bool forward) const { return norm_.batch * (forward ? out_tiles_ : tiles_); }
 
     void forward(int64_t begin, int64_t end) const {
-        const BatchNormKernel act = kernels().batch_norm(dtype_, Step::Act);
+        const BatchNormKernel act = kernels::batch_norm(dtype_, Step::Act);
         const Kernel maxima =
-            kernels().max_pool(dtype_, pool_.places_out ? Places::Byte : Places::None);
+            kernels::max_pool(dtype_, pool_.places_out ? Places::Byte : Places::None);
         const ThreadScratch<1> memory(largest_tile());
         void* const buffer = memory.get();
         for (int64_t i = begin; i < end; ++i) {
@@ -131,7 +132,7 @@ class Tiled {
     // Calls use(job, tile) with the gradient of each tile in the job's `grad`.
     template <class Use>
     void backward(int64_t begin, int64_t end, const Use& use) const {
-        const Kernel scatter = kernels().max_pool_backward(dtype_, Places::Byte);
+        const Kernel scatter = kernels::max_pool_backward(dtype_, Places::Byte);
         const ThreadScratch<1> memory(largest_tile());
         void* const buffer = memory.get();
         for (int64_t i = begin; i < end; ++i) {
@@ -244,13 +245,13 @@ class Tiled {
 };
 
 // What all four operators are given.
-struct StemCall {
+struct BnReluMaxPoolCall {
     BatchNormCall norm;
     Affines affines;
     Job pool;
 
-    StemCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-             const MaybeTensor& bias, double eps, const Windows& windows)
+    BnReluMaxPoolCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+                      const MaybeTensor& bias, double eps, const Windows& windows)
         : norm(input), affines(norm.job, stats, weight, bias, eps, is_double(input)) {
         STD_TORCH_CHECK(input.dim() == 4, "pooling_ext: input must have four dimensions");
         out_ = output_sizes(sizes_of(input), windows);
@@ -278,19 +279,20 @@ struct StemCall {
     }
 
     // Runs a step of the kernels for whole windows; false if there are none.
-    bool run(StemStep step) const {
-        const StemJob job{norm.job, pool};
+    bool run(BnReluMaxPoolStep step) const {
+        const BnReluMaxPoolJob job{norm.job, pool};
         if (!job.taken(dtype_of(norm.input))) return false;
         const PoolParams& p = pool.p;
-        const Rows rows = step == StemStep::Forward ? Rows{p.out_rows(), 4 * p.in_row()}
-                          : step == StemStep::Sums  ? Rows{norm.job.batch * job.bands(), 1 << 20}
-                                                    : Rows{p.in_rows(), 4 * p.in_row()};
-        launch(kernels().stem(dtype_of(norm.input), step), job, rows);
+        const Rows rows = step == BnReluMaxPoolStep::Forward ? Rows{p.out_rows(), 4 * p.in_row()}
+                          : step == BnReluMaxPoolStep::Sums
+                              ? Rows{norm.job.batch * job.bands(), 1 << 20}
+                              : Rows{p.in_rows(), 4 * p.in_row()};
+        launch(kernels::bn_relu_max_pool(dtype_of(norm.input), step), job, rows);
         return true;
     }
 
     void forward() const {
-        if (norm.job.numel() == 0 || run(StemStep::Forward)) return;
+        if (norm.job.numel() == 0 || run(BnReluMaxPoolStep::Forward)) return;
         const Tiled all = tiled();
         parallel_for(0, all.tiles(true), 1,
                      [&](int64_t begin, int64_t end) { all.forward(begin, end); });
@@ -304,8 +306,8 @@ struct StemCall {
 Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, MaybeTensor bias,
               double eps, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
               Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     Tensor output = call.empty_output(input.scalar_type());
     call.pool.dst = output.data_ptr();
     call.forward();
@@ -316,8 +318,8 @@ std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stat
                                          MaybeTensor weight, MaybeTensor bias, double eps,
                                          Ints output_size, Ints kernel_size, Ints stride,
                                          Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     STD_TORCH_CHECK(call.pool.p.window_places() <= kByteWindow,
                     "pooling_ext: kernel_size must have at most 255 places");
     Tensor output = call.empty_output(input.scalar_type());
@@ -331,8 +333,8 @@ std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stat
 Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
             MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
             Ints stride, Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     call.with_gradient(grad, places);
     const int64_t channels = call.norm.job.channels;
     Tensor result = empty({2, channels}, ScalarType::Double, false);
@@ -340,10 +342,10 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
     std::fill(total, total + 2 * channels, 0.0);
     if (call.norm.job.numel() == 0) return result;
     const Tiled all = call.tiled();
-    const StemJob direct{call.norm.job, call.pool};
+    const BnReluMaxPoolJob direct{call.norm.job, call.pool};
     const int64_t tiles =
         direct.taken(dtype_of(input)) ? call.norm.job.batch * direct.bands() : all.tiles(true);
-    const BatchNormKernel add = kernels().batch_norm(dtype_of(input), Step::Sums);
+    const BatchNormKernel add = kernels::batch_norm(dtype_of(input), Step::Sums);
     // Each tile's own sums, added up in their order.
     std::vector<double> parts(tiles * 2 * channels);
     call.norm.job.sums = parts.data();
@@ -364,7 +366,7 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
         });
     };
     const int64_t size = input.element_size();
-    if (!call.run(StemStep::Sums))
+    if (!call.run(BnReluMaxPoolStep::Sums))
         size == 8 ? run(uint64_t{}) : size == 4 ? run(uint32_t{}) : run(uint16_t{});
     for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t i = 0; i < 2 * channels; ++i) total[i] += parts[tile * 2 * channels + i];
@@ -375,15 +377,15 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
 Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
                 MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
                 Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     call.with_gradient(grad, places);
     if (sums) call.affines.add_slopes(call.norm.job, *sums, count);
     Tensor result = call.norm.empty_like_input();
     call.norm.job.y = result.data_ptr();
-    if (call.norm.job.numel() == 0 || call.run(StemStep::Backward)) return result;
+    if (call.norm.job.numel() == 0 || call.run(BnReluMaxPoolStep::Backward)) return result;
     const Tiled all = call.tiled();
-    const BatchNormKernel spread = kernels().batch_norm(dtype_of(input), Step::Backward);
+    const BatchNormKernel spread = kernels::batch_norm(dtype_of(input), Step::Backward);
     parallel_for(0, all.tiles(false), 1, [&](int64_t begin, int64_t end) {
         all.backward(begin, end, [&](const BatchNormJob& job, const Tile&) {
             Tiled::run_all(spread, job, Units(job, Step::Backward).count);

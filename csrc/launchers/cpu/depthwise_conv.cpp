@@ -62,7 +62,7 @@ class DepthwiseCall {
     }
 
     void run(DepthwiseStep step, int64_t count, int64_t work) const {
-        launch(kernels().depthwise(dtype, step), job, {count, work});
+        launch(kernels::depthwise(dtype, step), job, {count, work});
     }
     void run_blocks(DepthwiseStep step, int64_t work) const {
         run(step, job.blocks(), kDepthwiseBlock * work);

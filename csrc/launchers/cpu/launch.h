@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "common/pool_call.h"
-#include "kernels/cpu/isa.h"
 #include "kernels/cpu/pool/plan.h"
 
 namespace pooling_ext {

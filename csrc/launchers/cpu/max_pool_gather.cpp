@@ -1,4 +1,6 @@
 // Reads the winners of max pooling on the CPU, which is no work that vectors would speed up.
+#include "launchers/cpu/max_pool_gather.h"
+
 #include "launchers/cpu/device.h"
 
 namespace pooling_ext {
@@ -54,7 +56,7 @@ void gather(const PoolParams& p, const Decoder& decode, const void* from, void* 
 
 }  // namespace
 
-void Device::max_pool_gather(const PoolJob& call, DType dtype, Places kind) const {
+void gather_winners(const PoolJob& call, DType dtype, Places kind) {
     const Decoder decode(call.p, call.places_in, kind);
     switch (size_of(dtype)) {
         case 8:

@@ -20,7 +20,7 @@ inline int64_t cache_size(int level, int64_t otherwise) {
 }
 
 inline WinogradKernels winograd_kernels(ScalarType dtype, WinogradKind kind) {
-    const WinogradKernels table = kernels().winograd(dtype_of(dtype), kind);
+    const WinogradKernels table = kernels::winograd(dtype_of(dtype), kind);
     STD_TORCH_CHECK(table.forward != nullptr, "pooling_ext: tensors must be floating-point");
     return table;
 }

@@ -8,13 +8,13 @@ namespace pooling_ext {
 namespace {
 
 // What all four operators are given.
-struct StemCall {
+struct BnReluMaxPoolCall {
     BatchNormCall norm;
     Ints out;
-    cuda::StemJob job;
+    cuda::BnReluMaxPoolJob job;
 
-    StemCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-             const MaybeTensor& bias, double eps, const Windows& windows)
+    BnReluMaxPoolCall(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+                      const MaybeTensor& bias, double eps, const Windows& windows)
         : norm(input),
           out(output_sizes(sizes_of(input), windows)),
           job({params_of(sizes_of(input), windows, norm.channels_last)}, dtype_of(input),
@@ -66,8 +66,8 @@ struct StemCall {
 Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, MaybeTensor bias,
               double eps, Ints output_size, Ints kernel_size, Ints stride, Ints padding,
               Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     Tensor output = call.empty_output(input.scalar_type());
     call.forward(output, nullptr);
     return output;
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stat
                                          MaybeTensor weight, MaybeTensor bias, double eps,
                                          Ints output_size, Ints kernel_size, Ints stride,
                                          Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     Tensor output = call.empty_output(input.scalar_type());
     Tensor places = call.empty_output(ScalarType::Byte);
     call.forward(output, places.data_ptr());
@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stat
 Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
             MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
             Ints stride, Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     call.with_gradient(grad, places);
     Tensor result = call.norm.empty_sums();
     if (call.norm.channels == 0) return result;
@@ -108,8 +108,8 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
 Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
                 MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
                 Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
-    StemCall call(input, stats, weight, bias, eps,
-                  {output_size, kernel_size, stride, padding, dilation});
+    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
+                           {output_size, kernel_size, stride, padding, dilation});
     call.with_gradient(grad, places);
     Tensor result = call.norm.empty_like_input();
     if (call.norm.empty()) return result;

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "common/pool_call.h"
-#include "kernels/cuda/pool/pool.h"
+#include "kernels/cuda/stream.h"
 
 #ifdef POOLING_EXT_CUDA_ON_CPU
 #define POOLING_EXT_DISPATCH_KEY PrivateUse1
@@ -34,21 +34,6 @@ class Device {
 
     // The current stream.
     cuda::StreamHandle stream() const { return stream_; }
-
-    void max_pool(const PoolJob& job, DType dtype, Places kind) const {
-        cuda::max_pool(job, dtype, kind, stream_);
-    }
-    void max_pool_backward(const PoolJob& job, DType dtype, Places kind) const {
-        cuda::max_pool_backward(job, dtype, kind, stream_);
-    }
-    void max_pool_gather(const PoolJob& job, DType dtype, Places kind) const {
-        cuda::max_pool_gather(job, dtype, kind, stream_);
-    }
-    void avg_pool(const PoolJob& job, DType dtype) const { cuda::avg_pool(job, dtype, stream_); }
-    void avg_pool_backward(const PoolJob& job, DType dtype) const {
-        cuda::avg_pool_backward(job, dtype, stream_);
-    }
-    void lp_pool(const PoolJob& job, DType dtype) const { cuda::lp_pool(job, dtype, stream_); }
 
   private:
     Memory memory_;

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "common/activation_kind.h"
-#include "kernels/cpu/pool/job.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext {
 
@@ -199,5 +199,11 @@ struct DepthwisePlan {
 inline size_t scratch_bytes(const DepthwiseJob& job) {
     return DepthwisePlan(job).scratch_bytes(job);
 }
+
+// Works on units [begin, end) of a step.
+using DepthwiseKernel = void (*)(const DepthwiseJob& job, int64_t begin, int64_t end,
+                                 void* scratch);
+
+POOLING_EXT_KERNELS(depthwise, DepthwiseKernel(DType, DepthwiseStep))
 
 }  // namespace pooling_ext

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "kernels/cpu/conv/depthwise_rows.h"
-#include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 

@@ -3,6 +3,7 @@
 
 #include "common/activation_kind.h"
 #include "kernels/cpu/conv/winograd_shape.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext {
 
@@ -85,6 +86,8 @@ struct WinogradKernels {
     void (*grad_end)(const WinogradGradJob& job, const WinogradRegion& region, const void* sums,
                      int64_t splits);
 };
+
+POOLING_EXT_KERNELS(winograd, WinogradKernels(DType, WinogradKind))
 
 // What is known of a processor and of the type that is computed in.
 struct WinogradMachine {

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/cpu/pool/job.h"
+#include "common/pooling.h"
 
 namespace pooling_ext {
 

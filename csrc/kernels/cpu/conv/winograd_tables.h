@@ -2,8 +2,6 @@
 #pragma once
 
 #include "kernels/cpu/conv/winograd.h"
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/simd/numeric.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
@@ -19,6 +17,5 @@ void (*winograd_grad(DType dtype, WinogradKind kind))(const WinogradGradJob&, co
 void (*winograd_grad_end(DType dtype, WinogradKind kind))(const WinogradGradJob&,
                                                           const WinogradRegion&, const void* sums,
                                                           int64_t splits);
-WinogradKernels winograd(DType dtype, WinogradKind kind);
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

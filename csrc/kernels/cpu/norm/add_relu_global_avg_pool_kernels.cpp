@@ -1,6 +1,6 @@
 // The mean of each plane of relu(input + residual), compiled once for each instruction set. A unit
 // is a plane, or an image in channels-last.
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/norm/add_relu_global_avg_pool.h"
 #include "kernels/cpu/pool/pool_forward.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {

@@ -7,7 +7,7 @@
 #include <numeric>
 
 #include "common/activation_kind.h"
-#include "kernels/cpu/pool/job.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext {
 
@@ -151,5 +151,11 @@ inline size_t scratch_bytes(const BatchNormJob& job) {
     const size_t row = job.channels_last ? job.row() : 0;
     return vectors * row * sizeof(double) + slack;
 }
+
+// Works on units [begin, end) of a step.
+using BatchNormKernel = void (*)(const BatchNormJob& job, int64_t begin, int64_t end,
+                                 void* scratch);
+
+POOLING_EXT_KERNELS(batch_norm, BatchNormKernel(DType, Step))
 
 }  // namespace pooling_ext

@@ -13,7 +13,7 @@
 
 namespace pooling_ext {
 
-struct StemJob {
+struct BnReluMaxPoolJob {
     static constexpr int64_t kMost = 3;  // rows and columns of a window
 
     BatchNormJob norm;  // x, the coefficients, `y` of a backward pass and `sums`
@@ -51,12 +51,17 @@ struct StemJob {
 };
 
 // Forward: rows of the outputs. Sums: bands of every image. Backward: rows of the inputs.
-enum class StemStep { Forward, Sums, Backward };
+enum class BnReluMaxPoolStep { Forward, Sums, Backward };
 
-inline size_t scratch_bytes(const StemJob& job) {
+inline size_t scratch_bytes(const BnReluMaxPoolJob& job) {
     constexpr size_t vectors = 8, element = 2;
     return scratch_bytes(job.norm) + scratch_bytes(job.pool) +
            vectors * job.norm.channels * sizeof(double) + job.tile() * element;
 }
+
+using BnReluMaxPoolKernel = void (*)(const BnReluMaxPoolJob& job, int64_t begin, int64_t end,
+                                     void* scratch);
+
+POOLING_EXT_KERNELS(bn_relu_max_pool, BnReluMaxPoolKernel(DType, BnReluMaxPoolStep))
 
 }  // namespace pooling_ext

@@ -1,5 +1,4 @@
 // Batch normalisation, ReLU and max pooling as one step, compiled once for each instruction set.
-#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/norm/batch_norm_relu_max_pool.h"
 #include "kernels/cpu/pool/max_pool_backward_nhwc.h"
 #include "kernels/cpu/pool/pool_nhwc.h"
@@ -121,10 +120,11 @@ __attribute__((noinline)) void max_with_nan(In* y, uint8_t* places, const In* co
     }
 }
 
-// The elements of a window that a PixelWalker visits. StemJob::taken() leaves out four rows.
+// The elements of a window that a PixelWalker visits. BnReluMaxPoolJob::taken() leaves out four
+// rows.
 template <class Rows, class Columns>
 constexpr int count_of(Rows, Columns) {
-    return Rows::value <= StemJob::kMost ? Rows::value * Columns::value : 0;
+    return Rows::value <= BnReluMaxPoolJob::kMost ? Rows::value * Columns::value : 0;
 }
 
 // Pools rows [oh_begin, oh_end) of the outputs of an image, whose tensors begin at x, y and places.
@@ -169,7 +169,7 @@ void each_image(int64_t begin, int64_t end, int64_t rows, const Visit& visit) {
 }
 
 template <class In, bool kPlaces>
-void forward_rows(const StemJob& job, int64_t begin, int64_t end, Scratch scratch) {
+void forward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scratch scratch) {
     const PoolParams& p = job.pool.p;
     const BatchNormJob& norm = job.norm;
     const In* const x = static_cast<const In*>(norm.x);
@@ -225,7 +225,7 @@ void forward_rows(const StemJob& job, int64_t begin, int64_t end, Scratch scratc
 }
 
 template <class In>
-void forward(const StemJob& job, int64_t begin, int64_t end, void* memory) {
+void forward(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory) {
     if (job.pool.places_out)
         forward_rows<In, true>(job, begin, end, Scratch(memory));
     else
@@ -253,7 +253,7 @@ void add_winners(const In* __restrict grad, const uint8_t* __restrict places,
 }
 
 template <class In>
-void sums(const StemJob& job, int64_t begin, int64_t end, void* memory) {
+void sums(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory) {
     using T = Accumulator<In>;
     // So that no lane sums many.
     constexpr int64_t kPixels = 64;
@@ -321,7 +321,7 @@ struct Spread {
 };
 
 template <class In, bool kBatch>
-void backward_rows(const StemJob& job, int64_t begin, int64_t end, Scratch scratch) {
+void backward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scratch scratch) {
     using T = Accumulator<In>;
     constexpr int64_t kAhead = 2048, kLine = 64;
     const int64_t channels = job.norm.channels;
@@ -332,7 +332,7 @@ void backward_rows(const StemJob& job, int64_t begin, int64_t end, Scratch scrat
                               coefficients(job.norm.slope), coefficients(job.norm.offset)};
     Job pool = job.pool;
     pool.dst = job.norm.y;
-    PixelGatherer<In> gatherer(pool, scratch);
+    MaxPoolBackwardNhwc<In> gatherer(pool, scratch);
     const In* const x = static_cast<const In*>(job.norm.x);
     backwards(begin, end, [&](int64_t first, int64_t last) {
         gather_rows<In>(
@@ -355,7 +355,7 @@ void backward_rows(const StemJob& job, int64_t begin, int64_t end, Scratch scrat
 }
 
 template <class In>
-void backward(const StemJob& job, int64_t begin, int64_t end, void* memory) {
+void backward(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory) {
     if (job.norm.slope)
         backward_rows<In, true>(job, begin, end, Scratch(memory));
     else
@@ -363,16 +363,17 @@ void backward(const StemJob& job, int64_t begin, int64_t end, void* memory) {
 }
 
 template <class In>
-StemKernel stem_of(StemStep step) {
-    constexpr StemKernel steps[] = {forward<In>, sums<In>, backward<In>};
+BnReluMaxPoolKernel bn_relu_max_pool_of(BnReluMaxPoolStep step) {
+    constexpr BnReluMaxPoolKernel steps[] = {forward<In>, sums<In>, backward<In>};
     return steps[int(step)];
 }
 
 }  // namespace
 
-StemKernel stem(DType dtype, StemStep step) {
-    if (!StemJob::has(dtype)) return nullptr;
-    return dtype == DType::Float32 ? stem_of<float>(step) : stem_of<BFloat16>(step);
+BnReluMaxPoolKernel bn_relu_max_pool(DType dtype, BnReluMaxPoolStep step) {
+    if (!BnReluMaxPoolJob::has(dtype)) return nullptr;
+    return dtype == DType::Float32 ? bn_relu_max_pool_of<float>(step)
+                                   : bn_relu_max_pool_of<BFloat16>(step);
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

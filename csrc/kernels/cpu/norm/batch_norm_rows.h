@@ -6,7 +6,7 @@
 
 #include <utility>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/norm/batch_norm.h"
 #include "kernels/cpu/pool/pool_forward.h"
 #include "kernels/cpu/simd/vector.h"
 

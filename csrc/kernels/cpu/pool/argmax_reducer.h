@@ -34,18 +34,18 @@ class ArgmaxReducer {
     ArgmaxReducer(const PoolParams& p, const In* end, Scratch& scratch)
         : p_(p),
           end_(end),
-          phases_(p.w, deals(p), scratch),
-          dealing_(deals(p)),
+          phases_(p.w, deinterleaves(p), scratch),
+          deinterleaves_(deinterleaves(p)),
           value_(scratch.take<T>(p.out_row() + kVector)),
           offset_(scratch.take<int32_t>(p.out_row() + kVector)),
           row_value_(scratch.take<T>(p.in_row() + kVector)),
           row_offset_(scratch.take<int32_t>(p.in_row() + kVector)) {
-        if (dealing_) {
-            dealt_value_ = scratch.take<T>(phases_.size() + kVector);
-            dealt_offset_ = scratch.take<int32_t>(phases_.size() + kVector);
+        if (deinterleaves_) {
+            phase_value_ = scratch.take<T>(phases_.size() + kVector);
+            phase_offset_ = scratch.take<int32_t>(phases_.size() + kVector);
             for (int64_t i = 0; i < phases_.size(); ++i) {
-                dealt_value_[i] = Order::lowest();
-                dealt_offset_[i] = kNowhere;
+                phase_value_[i] = Order::lowest();
+                phase_offset_[i] = kNowhere;
             }
         }
     }
@@ -72,12 +72,12 @@ class ArgmaxReducer {
             offset_[i] = kNowhere;
         }
         if (!last) return;
-        if (dealing_) {
-            deal<Same<T>>(dealt_value_, phases_, row_value_, w);
-            deal<Same<int32_t>>(dealt_offset_, phases_, row_offset_, w);
+        if (deinterleaves_) {
+            deinterleave<Same<T>>(phase_value_, phases_, row_value_, w);
+            deinterleave<Same<int32_t>>(phase_offset_, phases_, row_offset_, w);
             for (int64_t c = 0; c < w.kernel; ++c) {
                 const int64_t at = phases_.at(c);
-                add_column(value_, offset_, dealt_value_ + at, dealt_offset_ + at, int32_t(c),
+                add_column(value_, offset_, phase_value_ + at, phase_offset_ + at, int32_t(c),
                            whole_vectors(w.out));
             }
             return;
@@ -224,13 +224,13 @@ class ArgmaxReducer {
     const PoolParams& p_;
     const In* const end_;
     const Phases phases_;
-    const bool dealing_;
+    const bool deinterleaves_;
     T* const value_;
     int32_t* const offset_;
     T* const row_value_;
     int32_t* const row_offset_;
-    T* dealt_value_ = nullptr;
-    int32_t* dealt_offset_ = nullptr;
+    T* phase_value_ = nullptr;
+    int32_t* phase_offset_ = nullptr;
 };
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,5 +1,5 @@
 // Average pooling, compiled once for each instruction set.
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/pool/avg_pool.h"
 #include "kernels/cpu/pool/block_transpose.h"
 #include "kernels/cpu/pool/divisors.h"
 #include "kernels/cpu/pool/pool_backward.h"
@@ -133,10 +133,10 @@ void average(const Job& job, int64_t begin, int64_t end, void* memory) {
     const Divisors<T> divisors(job, scratch);
     if constexpr (kCommon<In>)
         if (PixelWalker<In>::takes(job.p))
-            return pool_pixels<SumOp<In>>(job, begin, end,
-                                          [&](int64_t od, int64_t oh, int64_t o, auto use) {
-                                              divisors.divide_pixel(od, oh, o, use);
-                                          });
+            return pool_nhwc<SumOp<In>>(job, begin, end,
+                                        [&](int64_t od, int64_t oh, int64_t o, auto use) {
+                                            divisors.divide_pixel(od, oh, o, use);
+                                        });
     pool_rows<SumOp<In>, In>(
         job, begin, end, scratch,
         [&](int64_t od, int64_t oh, const T* __restrict row, In* __restrict y) {
@@ -157,8 +157,8 @@ class AverageSpread {
         : p_(job.p),
           divisors_(job, scratch),
           share_(scratch.take<T>(p_.out_row())),
-          apart_(!deals(p_) && !p_.w.adaptive && p_.w.stride >= p_.w.kernel),
-          gradient_(p_, scratch, deals(p_), !apart_) {}
+          apart_(!deinterleaves(p_) && !p_.w.adaptive && p_.w.stride >= p_.w.kernel),
+          gradient_(p_, scratch, deinterleaves(p_), !apart_) {}
 
     void start() { any_ = false; }
 
@@ -178,7 +178,7 @@ class AverageSpread {
         const int64_t channels = p_.channels;
         if (!any_) {
             std::memset(dst, 0, p_.in_row() * sizeof(G));
-        } else if (deals(p_)) {
+        } else if (deinterleaves(p_)) {
             gradient_.clear();
             for (int64_t c = 0; c < w.kernel; ++c) sum(gradient_.phase(c), share_, w.out);
             gradient_.write(dst);

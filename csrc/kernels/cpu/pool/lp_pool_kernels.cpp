@@ -1,7 +1,7 @@
 // Power-average pooling for the norms 1, 2 and 3, compiled once for each instruction set.
-#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/pool/block_transpose.h"
 #include "kernels/cpu/pool/divisors.h"
+#include "kernels/cpu/pool/lp_pool.h"
 #include "kernels/cpu/pool/pool_forward.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -40,12 +40,14 @@ struct SumOp {
 constexpr int64_t kPiece = 512;
 
 template <class In>
-using Fold = void (*)(Accumulator<In>* dst, const In* const* rows, int64_t count, int64_t n);
+using ReduceRows = void (*)(Accumulator<In>* dst, const In* const* rows, int64_t count, int64_t n);
 
 // What adds rows of powers up.
 template <class In>
-Fold<In> fold_of(int norm, bool magnitude) {
-    const auto with = [](auto op) -> Fold<In> { return fold<decltype(op), Stored<decltype(op)>>; };
+ReduceRows<In> reduce_rows_of(int norm, bool magnitude) {
+    const auto with = [](auto op) -> ReduceRows<In> {
+        return reduce_rows<decltype(op), Stored<decltype(op)>>;
+    };
     if (norm == 2) return with(PowerSumOp<In, 2, false>{});
     if (norm == 1)
         return magnitude ? with(PowerSumOp<In, 1, true>{}) : with(PowerSumOp<In, 1, false>{});
@@ -64,7 +66,7 @@ void store_roots(In* __restrict y, const T* __restrict powers, int64_t n, int no
 
 // The sum of a plane's powers, a piece at a time.
 template <class In, class T = Accumulator<In>>
-T sum_of_powers(const In* x, int64_t n, Fold<In> add_rows, T* piece) {
+T sum_of_powers(const In* x, int64_t n, ReduceRows<In> add_rows, T* piece) {
     T total = T(0);
     for (int64_t from = 0; from < n; from += kPiece) {
         const In* const row = x + from;
@@ -97,7 +99,7 @@ void power_average(const Job& job, int64_t begin, int64_t end, void* memory) {
     columns.outer = 1;
     columns.d = columns.h = Axis{};
     RowReducer<SumOp<T>> add_columns(columns, sum + in + kVector, scratch);
-    const Fold<In> add_rows = fold_of<In>(job.norm, job.magnitude);
+    const ReduceRows<In> add_rows = reduce_rows_of<In>(job.norm, job.magnitude);
     each_index(
         begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
             int64_t count = 0;
@@ -129,8 +131,5 @@ void power_average(const Job& job, int64_t begin, int64_t end, void* memory) {
 Kernel lp_pool(DType dtype) {
     return for_float(dtype, [](auto zero) -> Kernel { return power_average<decltype(zero)>; });
 }
-
-const Kernels kernels{max_pool,   max_pool_backward, avg_pool, avg_pool_backward, lp_pool,
-                      batch_norm, add_relu_mean,     stem,     winograd,          depthwise};
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -1,6 +1,6 @@
 // The backward pass of max pooling, compiled once for each instruction set: each gradient goes to
 // the place that won.
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/pool/max_pool.h"
 #include "kernels/cpu/pool/max_pool_backward_nhwc.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -294,8 +294,8 @@ void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
         return job.p.channels == 1 ? scatter.planes(begin, end) : scatter.channels(begin, end);
     }
     if constexpr (kCommon<G> && std::is_same_v<Place, uint8_t>) {
-        if (PixelGatherer<G>::takes(job.p)) {
-            PixelGatherer<G> gatherer(job, scratch);
+        if (MaxPoolBackwardNhwc<G>::takes(job.p)) {
+            MaxPoolBackwardNhwc<G> gatherer(job, scratch);
             return gather_rows<G>(
                 job, begin, end, [&] { gatherer.start(); },
                 [&](const SpreadRow<G>& row) { gatherer.add(row); },

@@ -27,7 +27,7 @@ struct Narrowed {
 };
 
 template <class G>
-class PixelGatherer {
+class MaxPoolBackwardNhwc {
   public:
     using T = Accumulator<G>;
     using Bits = BitsOf<G>;
@@ -37,7 +37,7 @@ class PixelGatherer {
                !p.d.adaptive && !p.h.adaptive && !p.w.adaptive;
     }
 
-    PixelGatherer(const Job& job, Scratch& scratch)
+    MaxPoolBackwardNhwc(const Job& job, Scratch& scratch)
         : p_(job.p),
           grad_(static_cast<const G*>(job.src)),
           places_(static_cast<const uint8_t*>(job.places_in)),

@@ -1,7 +1,7 @@
 // Max pooling, compiled once for each instruction set.
-#include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/pool/argmax_reducer.h"
 #include "kernels/cpu/pool/block_transpose.h"
+#include "kernels/cpu/pool/max_pool.h"
 #include "kernels/cpu/pool/pool_nhwc.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
@@ -15,7 +15,7 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
     using Op = MaxOp<Order, In>;
     if constexpr (kCommon<In>)
         if (PixelWalker<In>::takes(job.p))
-            return pool_pixels<Op>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
+            return pool_nhwc<Op>(job, begin, end, [](int64_t, int64_t, int64_t, auto use) {
                 use([](typename Op::T x) { return x; });
             });
     const int64_t n = job.p.out_row();

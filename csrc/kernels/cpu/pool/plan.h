@@ -103,7 +103,7 @@ inline size_t scratch_bytes(const Job& job) {
         bytes += p.in_plane() * at_once * sizeof(double) + p.d.out * p.h.out * sizeof(int64_t);
         bytes += (planes * (p.in_plane() + p.out_plane()) + 4096) * sizeof(int32_t);
     }
-    // The taps of PixelGatherer.
+    // The taps of MaxPoolBackwardNhwc.
     bytes += p.window_places() <= kGatherWindow ? p.w.out * p.w.kernel * 16 + p.w.in * 8 : 0;
     if (job.block) bytes += (p.in_plane() + 2 * p.out_plane()) * job.block * sizeof(double);
     return bytes;

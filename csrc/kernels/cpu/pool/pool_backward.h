@@ -25,13 +25,13 @@ template <class T>
 class RowGradient {
   public:
     // If not `needed`, nothing may be summed.
-    RowGradient(const PoolParams& p, Scratch& scratch, bool dealing, bool needed = true)
+    RowGradient(const PoolParams& p, Scratch& scratch, bool deinterleaves, bool needed = true)
         : p_(p),
-          phases_(p.w, dealing, scratch),
-          dealing_(dealing),
-          size_(!needed   ? 0
-                : dealing ? phases_.size()
-                          : p.in_row()) {
+          phases_(p.w, deinterleaves, scratch),
+          deinterleaves_(deinterleaves),
+          size_(!needed         ? 0
+                : deinterleaves ? phases_.size()
+                                : p.in_row()) {
         sum_ = scratch.take<T>(size_);
     }
 
@@ -47,8 +47,8 @@ class RowGradient {
     template <class G>
     void write(G* __restrict dst) const {
         const int64_t in = p_.in_row(), stride = p_.w.stride;
-        if (!dealing_ || stride == 1) {
-            const T* __restrict sum = sum_ + (dealing_ ? p_.w.pad_before : 0);
+        if (!deinterleaves_ || stride == 1) {
+            const T* __restrict sum = sum_ + (deinterleaves_ ? p_.w.pad_before : 0);
             for (int64_t i = 0; i < in; ++i) dst[i] = narrow<G>(sum[i]);
             return;
         }
@@ -73,7 +73,7 @@ class RowGradient {
   private:
     const PoolParams& p_;
     const Phases phases_;
-    const bool dealing_;
+    const bool deinterleaves_;
     const int64_t size_;
     T* sum_;
 };

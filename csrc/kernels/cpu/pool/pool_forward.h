@@ -2,10 +2,10 @@
 //
 // A row of outputs is made from the rows of input under it. The first step reduces those rows to
 // one, element by element; the second reduces each window's columns of that row. Both are the same
-// loop over contiguous memory, `fold`: in the contiguous format the second step first deals the row
-// out into `stride` phases, so that the c-th columns of neighbouring windows lie side by side; in
-// channels-last the columns are vectors of channels anyway. The windows that most networks have
-// take shorter ways: slide.h, and in channels-last pool_nhwc.h.
+// loop over contiguous memory, `reduce_rows`: in the contiguous format the second step first
+// deinterleaves the row into `stride` phases, so that the c-th columns of neighbouring windows lie
+// side by side; in channels-last the columns are vectors of channels anyway. The windows that most
+// networks have take shorter ways: slide.h, and in channels-last pool_nhwc.h.
 //
 // An operator is a type with `In` and `T` (stored and computed type), load, store, combine and
 // identity, and `kPlain`: whether load changes nothing. combine takes any number of values at once,
@@ -62,8 +62,8 @@ struct Computed {
 
 // dst[i] = rows[0][i] + rows[1][i] + ..., where + is the operator's; count is at least 1.
 template <class Op, class Load>
-void fold(typename Op::T* __restrict dst, const typename Load::Element* const* rows, int64_t count,
-          int64_t n) {
+void reduce_rows(typename Op::T* __restrict dst, const typename Load::Element* const* rows,
+                 int64_t count, int64_t n) {
     const auto* a = rows[0];
     int64_t row = 1;
     if (count >= 3) {
@@ -129,13 +129,13 @@ void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x,
     }
 }
 
-// Where the columns of a row lie once it is dealt out: column i of the padded row is element
-// i / stride of phase i % stride. Only the phases that windows read are dealt.
+// Where the columns of a row lie once it is deinterleaved: column i of the padded row is element
+// i / stride of phase i % stride. Only the phases that windows read are kept.
 class Phases {
   public:
-    // If not `dealing`, there are none.
-    Phases(const Axis& w, bool dealing, Scratch& scratch) {
-        if (!dealing) return;
+    // If not `deinterleaves`, there are none.
+    Phases(const Axis& w, bool deinterleaves, Scratch& scratch) {
+        if (!deinterleaves) return;
         stride_ = w.stride;
         length_ = w.dilation * (w.kernel - 1) / w.stride + w.out + w.in / w.stride + 2;
         at_ = scratch.take<int64_t>(w.kernel);
@@ -156,7 +156,7 @@ class Phases {
     // Where the c-th columns of the windows begin.
     int64_t at(int64_t c) const { return at_[c]; }
 
-    // For each phase: where its first element inside the input is dealt to, the column that one
+    // For each phase: where its first element inside the input goes to, the column that one
     // comes from, and how many there are.
     struct Part {
         int64_t to, from, count;
@@ -172,16 +172,16 @@ class Phases {
     Part* parts_ = nullptr;
 };
 
-// Deals a row out into the phases that lie at `dealt`.
+// Deinterleaves a row into the phases that lie at `deinterleaved`.
 template <class Load, class T>
-void deal(T* __restrict dealt, const Phases& phases, const typename Load::Element* __restrict row,
-          const Axis& w) {
+void deinterleave(T* __restrict deinterleaved, const Phases& phases,
+                  const typename Load::Element* __restrict row, const Axis& w) {
     const auto* part = phases.begin();
     if (w.stride == 2 && phases.end() - part == 2) {
-        // Both together: the last vector of a loop over one of them would be dealt one by one.
+        // Both together: the last vector of a loop over one of them would go one by one.
         const bool swapped = part->from == 1;
-        T* __restrict even = dealt + part[swapped].to;
-        T* __restrict odd = dealt + part[!swapped].to;
+        T* __restrict even = deinterleaved + part[swapped].to;
+        T* __restrict odd = deinterleaved + part[!swapped].to;
         for (int64_t i = 0; i < w.in / 2; ++i) {
             even[i] = Load::get(row[2 * i]);
             odd[i] = Load::get(row[2 * i + 1]);
@@ -190,7 +190,7 @@ void deal(T* __restrict dealt, const Phases& phases, const typename Load::Elemen
         return;
     }
     for (; part != phases.end(); ++part)
-        gather_phase<Load>(dealt + part->to, row + part->from, part->count, w.stride);
+        gather_phase<Load>(deinterleaved + part->to, row + part->from, part->count, w.stride);
 }
 
 // Prefetches what the row of outputs after the next one reads besides, where `last` is the last row
@@ -235,18 +235,18 @@ class RowReducer {
         : p_(p),
           slide_(slide_for<Op>(p)),
           slide_over_rows_(p, end),
-          dealing_(!slide_ && deals(p)),
+          deinterleaves_(!slide_ && deinterleaves(p)),
           end_(end),
-          phases_(p.w, dealing_, scratch),
+          phases_(p.w, deinterleaves_, scratch),
           rows_(scratch.take<const In*>(p.window_rows())),
-          columns_(scratch.take<const void*>(dealing_         ? p.w.kernel
+          columns_(scratch.take<const void*>(deinterleaves_   ? p.w.kernel
                                              : p.channels > 1 ? p.w.most_inside()
                                                               : 0)),
           row_(scratch.take<T>(slide_ || p.window_rows() > 1 ? p.in_row() + 2 * kVector : 0) +
                kVector),
-          dealt_(scratch.take<T>(phases_.size())),
+          deinterleaved_(scratch.take<T>(phases_.size())),
           out_(scratch.take<T>(p.out_row() + kVector)) {
-        for (int64_t i = 0; i < phases_.size(); ++i) dealt_[i] = Op::identity();
+        for (int64_t i = 0; i < phases_.size(); ++i) deinterleaved_[i] = Op::identity();
         if (slide_)
             for (int64_t i = 1; i <= p.w.pad_before; ++i) row_[-i] = Op::identity();
     }
@@ -298,7 +298,7 @@ class RowReducer {
     void fold_rows(int64_t count) {
         const int64_t n = whole_vectors(p_.in_row(), kLanes<In, T>);
         const bool readable = rows_[count - 1] + n <= end_;
-        fold<Op, Stored<Op>>(row_, rows_, count, readable ? n : p_.in_row());
+        reduce_rows<Op, Stored<Op>>(row_, rows_, count, readable ? n : p_.in_row());
     }
 
     template <class Load>
@@ -314,34 +314,34 @@ class RowReducer {
                 for (int64_t c = 0; c < count; ++c) columns[c] = x + c * w.dilation * channels;
                 T* const to = out + o * channels;
                 if (count > 0)
-                    fold<Op, Load>(to, columns, count, channels);
+                    reduce_rows<Op, Load>(to, columns, count, channels);
                 else
                     for (int64_t c = 0; c < channels; ++c) to[c] = Op::identity();
             }
-        } else if (!dealing_) {
+        } else if (!deinterleaves_) {
             for (int64_t o = 0; o < w.out; ++o) {
                 const int64_t first = w.first(o);
                 out[o] = reduce<Op, Load>(row + w.start(o) + first * w.dilation, w.end(o) - first,
                                           w.dilation);
             }
         } else {
-            deal<Load>(dealt_, phases_, row, w);
+            deinterleave<Load>(deinterleaved_, phases_, row, w);
             const auto** columns = reinterpret_cast<const T**>(columns_);
-            for (int64_t c = 0; c < w.kernel; ++c) columns[c] = dealt_ + phases_.at(c);
-            fold<Op, Computed<Op>>(out, columns, w.kernel, w.out);
+            for (int64_t c = 0; c < w.kernel; ++c) columns[c] = deinterleaved_ + phases_.at(c);
+            reduce_rows<Op, Computed<Op>>(out, columns, w.kernel, w.out);
         }
     }
 
     const PoolParams& p_;
     const Slide<T> slide_;
     const std::conditional_t<kOverRows, SlideOverRows<Op>, None> slide_over_rows_;
-    const bool dealing_;
+    const bool deinterleaves_;
     const In* const end_;
     const Phases phases_;
     const In** const rows_;
     const void** const columns_;
     T* const row_;
-    T* const dealt_;
+    T* const deinterleaved_;
     T* const out_;
 };
 

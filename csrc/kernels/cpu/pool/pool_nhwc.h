@@ -164,7 +164,7 @@ __attribute__((noinline)) void reduce_pixel(typename Op::In* y, const Taps<typen
 // Computes rows [begin, end) of outputs. finish(od, oh, o, use) calls use(what is done to a reduced
 // value before it is stored) for window o of row (od, oh).
 template <class Op, class Finish>
-POOLING_EXT_INLINE void pool_pixels(const Job& job, int64_t begin, int64_t end, Finish finish) {
+POOLING_EXT_INLINE void pool_nhwc(const Job& job, int64_t begin, int64_t end, Finish finish) {
     using In = typename Op::In;
     const PoolParams& p = job.p;
     PixelWalker<In> walk(p);

@@ -3,7 +3,7 @@
 
 #include <iterator>
 
-#include "kernels/cuda/pool/pool.h"
+#include "kernels/cuda/stream.h"
 
 namespace pooling_ext::cuda {
 

@@ -4,7 +4,7 @@
 #include "common/activation_kind.h"
 #include "common/pool_job.h"
 #include "kernels/cuda/norm/channel_tiles.h"
-#include "kernels/cuda/pool/pool.h"
+#include "kernels/cuda/stream.h"
 
 namespace pooling_ext::cuda {
 

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) write_coefficients(Norm norm, T* to)
 
 }  // namespace
 
-void stem_coefficients(const StemJob& job, StreamHandle stream) {
+void stem_coefficients(const BnReluMaxPoolJob& job, StreamHandle stream) {
     const Grid grid{dim3(unsigned(ceil_div(job.norm.channels, kThreads))), dim3(kThreads)};
     const auto run = [&](auto zero) {
         using T = decltype(zero);
@@ -97,7 +97,7 @@ void stem_coefficients(const StemJob& job, StreamHandle stream) {
         run(float());
 }
 
-void stem_forward(const StemJob& job, StreamHandle stream) {
+void stem_forward(const BnReluMaxPoolJob& job, StreamHandle stream) {
     with_float(job.dtype, [&](auto zero) {
         using In = decltype(zero);
         const CoefficientRows<Accumulator<In>> coefficients(job);

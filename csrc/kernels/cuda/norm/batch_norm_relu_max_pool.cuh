@@ -13,7 +13,7 @@ struct CoefficientRows {
     unsigned channels;
     bool channels_last;
 
-    explicit CoefficientRows(const StemJob& job)
+    explicit CoefficientRows(const BnReluMaxPoolJob& job)
         : rows(static_cast<const T*>(job.coefficients)),
           channels(unsigned(job.norm.channels)),
           channels_last(job.channels_last) {

@@ -5,8 +5,8 @@
 
 namespace pooling_ext::cuda {
 
-struct StemJob {
-    StemJob(const PoolJob& pool, DType dtype, bool channels_last)
+struct BnReluMaxPoolJob {
+    BnReluMaxPoolJob(const PoolJob& pool, DType dtype, bool channels_last)
         : pool(pool), dtype(dtype), channels_last(channels_last) {}
 
     PoolJob pool;  // src, dst and places_out, or src, places_in and dst
@@ -19,12 +19,12 @@ struct StemJob {
     void* coefficients = nullptr;
 };
 
-void stem_coefficients(const StemJob& job, StreamHandle stream);
-void stem_forward(const StemJob& job, StreamHandle stream);
+void stem_coefficients(const BnReluMaxPoolJob& job, StreamHandle stream);
+void stem_forward(const BnReluMaxPoolJob& job, StreamHandle stream);
 // How the outputs are divided into parts of the sums.
-ChannelTiles stem_tiles(const StemJob& job);
+ChannelTiles stem_tiles(const BnReluMaxPoolJob& job);
 // Sums of each part, as batch_norm_sums makes them.
-void stem_sums(const StemJob& job, double* parts, StreamHandle stream);
-void stem_backward(const StemJob& job, StreamHandle stream);
+void stem_sums(const BnReluMaxPoolJob& job, double* parts, StreamHandle stream);
+void stem_backward(const BnReluMaxPoolJob& job, StreamHandle stream);
 
 }  // namespace pooling_ext::cuda

@@ -36,7 +36,7 @@ struct Picked {
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     Divisor kernel_w, out_w, out_plane;
 
-    explicit Picked(const StemJob& job)
+    explicit Picked(const BnReluMaxPoolJob& job)
         : grad(static_cast<const In*>(job.pool.src)),
           places(static_cast<const uint8_t*>(job.pool.places_in)),
           x(static_cast<const In*>(job.x)),
@@ -131,7 +131,7 @@ struct ThroughNorm : ToWinner<In, uint8_t> {
     CoefficientRows<T> coefficients;
     bool sums;
 
-    explicit ThroughNorm(const StemJob& job)
+    explicit ThroughNorm(const BnReluMaxPoolJob& job)
         : x(static_cast<const In*>(job.x)), coefficients(job), sums(job.norm.sums != nullptr) {}
 
     bool aligned() const { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
@@ -170,7 +170,7 @@ struct OwnTo<ThroughNorm<In>, N> {
     }
 };
 
-ChannelTiles stem_tiles(const StemJob& job) {
+ChannelTiles stem_tiles(const BnReluMaxPoolJob& job) {
     const PoolParams& p = job.pool.p;
     const int64_t element = job.dtype == DType::Float64 ? 8 : job.dtype == DType::Float32 ? 4 : 2;
     // One element at a time: what is picked lies apart. Half a line of channels, so that rows of
@@ -185,7 +185,7 @@ ChannelTiles stem_tiles(const StemJob& job) {
     return tiles;
 }
 
-void stem_sums(const StemJob& job, double* parts, StreamHandle stream) {
+void stem_sums(const BnReluMaxPoolJob& job, double* parts, StreamHandle stream) {
     const PoolParams& p = job.pool.p;
     if (!fits_32_bits(p)) throw std::runtime_error("pooling_ext: input is too large");
     const ChannelTiles tiles = stem_tiles(job);
@@ -196,7 +196,7 @@ void stem_sums(const StemJob& job, double* parts, StreamHandle stream) {
     });
 }
 
-void stem_backward(const StemJob& job, StreamHandle stream) {
+void stem_backward(const BnReluMaxPoolJob& job, StreamHandle stream) {
     with_float(job.dtype, [&](auto zero) {
         using In = decltype(zero);
         const ThroughNorm<In> to(job);

@@ -1,4 +1,5 @@
 // Average pooling.
+#include "kernels/cuda/pool/avg_pool.h"
 #include "kernels/cuda/pool/pool_backward.cuh"
 #include "kernels/cuda/pool/pool_forward.cuh"
 

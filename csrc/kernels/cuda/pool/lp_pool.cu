@@ -1,4 +1,5 @@
 // Power-average pooling for the norms 1, 2 and 3.
+#include "kernels/cuda/pool/lp_pool.h"
 #include "kernels/cuda/pool/pool_forward.cuh"
 
 namespace pooling_ext::cuda {

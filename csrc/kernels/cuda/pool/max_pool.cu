@@ -2,6 +2,7 @@
 // first wins.
 #include <limits>
 
+#include "kernels/cuda/pool/max_pool.h"
 #include "kernels/cuda/pool/max_pool_cells.cuh"
 #include "kernels/cuda/pool/max_pool_rows.cuh"
 #include "kernels/cuda/pool/pool_backward.cuh"

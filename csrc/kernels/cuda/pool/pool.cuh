@@ -3,7 +3,7 @@
 
 #include "common/cuda.cuh"
 #include "common/pool_job.h"
-#include "kernels/cuda/pool/pool.h"
+#include "kernels/cuda/stream.h"
 
 namespace pooling_ext::cuda {
 

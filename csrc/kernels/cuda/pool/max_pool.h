@@ -1,0 +1,14 @@
+// The CUDA kernels of max pooling. Each function returns when its work is on the stream; a dtype
+// without a kernel is an error.
+#pragma once
+
+#include "common/pool_job.h"
+#include "kernels/cuda/stream.h"
+
+namespace pooling_ext::cuda {
+
+void max_pool(const PoolJob& job, DType dtype, Places kind, StreamHandle stream);
+void max_pool_backward(const PoolJob& job, DType dtype, Places kind, StreamHandle stream);
+void max_pool_gather(const PoolJob& job, DType dtype, Places kind, StreamHandle stream);
+
+}  // namespace pooling_ext::cuda
