@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pooling_ext
 from pooling_ext.backends import autotune
-from pooling_ext.ops import tuned_conv
+from pooling_ext.ops import conv_autotune
 
 from .gpu_operators import ALLOWED, CHECKED, first_call
 from .gpu_report import AUTOTUNED, CAPTURED, COMPILED, EAGER, FROZEN, PATCHED, UNTUNED, Entry, Run
@@ -51,9 +51,9 @@ def untuned() -> Iterator[None]:
     """Convolutions in PyTorch's way, whatever is remembered of faster ones."""
     wanted = {"POOLING_EXT_TUNE": "0", "POOLING_EXT_TUNING_FILE": os.devnull}
     before = {name: os.environ.get(name) for name in wanted}
-    chosen = dict(tuned_conv._chosen)
+    chosen = dict(conv_autotune._chosen)
     os.environ.update(wanted)
-    tuned_conv._chosen.clear()
+    conv_autotune._chosen.clear()
     autotune.forget()
     try:
         yield
@@ -61,8 +61,8 @@ def untuned() -> Iterator[None]:
         for name, value in before.items():
             del os.environ[name]
             os.environ.update({} if value is None else {name: value})
-        tuned_conv._chosen.clear()
-        tuned_conv._chosen.update(chosen)
+        conv_autotune._chosen.clear()
+        conv_autotune._chosen.update(chosen)
         autotune.forget()
 
 

@@ -53,7 +53,7 @@ def theirs_of(case: LaunchCase) -> Callable[..., Tensor]:
     }.get(case.op) or getattr(F, case.op)
 
 
-def takes(case: LaunchCase, backend: str, tensors: dict[str, Tensor]) -> bool:
+def can_run(case: LaunchCase, backend: str, tensors: dict[str, Tensor]) -> bool:
     if backend not in [known.name for known in backends.BACKENDS]:
         return False
     with use_backend(backend):
@@ -125,7 +125,7 @@ def measure_operator(
         wanted: our backends; those of them that take the call are timed.
     """
     make = partial(case.tensors, dtype=DTYPES[dtype], format=LAYOUTS[layout], device=device)
-    ours = [name for name in wanted if takes(case, name, make(2))]
+    ours = [name for name in wanted if can_run(case, name, make(2))]
     if not ours:
         raise RuntimeError(f"no backend of ours takes {case} in {dtype} on {device}")
     few = make(CHECKED)

@@ -17,8 +17,8 @@ from conv_cases import channel_stats
 from helpers import dtype_id
 
 from pooling_ext.backends import autotune
-from pooling_ext.ops import cudnn_frontend, tuned_conv
-from pooling_ext.ops.tuned_conv import Geometry
+from pooling_ext.ops import conv_autotune, cudnn_frontend
+from pooling_ext.ops.conv_autotune import Geometry
 
 GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
 TYPES = types.SimpleNamespace(BFLOAT16=torch.bfloat16, HALF=torch.float16, FLOAT=torch.float32)
@@ -173,8 +173,8 @@ def test_training_with_a_bias(package):
 
 def labels(x, weight, groups=1):
     geometry = GEOMETRY._replace(groups=groups)
-    one = tuned_conv._bias_act_ways(x, weight, None, None, geometry, True)
-    two = tuned_conv._stats_ways(x, weight, None, geometry)
+    one = conv_autotune._bias_act_candidates(x, weight, None, None, geometry, True)
+    two = conv_autotune._stats_candidates(x, weight, None, geometry)
     return [label for ways in (one, two) for label in ways if label == "cudnn graph"]
 
 
@@ -198,7 +198,7 @@ def test_what_it_is_offered_for(package):
     assert labels(on_gpu.contiguous(), weight) == [] == labels(on_gpu.float(), weight.float())
     norm = torch.ones(2, 16, dtype=torch.float64), None, None, 1e-5, True
     # Without measuring the first is taken: behind a batch norm one of our own, where there is one.
-    assert list(tuned_conv._stats_ways(on_gpu, weight, None, GEOMETRY, *norm))[-1] == "cudnn graph"
+    assert list(conv_autotune._stats_candidates(on_gpu, weight, None, GEOMETRY, *norm))[-1] == "cudnn graph"
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -208,7 +208,7 @@ def test_the_tuner_tries_it_like_any_other_way(package, supported, monkeypatch, 
     monkeypatch.delenv("POOLING_EXT_TUNE", raising=False)
     monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuned_conv, "_chosen", {})
+    monkeypatch.setattr(conv_autotune, "_chosen", {})
     autotune.forget()
 
     def milliseconds(way, device) -> float:
@@ -222,7 +222,7 @@ def test_the_tuner_tries_it_like_any_other_way(package, supported, monkeypatch, 
     real = Graph.build
     monkeypatch.setattr(Graph, "build", real if supported else build)
     x, weight, *_ = tensors()
-    output, _ = tuned_conv.conv_stats(x.as_subclass(OnGpu), weight, None, GEOMETRY)
+    output, _ = conv_autotune.conv_stats(x.as_subclass(OnGpu), weight, None, GEOMETRY)
     expected = F.conv2d(x.float(), weight.float(), None, *GEOMETRY)
     torch.testing.assert_close(output.as_subclass(torch.Tensor).float(), expected, rtol=0.01, atol=0.01)
     (entry,) = json.loads((tmp_path / "tuning.json").read_text())["a card"].values()

@@ -14,8 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import pooling_ext
 from pooling_ext.backends import autotune
-from pooling_ext.ops import tuned_conv
-from pooling_ext.ops.deferred_norm import Deferred
+from pooling_ext.ops import conv_autotune
+from pooling_ext.ops.prologue_norm import PrologueNorm
 
 pytestmark = pytest.mark.parametrize(
     "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
@@ -37,15 +37,15 @@ def deferred(monkeypatch):
         del calls[before:]
         return "deferred"
 
-    convolved = Deferred.convolved
+    convolved = PrologueNorm.convolved
 
     def noted(self, *args):
         calls.append(args)
         return convolved(self, *args)
 
-    monkeypatch.setattr(tuned_conv, "_measured", measured)
-    monkeypatch.setattr(tuned_conv, "_chosen", {})
-    monkeypatch.setattr(Deferred, "convolved", noted)
+    monkeypatch.setattr(conv_autotune, "_measured", measured)
+    monkeypatch.setattr(conv_autotune, "_chosen", {})
+    monkeypatch.setattr(PrologueNorm, "convolved", noted)
     return calls
 
 
@@ -333,7 +333,7 @@ def test_a_value_that_goes_elsewhere_too(backend, deferred):
 
 
 def test_apart_where_that_is_faster(backend, deferred, monkeypatch):
-    monkeypatch.setattr(tuned_conv, "_measured", lambda call, ways, input: next(iter(ways)))
+    monkeypatch.setattr(conv_autotune, "_measured", lambda call, ways, input: next(iter(ways)))
     net, exact = pair()
     pooling_ext.patch(net, strict=True)
     x = images()

@@ -13,6 +13,8 @@ import pytest
         ("_native", "backends.cpu_library"),
         ("cuda", "backends.cuda_library"),
         ("fusing", "patching.codegen"),
+        ("ops.deferred_norm", "ops.prologue_norm"),
+        ("ops.tuned_conv", "ops.conv_autotune"),
         ("tuning", "backends.autotune"),
     ],
 )

@@ -17,8 +17,8 @@ from pooling_ext.backends import autotune, registry
 from pooling_ext.freezing import conv_engines
 from pooling_ext.freezing.layers import PackedConv
 from pooling_ext.graph.activations import RELU
-from pooling_ext.ops import tuned_conv
-from pooling_ext.ops.tuned_conv import Geometry, conv_stats_with_grad
+from pooling_ext.ops import conv_autotune
+from pooling_ext.ops.conv_autotune import Geometry, conv_stats_with_grad
 from pooling_ext.testing.tolerances import assert_close
 
 GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
@@ -37,20 +37,22 @@ def tensors(dtype=torch.float32, groups=1):
 def test_every_way_gives_the_same(backend, groups, relu, dtype):
     x, weight, bias, residual = tensors(dtype, groups)
     geometry = GEOMETRY._replace(groups=groups)
-    assert tuned_conv.takes(x, dtype)
+    assert conv_autotune.can_autotune(x, dtype)
     for added in (None, residual):
         expected = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
         expected = expected if added is None else expected + added.double()
         expected = expected.relu() if relu else expected
         args = x, weight, bias, added, geometry, relu
-        ways = tuned_conv._bias_act_ways(*args)
+        ways = conv_autotune._bias_act_candidates(*args)
         assert any(name.startswith(backend) for name in ways) == (groups == 1)
         for name, way in ways.items():
             if name.startswith(backend):
                 assert_close(way(*args), expected, scale=4.0, what=name)
             # Where it is not done at once the convolution is rounded, and the sum again.
             torch.testing.assert_close(way(*args).double(), expected, rtol=0.02, atol=0.02)
-        torch.testing.assert_close(tuned_conv.conv_bias_act(*args).double(), expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(
+            conv_autotune.conv_bias_act(*args).double(), expected, rtol=0.02, atol=0.02
+        )
 
 
 @KERNELS
@@ -79,7 +81,7 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
     monkeypatch.setattr(autotune, "milliseconds", lambda way, device: {"slow": 2.0, "fast": 1.0}[way()])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuned_conv, "_chosen", {})
+    monkeypatch.setattr(conv_autotune, "_chosen", {})
     autotune.forget()
 
     class OnGpu(torch.Tensor):
@@ -94,9 +96,9 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
         return {"slow": lambda *args: "slow", "fast": lambda *args: "fast"}
 
     for _ in range(3):
-        assert tuned_conv._fastest("conv", ways, x, weight, GEOMETRY) == "fast"
+        assert conv_autotune._fastest("conv", ways, x, weight, GEOMETRY) == "fast"
     assert len(offered) == 1
-    assert tuned_conv._fastest("conv", ways, x, weight, GEOMETRY._replace(groups=2)) == "fast"
+    assert conv_autotune._fastest("conv", ways, x, weight, GEOMETRY._replace(groups=2)) == "fast"
     assert len(offered) == 2
     text = (tmp_path / "tuning.json").read_text()
     assert "conv 2x8x9x7 float32 channels_last, 16x8x3x3 float32 channels_last, stride (2, 2)" in text
@@ -105,12 +107,12 @@ def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("channels, count", [(64, 4), (12, 1)])
-def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path):
+def test_tiles_of_cuda_are_candidates(backend, channels, count, monkeypatch, tmp_path):
     """A clock that prefers the last of them has it taken, with statistics and without."""
     monkeypatch.setenv("POOLING_EXT_TUNING_FILE", str(tmp_path / "tuning.json"))
     monkeypatch.setattr(autotune, "card_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuned_conv, "_chosen", {})
+    monkeypatch.setattr(conv_autotune, "_chosen", {})
     autotune.forget()
     timed, called = [], []
 
@@ -131,8 +133,11 @@ def test_tiles_of_cuda_are_ways(backend, channels, count, monkeypatch, tmp_path)
     conv2d = F.conv2d
     expected = conv2d(x.as_subclass(torch.Tensor).double(), weight.double(), None, *GEOMETRY)
     for preferred, call in (
-        (tuned_conv._cuda_bias_act, lambda: tuned_conv.conv_bias_act(x, weight, None, None, GEOMETRY, False)),
-        (tuned_conv._cuda_stats, lambda: tuned_conv.conv_stats(x, weight, None, GEOMETRY)[0]),
+        (
+            conv_autotune._cuda_bias_act,
+            lambda: conv_autotune.conv_bias_act(x, weight, None, None, GEOMETRY, False),
+        ),
+        (conv_autotune._cuda_stats, lambda: conv_autotune.conv_stats(x, weight, None, GEOMETRY)[0]),
     ):
         timed.clear()
         monkeypatch.setattr(F, "conv2d", lambda *args: called.append(args) or conv2d(*args))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pooling_ext import backends
 from pooling_ext.backends import autotune, cuda_library
-from pooling_ext.ops import cudnn_frontend, tuned_conv
+from pooling_ext.ops import conv_autotune, cudnn_frontend
 from pooling_ext.testing.launches import (
     ACTIVATION_CASES,
     CASES,
@@ -69,7 +69,7 @@ def _smoke(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]
     case, dtype, layout = _case(item, tiny)
     tensors = case.tensors(TINY_BATCH, DTYPES[dtype], LAYOUTS[layout], device)
     with backends.use_backend(backend):
-        if not gpu_operators.takes(case, backend, tensors):
+        if not gpu_operators.can_run(case, backend, tensors):
             raise RuntimeError(
                 f"{backend} does not take it: {cuda_library.why_not() if backend == 'cuda' else ''}"
             )
@@ -79,21 +79,21 @@ def _smoke(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]
 
 
 def _smoke_convolution(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
-    """Every way of ``backend`` to do a convolution, against cuDNN's."""
+    """Every candidate of ``backend`` to do a convolution, against cuDNN's."""
     name, dtype = item.split()
     args = _conv_arguments(_conv_case(name), DTYPES[dtype], 1 if tiny else 8, device, tiny)
     with backends.use_backend(backend):
-        for what, ways, arguments in args:
-            offered = ways(*arguments)
+        for what, candidates, arguments in args:
+            offered = candidates(*arguments)
             reference = next(iter(offered.values()))(*arguments)
-            ours = {label: way for label, way in offered.items() if label.startswith(backend)}
+            ours = {label: candidate for label, candidate in offered.items() if label.startswith(backend)}
             if not ours:
-                raise RuntimeError(f"no way of {backend} takes {what}")
+                raise RuntimeError(f"no candidate of {backend} takes {what}")
             # A few of the tilings; each is a kernel to compile.
             for label in list(ours)[:: max(1, len(ours) // 3)]:
                 if reason := autotune.difference(ours[label](*arguments), reference):
                     raise AssertionError(f"{what}, {label}: {reason}")
-            yield {"what": what, "ways": len(ours)}
+            yield {"what": what, "candidates": len(ours)}
 
 
 def _conv_case(name: str) -> ConvCase:
@@ -101,7 +101,7 @@ def _conv_case(name: str) -> ConvCase:
 
 
 def _conv_arguments(case: ConvCase, dtype: torch.dtype, batch: int, device: str, tiny: bool) -> list[tuple]:
-    """For inference and for training: a name, what gives the ways, and their arguments."""
+    """For inference and for training: a name, what gives the candidates, and their arguments."""
     if tiny:
         case = replace(case, channels=32, features=32, size=min(case.size, 8))
 
@@ -112,27 +112,27 @@ def _conv_arguments(case: ConvCase, dtype: torch.dtype, batch: int, device: str,
     input = tensor(batch, case.channels, case.size, case.size)
     weight = tensor(case.features, case.channels, case.kernel, case.kernel)
     pads = case.kernel // 2
-    geometry = tuned_conv.Geometry((case.stride,) * 2, (pads, pads), (1, 1), 1)
+    geometry = conv_autotune.Geometry((case.stride,) * 2, (pads, pads), (1, 1), 1)
     residual = torch.zeros_like(F.conv2d(input, weight, None, *geometry)).normal_()
     bias = torch.randn(case.features, device=device).to(dtype)
     return [
-        ("inference", tuned_conv._bias_act_ways, (input, weight, bias, residual, geometry, True)),
-        ("training", tuned_conv._stats_ways, (input, weight, None, geometry)),
+        ("inference", conv_autotune._bias_act_candidates, (input, weight, bias, residual, geometry, True)),
+        ("training", conv_autotune._stats_candidates, (input, weight, None, geometry)),
     ]
 
 
 def _compile(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
-    """Every way of a convolution once, so that what it compiles is on disk."""
+    """Every candidate of a convolution once, so that what it compiles is on disk."""
     channels, features, kernel, stride, size = map(int, item.split())
     case = ConvCase(item, channels, features, size, kernel, stride)
     ran = 0
-    for _what, ways, args in _conv_arguments(
+    for _what, candidates, args in _conv_arguments(
         case, torch.bfloat16, TINY_BATCH if tiny else BATCH, device, tiny
     ):
-        offered = {label: partial(way, *args) for label, way in ways(*args).items()}
-        times, _failures = autotune.measure(offered, lambda way: float(way() is None))
+        offered = {label: partial(candidate, *args) for label, candidate in candidates(*args).items()}
+        times, _failures = autotune.measure(offered, lambda candidate: float(candidate() is None))
         ran += len(times)
-    yield {"ways": ran}
+    yield {"candidates": ran}
 
 
 def _frontend(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
@@ -169,13 +169,15 @@ def _models(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
 
 
 def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
-    """Milliseconds of cuDNN's way and of ours, and what is wrong with results."""
+    """Milliseconds of cuDNN's candidate and of ours, and what is wrong with results."""
     batch = TINY_BATCH if tiny else BATCH
-    for what, ways, args in _conv_arguments(_conv_case(item), torch.bfloat16, batch, device, tiny):
-        offered = {label: partial(way, *args) for label, way in ways(*args).items()}
+    for what, candidates, args in _conv_arguments(_conv_case(item), torch.bfloat16, batch, device, tiny):
+        offered = {label: partial(candidate, *args) for label, candidate in candidates(*args).items()}
         # Of Triton's the three that are most often the fastest elsewhere: there is no time for more.
         triton = [label for label in offered if label.startswith("triton")][:3]
-        offered = {k: way for k, way in offered.items() if not k.startswith("triton") or k in triton}
+        offered = {
+            k: candidate for k, candidate in offered.items() if not k.startswith("triton") or k in triton
+        }
         if device == "cpu":
             offered = dict(list(offered.items())[:2])
         clock = partial(_milliseconds, device=device)
@@ -190,12 +192,12 @@ def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result
         }
 
 
-def _milliseconds(way: Callable[[], Any], device: str) -> float:
+def _milliseconds(candidate: Callable[[], Any], device: str) -> float:
     if device == "cuda":
-        return autotune.milliseconds(way, torch.device("cuda", torch.cuda.current_device()))
+        return autotune.milliseconds(candidate, torch.device("cuda", torch.cuda.current_device()))
     from ..timing import measure
 
-    return measure({"way": way}, TINY_BUDGET)["way"].ms
+    return measure({"candidate": candidate}, TINY_BUDGET)["candidate"].ms
 
 
 def _kernels(backend: str, device: str, tiny: bool, item: str) -> Iterator[Result]:

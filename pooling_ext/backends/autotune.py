@@ -1,9 +1,10 @@
-"""Which of several ways to do one thing is fastest on this GPU: measured once, and remembered on disk.
+"""Which of several candidates for a call is fastest on this GPU: measured once, and remembered on disk.
 
 The file is JSON for people to read and to delete: a section for each card, PyTorch and Triton version, in
-it for each call the way that won, what each took, and which gave a wrong result. ``POOLING_EXT_TUNING_FILE``
-names another file (by default ``pooling_ext/tuning.json`` in the user's cache folder), ``POOLING_EXT_TUNE=0``
-turns measuring off: then the first way is taken where nothing is remembered.
+it for each call the candidate that won, what each took, and which gave a wrong result.
+``POOLING_EXT_TUNING_FILE`` names another file (by default ``pooling_ext/tuning.json`` in the user's cache
+folder), ``POOLING_EXT_TUNE=0`` turns measuring off: then the first candidate is taken where nothing is
+remembered.
 """
 
 from __future__ import annotations
@@ -28,65 +29,66 @@ from torch.utils import _pytree as pytree
 #: Runs to warm up, runs in a measurement, and measurements of which the median counts.
 _WARM_UP, _RUNS, _REPEATS = 3, 5, 5
 
-_choices: dict[tuple[str, str], str] = {}  # (card, call) -> way
+_choices: dict[tuple[str, str], str] = {}  # (card, call) -> candidate
 _loaded: set[str] = set()  # cards
 _lock = threading.RLock()  # what is measured may itself have parts to be measured
 
 
-def fastest(call: str, ways: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
-    """The name of the fastest of ``ways`` to do ``call`` on ``device``.
+def fastest(call: str, candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> str:
+    """The name of the fastest of ``candidates`` for ``call`` on ``device``.
 
     Args:
         call: names what is done, shapes, dtypes and options included.
-        ways: functions of no arguments that do the same. The first is the one to fall back on.
+        candidates: functions of no arguments that do the same. The first is the one to fall back on.
         device: a CUDA device.
 
     Returns:
-        What is remembered for the call if it is one of ``ways``; else what is now measured and remembered:
-        the fastest whose result is that of the first way that works, within rounding. Others are warned of.
-        The first where measuring is turned off, or impossible since a CUDA graph is being captured.
+        What is remembered for the call if it is one of ``candidates``; else what is now measured and
+        remembered: the fastest whose result is that of the first one that works, within rounding. Others
+        are warned of. The first where measuring is turned off, or impossible since a CUDA graph is being
+        captured.
 
     Raises:
-        Exception: what the first way raised, if no way worked.
+        Exception: what the first candidate raised, if none worked.
     """
     card = card_name(device)
     known = recall(card, call)
-    if known is not None and known in ways:
+    if known is not None and known in candidates:
         return known
-    first = next(iter(ways))
+    first = next(iter(candidates))
     if (
-        len(ways) == 1
+        len(candidates) == 1
         or os.environ.get("POOLING_EXT_TUNE") == "0"
         or torch.cuda.is_current_stream_capturing()
     ):
         return first
     with _lock:  # two threads that measure at a time would measure each other
         known = _choices.get((card, call))
-        if known is not None and known in ways:
+        if known is not None and known in candidates:
             return known
-        times, failures = measure(ways, lambda way: milliseconds(way, device))
+        times, failures = measure(candidates, lambda candidate: milliseconds(candidate, device))
         if not times:
             raise failures[first]
-        best, wrong = _fastest_right(call, ways, times)
+        best, wrong = _fastest_right(call, candidates, times)
         _choices[card, call] = best
     remember(card, call, best, times, wrong)
     return best
 
 
 def _fastest_right(
-    call: str, ways: Mapping[str, Callable[[], Any]], times: Mapping[str, float]
+    call: str, candidates: Mapping[str, Callable[[], Any]], times: Mapping[str, float]
 ) -> tuple[str, dict[str, str]]:
-    """The fastest way that agrees with the first of those that work; and what is wrong with faster ones."""
+    """The fastest that agrees with the first of those that work; and what is wrong with faster ones."""
     reference = next(iter(times))
     expected: Any = None
     wrong: dict[str, str] = {}
-    for name in sorted(times, key=lambda way: times[way]):
+    for name in sorted(times, key=lambda candidate: times[candidate]):
         if name == reference:
             break
         try:
             if expected is None:
-                expected = ways[reference]()
-            reason = difference(ways[name](), expected)
+                expected = candidates[reference]()
+            reason = difference(candidates[name](), expected)
         except Exception as error:  # there is memory for one result, say, but not for two
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
@@ -101,21 +103,21 @@ def _fastest_right(
 
 
 def measure(
-    ways: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], float]
+    candidates: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], float]
 ) -> tuple[dict[str, float], dict[str, Exception]]:
-    """What ``clock`` says of each way, and what those that do not work raised."""
+    """What ``clock`` says of each candidate, and what those that do not work raised."""
     times: dict[str, float] = {}
     failures: dict[str, Exception] = {}
-    for name, way in ways.items():
+    for name, candidate in candidates.items():
         try:
-            times[name] = clock(way)
+            times[name] = clock(candidate)
         except Exception as error:  # a configuration that needs more than the card has, say
             failures[name] = error
     return times, failures
 
 
-#: How far results of two ways may lie apart, each element against its size and the tensor's root mean square.
-#: A few roundings in 16 bits; in float32, TF32's and Winograd's.
+#: How far results of two candidates may lie apart, each element against its size and the tensor's root mean
+#: square. A few roundings in 16 bits; in float32, TF32's and Winograd's.
 ROUNDING = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-8, torch.float64: 1e-6}
 #: The part of the elements that may lie farther: those a ReLU's mask switched on or off by a rounding.
 SWITCHED = 1e-4
@@ -163,17 +165,17 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.double() if x.dtype == torch.float64 else x.float(), 0.0, 0.0, 0.0)
 
 
-def milliseconds(way: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(candidate: Callable[[], Any], device: torch.device) -> float:
     """The median time of a call on the device's current stream."""
     for _ in range(_WARM_UP):
-        way()
+        candidate()
     stream = torch.cuda.current_stream(device)
     found = []
     for _ in range(_REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record(stream)
         for _ in range(_RUNS):
-            way()
+            candidate()
         end.record(stream)
         end.synchronize()
         found.append(start.elapsed_time(end) / _RUNS)
@@ -224,7 +226,7 @@ def remember(
 
     Where the file cannot be written the choice holds for this process, with a warning.
     """
-    milliseconds = {way: float(f"{time:.4g}") for way, time in times.items()}
+    milliseconds = {candidate: float(f"{time:.4g}") for candidate, time in times.items()}
     entry: dict[str, Any] = {"fastest": best, "milliseconds": milliseconds}
     if wrong:
         entry["wrong"] = dict(wrong)

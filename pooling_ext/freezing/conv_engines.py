@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
 from ..graph.activations import RELU, Activation, kernel_activation
-from ..ops import tuned_conv
+from ..ops import conv_autotune
 from ..ops.activations import ACTIVATIONS
 from ..ops.conv_choice import Conv, depthwise_cannot, depthwise_why_not, winograd_cannot, winograd_why_not
 from ..ops.depthwise_conv import depthwise_conv
@@ -333,21 +333,25 @@ def _untunable(layer: PackedConv) -> str | None:
 
 def _tuned_why_not(layer: PackedConv) -> str | None:
     weight, reason = layer.weight, _untunable(layer)
-    if reason is None and weight.device.type == "cpu" and not tuned_conv.takes(weight, weight.dtype):
+    if (
+        reason is None
+        and weight.device.type == "cpu"
+        and not conv_autotune.can_autotune(weight, weight.dtype)
+    ):
         return "it is on the CPU"
     return reason
 
 
 def _bind_tuned(layer: PackedConv) -> Function:
     weight, bias, relu = layer.weight, layer.bias, layer.activation == RELU
-    geometry = tuned_conv.Geometry(
+    geometry = conv_autotune.Geometry(
         tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups
     )
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = in_dtype(x, weight.dtype)
-        if tuned_conv.takes(x, x.dtype) and (residual is None or layer.fits(x, residual)):
-            return tuned_conv.conv_bias_act(x, weight, bias, residual, geometry, relu)
+        if conv_autotune.can_autotune(x, x.dtype) and (residual is None or layer.fits(x, residual)):
+            return conv_autotune.conv_bias_act(x, weight, bias, residual, geometry, relu)
         return layer.finish(layer.convolution(x), residual)
 
     return call

@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 from ..exporting import leaves_us, tracing_state
 from ..windows import Windows, adaptive_windows, fixed_windows, positive_part
 from . import _library
-from ._dispatch import public
+from ._torch_function import public
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 backends.register(

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from .. import backends
 from ..autograd import distinct, loses_grad, needs_grad, transformed, with_zero_gradient
 from . import _library
-from ._dispatch import public
+from ._torch_function import public
 from .activations import IDENTITY, RELU, Activation, activation_of
 from .batch_norm_arguments import alike, check
 from .batch_norm_running import normalise

@@ -17,7 +17,7 @@ from .. import backends
 from ..autograd import distinct, loses_grad, needs_grad, transformed
 from ..windows import Windows, fixed_windows
 from . import _library
-from ._dispatch import public
+from ._torch_function import public
 from .batch_norm_act import FLOATS, batch_norm_act, bias_grad, like, weight_grad
 from .batch_norm_arguments import check
 from .batch_norm_statistics import channel_sums, means_of_all, statistics

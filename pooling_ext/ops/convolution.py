@@ -16,8 +16,8 @@ from .. import backends
 from ..autograd import needs_grad, transformed
 from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
-from ._dispatch import public
 from ._library import suggests_channels_last
+from ._torch_function import public
 from .conv_choice import DEPTHWISE, FORWARD, PHASES, POINTWISE, WINOGRAD, Conv, call_why_not
 from .conv_kernels import convolve, in_format, plan
 from .winograd import winograd_conv

@@ -1,7 +1,7 @@
 """The convolutions of :mod:`pooling_ext.ops.conv` as CUDA kernels, which take a tile to work in.
 
 They are operators of their own: where there are Triton's kernels too a tuner compares them on the same
-tensors (:mod:`pooling_ext.ops.tuned_conv`).
+tensors (:mod:`pooling_ext.ops.conv_autotune`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It is reached through the optional package ``nvidia-cudnn-frontend``; without it, nothing here is offered.
 There are two graphs: convolution, addition, bias and ReLU for inference; and scale, bias and ReLU,
-convolution and the sums of its statistics for training. :mod:`.tuned_conv` compares them with the other ways
+convolution and the sums of its statistics for training. :mod:`.conv_autotune` compares them with the others
 on the card.
 
 This has not run on a GPU. The variance is that of float32 sums of values and of squares, as cuDNN makes
@@ -35,7 +35,7 @@ def module() -> Any:
         return None
 
 
-def ways(convolution: Callable[..., Any], input: Tensor, weight: Tensor, groups: int) -> dict[str, Any]:
+def candidates(convolution: Callable[..., Any], input: Tensor, weight: Tensor, groups: int) -> dict[str, Any]:
     """``convolution`` (:func:`conv_bias_act` or :func:`conv_stats`) by its name, where the API takes it."""
     if not input.is_cuda or groups != 1 or input.dtype not in (torch.bfloat16, torch.float16):
         return {}
@@ -48,7 +48,7 @@ def ways(convolution: Callable[..., Any], input: Tensor, weight: Tensor, groups:
 def conv_bias_act(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Any, relu: bool
 ) -> Tensor:
-    """As :func:`pooling_ext.ops.tuned_conv.conv_bias_act`, rounded once."""
+    """As :func:`pooling_ext.ops.conv_autotune.conv_bias_act`, rounded once."""
     key = "bias_act", input.shape, weight.shape, input.dtype, input.device
     key = *key, bias is None, residual is None, tuple(geometry), relu
     make = partial(_bias_act_graph, input, weight, bias, residual, geometry, relu)
@@ -63,7 +63,7 @@ def conv_bias_act(
 def conv_stats(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`pooling_ext.ops.tuned_conv.conv_stats`."""
+    """As :func:`pooling_ext.ops.conv_autotune.conv_stats`."""
     scale = shift = None
     relu = False
     if norm:

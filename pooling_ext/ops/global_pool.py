@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..windows import global_windows
-from ._dispatch import public
+from ._torch_function import public
 from .avg_pool import avg_pool
 from .lp_pool import lp_pool
 from .max_pool import max_pool

@@ -22,7 +22,7 @@ from ..autograd import Differentiable, needs_autograd
 from ..errors import ArgumentError
 from ..windows import Windows, fixed_windows
 from . import _library
-from ._dispatch import public
+from ._torch_function import public
 from .avg_pool import FLOATS, avg_pool, spread
 from .max_pool import max_pool
 

@@ -22,7 +22,7 @@ from .._docstrings import pools
 from ..autograd import Differentiable, needs_autograd, refuse_empty
 from ..windows import Windows, adaptive_kernel, adaptive_windows, fixed_windows
 from . import _library
-from ._dispatch import public
+from ._torch_function import public
 from .avg_pool import FLOATS
 
 INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))

@@ -32,8 +32,8 @@ from ..ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 from ..ops.conv_bn_act import gpu
 from ..ops.conv_bn_act.call import POOLED, Call, calls_only_forward, is_plain, least_elements
 from ..ops.conv_bn_act.implementations import run
-from ..ops.deferred_norm import Deferred
 from ..ops.max_pool import max_pool2d
+from ..ops.prologue_norm import PrologueNorm
 
 MAX_POOLS = (nn.MaxPool2d, MaxPool2d)
 AVG_POOLS = (nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d)
@@ -127,26 +127,26 @@ class BatchNormChain:
         ):
             return self._one_by_one(input, conv, bn, act, pool, residual, passed)
         step, activation, rest = self._activation(act, own)
-        deferred = input if type(input) is Deferred else None
-        value: Any = input if deferred is None else deferred.output
+        prologue = input if type(input) is PrologueNorm else None
+        value: Any = input if prologue is None else prologue.output
         if conv is not None and not (isinstance(value, Tensor) and is_plain(conv)):
-            value = conv(input if deferred is None else deferred.computed())
-            conv = deferred = None
+            value = conv(input if prologue is None else prologue.computed())
+            conv = prologue = None
         if not isinstance(value, Tensor):
-            return self._one_by_one(input if deferred else value, conv, bn, act, pool, residual, passed)
+            return self._one_by_one(input if prologue else value, conv, bn, act, pool, residual, passed)
         norm = None if self.norm is None else self.norm.inherited
         call = Call(
             conv, bn, value, residual, step, self.add, exact=self.exact, activation=activation, norm=norm
         )
         if pool is not None or self.pool is not None:
-            return self._pooled(call, rest, pool, deferred)
+            return self._pooled(call, rest, pool, prologue)
         call.following = None if rest else following
-        if deferred is None:
+        if prologue is None:
             output = run(call)
         elif gpu.why_not(call) is None:
-            output = gpu.run(call, deferred)
+            output = gpu.run(call, prologue)
         else:
-            call.input = deferred.computed()
+            call.input = prologue.computed()
             output = run(call)
         for step in rest:
             output = step(output)
@@ -167,9 +167,9 @@ class BatchNormChain:
         activation = step_activation(act)
         return (None, IDENTITY, (act,)) if activation is None else (act, activation, own)
 
-    def _pooled(self, call: Call, rest: Sequence[Any], pool: Any, deferred: Deferred | None) -> Any:
+    def _pooled(self, call: Call, rest: Sequence[Any], pool: Any, prologue: PrologueNorm | None) -> Any:
         if call.conv is not None:
-            value = call.input if deferred is None else deferred.computed()
+            value = call.input if prologue is None else prologue.computed()
             call.continue_with(run(Call(call.conv, None, value, exact=self.exact)))
         input, bn = call.input, call.bn
         if (
@@ -192,7 +192,7 @@ class BatchNormChain:
         self, value: Any, conv: Any, bn: Any, act: Any, pool: Any, residual: Any, passed: Sequence[Any]
     ) -> Any:
         """What the forward does without us."""
-        value = value.computed() if type(value) is Deferred else value
+        value = value.computed() if type(value) is PrologueNorm else value
         add = None if self.add is None else partial(self.add, residual=residual)
         modules = iter(passed)
         act, pool = self.act if act is None else act, self.pool if pool is None else pool

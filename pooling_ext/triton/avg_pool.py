@@ -11,7 +11,7 @@ from .backward import spread_windows
 from .forward import pool_windows
 from .geometry import channels_last as suggests_channels_last
 from .geometry import dense, geometry
-from .planes import pool_planes, spread_planes
+from .global_reduce import pool_planes, spread_planes
 from .reductions import MEAN
 
 Ints = Sequence[int]

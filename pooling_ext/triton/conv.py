@@ -23,7 +23,7 @@ from ..ops.conv import (
     empty,
 )
 from .batch_norm import Parts, affine_of
-from .conv_configs import Config, card, default, folds, forward_problem
+from .conv_configs import Config, card, default, forward_problem, should_fold
 from .gemm import finish_output, grouped_tile, normalised, pixels, product
 from .launching import launch
 from .matmul import matmul_kernel
@@ -180,7 +180,7 @@ def _forward(
             grid,
             *(input, weight, output, bias, residual, affine, partials),
             *(m, n, geometry.channels, *geometry.size, *geometry.output_size),
-            FOLDED=geometry.channels if folds(geometry) else 0,
+            FOLDED=geometry.channels if should_fold(geometry) else 0,
             **strides,
             **geometry.window,
             **common,

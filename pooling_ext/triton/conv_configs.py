@@ -188,14 +188,14 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def folds(conv: Geometry) -> bool:
+def should_fold(conv: Geometry) -> bool:
     """Whether a step of conv.py's kernel takes several places of a window."""
     return conv.channels < (FEW_CHANNELS if conv.channels % 8 == 0 else 2 * FEW_CHANNELS)
 
 
 def forward_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
     k = conv.channels
-    if folds(conv) and not conv.pointwise:
+    if should_fold(conv) and not conv.pointwise:
         k *= conv.kernel_size[0] * conv.kernel_size[1]
     pixels = conv.batch * conv.output_size[0] * conv.output_size[1]
     return Problem(pixels, conv.features, k, dtype, precision_of(dtype))

@@ -27,8 +27,8 @@ from .geometry import (
     window_start,
     without_outside,
 )
+from .global_reduce import pool_planes, spread_planes
 from .launching import launch
-from .planes import pool_planes, spread_planes
 from .reductions import MAX
 
 Ints = Sequence[int]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...autograd import transformed
-from .. import _library, tuned_conv
+from .. import _library, conv_autotune
 from ..activations import IDENTITY, RELU
 from ..batch_norm_act import in_training, update_running
 from ..batch_norm_arguments import batch_norm_arguments
-from ..deferred_norm import Deferred
+from ..prologue_norm import PrologueNorm
 from .call import NO_CONVOLUTION, Call, autocast_dtype
 
 
@@ -45,48 +45,48 @@ def why_not(call: Call) -> str | None:
         return "the statistics are those of all processes"
     if not call.trains and call.wants_grad:
         return "gradients are wanted through constant statistics"
-    if not tuned_conv.takes(input, dtype):
+    if not conv_autotune.can_autotune(input, dtype):
         return f"there are no kernels for {dtype} on {input.device}"
     return None
 
 
-def run(call: Call, deferred: Deferred | None) -> Any:
+def run(call: Call, prologue: PrologueNorm | None) -> Any:
     """Do the call.
 
     Args:
-        deferred: what the input is yet to be computed from, in the input's place.
+        prologue: what the input is yet to be computed from, in the input's place.
 
     Returns:
-        A tensor; or where another convolution follows, and that is faster, a :class:`Deferred`.
+        A tensor; or where another convolution follows, and that is faster, a :class:`PrologueNorm`.
     """
     conv, bn, residual, trains = call.conv, call.bn, call.residual, call.trains
-    input: Any = call.input if deferred is None else deferred
-    if deferred is not None and (not trains or conv.groups != 1):
-        input = deferred.computed()
-    first = input.output if isinstance(input, Deferred) else input
+    input: Any = call.input if prologue is None else prologue
+    if prologue is not None and (not trains or conv.groups != 1):
+        input = prologue.computed()
+    first = input.output if isinstance(input, PrologueNorm) else input
     device, relu = first.device.type, call.activation == RELU
     dtype = autocast_dtype(device) or first.dtype
-    geometry = tuned_conv.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = conv_autotune.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     with torch.autocast(device, enabled=False):
         if not trains:
             with torch.no_grad():
                 weight, bias = _fold(conv, bn)
                 weight = weight.to(dtype, memory_format=torch.channels_last)
                 x = first.to(dtype)
-                output = tuned_conv.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
+                output = conv_autotune.conv_bias_act(x, weight, bias.to(dtype), residual, geometry, relu)
                 return output if relu else call.activation(output)
         weight = conv.weight.to(dtype)
         bias = None if conv.bias is None else conv.bias.to(dtype)
-        if isinstance(input, Deferred):
+        if isinstance(input, PrologueNorm):
             output, stats = input.convolved(weight, bias, geometry)
         else:
-            output, stats = tuned_conv.conv_stats_with_grad(input.to(dtype), weight, bias, geometry)
+            output, stats = conv_autotune.conv_stats_with_grad(input.to(dtype), weight, bias, geometry)
         arguments = batch_norm_arguments(bn)
         running = arguments["running_mean"], arguments["running_var"]
         momentum, eps = arguments["momentum"], arguments["eps"]
         if call.following is not None and residual is None and call.activation in (RELU, IDENTITY):
-            norm = Deferred(output, stats, bn.weight, bn.bias, eps, relu)
-            if norm.pays(call.following):
+            norm = PrologueNorm(output, stats, bn.weight, bn.bias, eps, relu)
+            if norm.should_fuse_into(call.following):
                 update_running(output, stats, *running, momentum)
                 return norm
         rest = momentum, eps, residual, call.activation, stats

@@ -26,11 +26,11 @@ from .batch_norm_act import (
     in_training,
     weight_grad,
 )
+from .conv_autotune import Candidate, Geometry, choose, conv_input_grad, conv_stats
 from .conv_choice import stands_for_conv2d
-from .tuned_conv import Geometry, Way, choose, conv_input_grad, conv_stats
 
 
-class Deferred(NamedTuple):
+class PrologueNorm(NamedTuple):
     """``relu(batch_norm(output))``, or without ReLU, that is yet to be computed.
 
     Attributes:
@@ -68,19 +68,19 @@ class Deferred(NamedTuple):
             return _NormConvStats.apply(*self, weight, bias, geometry)
         return conv_stats(self.output, weight, bias, geometry, *self[1:])
 
-    def pays(self, conv: Any) -> bool:
+    def should_fuse_into(self, conv: Any) -> bool:
         """Whether ``conv``, which comes next, is faster with this than with :meth:`computed`."""
         if not stands_for_conv2d(conv) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             return False
         if conv.groups != 1 or conv.in_channels != self.output.shape[1]:
             return False
         geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-        chosen = choose("batch_norm_act and conv_stats", _ways, *self, conv.weight, conv.bias, geometry)
+        chosen = choose("batch_norm_act and conv_stats", _candidates, *self, conv.weight, conv.bias, geometry)
         return chosen is _deferred
 
 
 class _NormConvStats(Function):
-    """:meth:`Deferred.convolved`; the statistics pass no gradients on."""
+    """:meth:`PrologueNorm.convolved`; the statistics pass no gradients on."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class _NormConvStats(Function):
         function = _differentiable if torch.is_grad_enabled() else _backward
         of_norm, of_conv = function(
             grads[0],
-            Deferred(input, stats, bn_weight, bn_bias, eps, relu),
+            PrologueNorm(input, stats, bn_weight, bn_bias, eps, relu),
             weight,
             geometry,
             (needs_input, *needs_norm),
@@ -125,7 +125,7 @@ Gradients = tuple[Tensor | None, ...]
 
 def _backward(
     grad: Tensor,
-    norm: Deferred,
+    norm: PrologueNorm,
     weight: Tensor,
     geometry: Geometry,
     of_norm: tuple[bool, ...],
@@ -158,7 +158,7 @@ def _backward(
 
 def _differentiable(
     grad: Tensor,
-    norm: Deferred,
+    norm: PrologueNorm,
     weight: Tensor,
     geometry: Geometry,
     of_norm: tuple[bool, ...],
@@ -189,7 +189,7 @@ def _conv_backward(
 # --- which is faster: the parts of a step of training that differ, with an output for its gradient --------
 
 
-def _ways(*_: Any) -> dict[str, Way]:
+def _candidates(*_: Any) -> dict[str, Candidate]:
     return {"apart": _apart, "deferred": _deferred}
 
 
@@ -212,7 +212,7 @@ def _deferred(*args: Any) -> None:
     _backward(output, norm, weight, geometry, (True, *affine), (True, bias is not None))
 
 
-def _arguments(*args: Any) -> tuple[Deferred, Tensor, Tensor | None, Geometry]:
+def _arguments(*args: Any) -> tuple[PrologueNorm, Tensor, Tensor | None, Geometry]:
     *norm, weight, bias, geometry = args
     dtype = norm[0].dtype
-    return Deferred(*norm), weight.to(dtype), None if bias is None else bias.to(dtype), geometry
+    return PrologueNorm(*norm), weight.to(dtype), None if bias is None else bias.to(dtype), geometry

@@ -1,4 +1,4 @@
-"""Convolutions on a GPU, each call in the fastest way: cuDNN's, that of its graphs, or our kernels'.
+"""Convolutions on a GPU, each call by the fastest candidate: cuDNN's, that of its graphs, or our kernels'.
 
 Which that is depends on the card, the shape and the dtype; :mod:`pooling_ext.backends.autotune` measures it
 once.
@@ -23,7 +23,7 @@ from . import conv as _conv
 from . import cuda_conv, cudnn_frontend
 from .batch_norm_statistics import batch_stats
 
-Way = Callable[..., Any]
+Candidate = Callable[..., Any]
 
 
 class Geometry(NamedTuple):
@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
-_chosen: dict[tuple, Way] = {}
+_chosen: dict[tuple, Candidate] = {}
 
 
 def conv_bias_act(
@@ -57,7 +57,7 @@ def conv_bias_act(
     Returns:
         ``(N, O, H_out, W_out)``.
     """
-    return _fastest("conv_bias_act", _bias_act_ways, input, weight, bias, residual, geometry, relu)
+    return _fastest("conv_bias_act", _bias_act_candidates, input, weight, bias, residual, geometry, relu)
 
 
 def conv_stats(
@@ -69,7 +69,7 @@ def conv_stats(
         norm: nothing, or the batch norm that ``input`` is yet to pass: its statistics, weight, bias, eps and
             whether ReLU follows. Only our kernels and cuDNN's graphs take that.
     """
-    return _fastest("conv_stats", _stats_ways, input, weight, bias, geometry, *norm)
+    return _fastest("conv_stats", _stats_candidates, input, weight, bias, geometry, *norm)
 
 
 def conv_input_grad(
@@ -80,10 +80,10 @@ def conv_input_grad(
     Returns:
         The gradient of what ReLU was given, and the sums of ``batch_norm_act_sums``.
     """
-    return _fastest("conv_input_grad", _input_grad_ways, grad, weight, input, geometry, *norm)
+    return _fastest("conv_input_grad", _input_grad_candidates, grad, weight, input, geometry, *norm)
 
 
-def takes(input: Tensor, dtype: torch.dtype) -> bool:
+def can_autotune(input: Tensor, dtype: torch.dtype) -> bool:
     """Whether the functions here are of use for such an input in ``dtype``: on a GPU, or interpreted."""
     return (
         input.dim() == 4
@@ -93,37 +93,37 @@ def takes(input: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _fastest(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Any:
-    return choose(name, ways, *args)(*args)
+def _fastest(name: str, candidates: Callable[..., dict[str, Candidate]], *args: Any) -> Any:
+    return choose(name, candidates, *args)(*args)
 
 
-def choose(name: str, ways: Callable[..., dict[str, Way]], *args: Any) -> Way:
-    """The fastest of the ways to do ``name`` with ``args``.
+def choose(name: str, candidates: Callable[..., dict[str, Candidate]], *args: Any) -> Candidate:
+    """The fastest of the candidates for ``name`` with ``args``.
 
     Args:
-        ways: gives them for such arguments, each a function of these; the first is taken where there is no
-            measuring. The first argument is a tensor on the device that counts.
+        candidates: gives them for such arguments, each a function of these; the first is taken where there is
+            no measuring. The first argument is a tensor on the device that counts.
     """
     key = (name, torch.backends.cudnn.allow_tf32, *map(_kind, args))
-    way = _chosen.get(key)
-    if way is None or backends.forced() is not None:
-        offered = ways(*args)
+    candidate = _chosen.get(key)
+    if candidate is None or backends.forced() is not None:
+        offered = candidates(*args)
         if backends.forced() is not None:
-            offered = {label: way for label, way in offered.items() if "cudnn" not in label} or offered
-        calls = {label: partial(way, *args) for label, way in offered.items()}
+            offered = {k: candidate for k, candidate in offered.items() if "cudnn" not in k} or offered
+        calls = {label: partial(candidate, *args) for label, candidate in offered.items()}
         input = args[0]
-        way = offered[_measured(" ".join((name, *map(_written, args))), calls, input)]
+        candidate = offered[_measured(" ".join((name, *map(_written, args))), calls, input)]
         if backends.forced() is None and not (input.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _chosen[key] = way
-    return way
+            _chosen[key] = candidate
+    return candidate
 
 
-def _measured(call: str, ways: dict[str, Way], input: Tensor) -> str:
-    return autotune.fastest(call, ways, input.device) if input.is_cuda else next(iter(ways))
+def _measured(call: str, candidates: dict[str, Candidate], input: Tensor) -> str:
+    return autotune.fastest(call, candidates, input.device) if input.is_cuda else next(iter(candidates))
 
 
 def _kind(x: Any) -> Any:
-    """What calls that go the same way have in common."""
+    """What calls that share a candidate have in common."""
     if not isinstance(x, Tensor):
         return x
     return x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last)
@@ -139,27 +139,27 @@ def _written(x: Any) -> str:
     return f"{x},"
 
 
-# --- the ways ------------------------------------------------------------------------------------
+# --- the candidates ------------------------------------------------------------------------------
 
 
-def _bias_act_ways(
+def _bias_act_candidates(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     geometry: Geometry,
     relu: bool,
-) -> dict[str, Way]:
-    ways: dict[str, Way] = {"cudnn, then the rest": _apart}
+) -> dict[str, Candidate]:
+    candidates: dict[str, Candidate] = {"cudnn, then the rest": _apart}
     # In NCHW it is slow (pytorch#68506).
     if relu and input.is_cuda and weight.is_contiguous(memory_format=torch.channels_last):
-        ways["cudnn, fused"] = _cudnn_fused
-    ways |= cudnn_frontend.ways(cudnn_frontend.conv_bias_act, input, weight, geometry.groups)
+        candidates["cudnn, fused"] = _cudnn_fused
+    candidates |= cudnn_frontend.candidates(cudnn_frontend.conv_bias_act, input, weight, geometry.groups)
     for config in _configs(geometry, "conv_bias_act", input, weight, bias, residual, *geometry[:3], relu):
-        ways[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
+        candidates[f"triton {_label(config)}"] = partial(_triton_bias_act, config)
     for label, tile in _tiles(geometry, input, weight):
-        ways[f"cuda {label}"] = partial(_cuda_bias_act, tile)
-    return ways
+        candidates[f"cuda {label}"] = partial(_cuda_bias_act, tile)
+    return candidates
 
 
 def _apart(
@@ -217,18 +217,18 @@ def _cuda_bias_act(
     return cuda_conv.conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, tile)
 
 
-def _stats_ways(
+def _stats_candidates(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
-) -> dict[str, Way]:
-    ways: dict[str, Way] = {} if norm else {"cudnn, then statistics": _convolved_then_stats}
+) -> dict[str, Candidate]:
+    candidates: dict[str, Candidate] = {} if norm else {"cudnn, then statistics": _convolved_then_stats}
     given = norm or _NO_NORM
     for config in _configs(geometry, "conv_stats", input, weight, bias, *given, *geometry[:3]):
-        ways[f"triton {_label(config)}"] = partial(_triton_stats, config)
+        candidates[f"triton {_label(config)}"] = partial(_triton_stats, config)
     for label, tile in _tiles(geometry, input, weight):
-        ways[f"cuda {label}"] = partial(_cuda_stats, tile)
-    # Behind a batch norm it is not the way to fall back on.
-    ways |= cudnn_frontend.ways(cudnn_frontend.conv_stats, input, weight, geometry.groups)
-    return ways
+        candidates[f"cuda {label}"] = partial(_cuda_stats, tile)
+    # Behind a batch norm it is not the one to fall back on.
+    candidates |= cudnn_frontend.candidates(cudnn_frontend.conv_stats, input, weight, geometry.groups)
+    return candidates
 
 
 _NO_NORM: tuple[Any, ...] = (None, None, None, 0.0, False)
@@ -250,9 +250,9 @@ def _triton_stats(
     return conv_stats(input, weight, bias, *rest, config=config)
 
 
-def _input_grad_ways(
+def _input_grad_candidates(
     grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
-) -> dict[str, Way]:
+) -> dict[str, Candidate]:
     args = grad, weight, input.shape, input, *norm, *geometry[:3]
     return {
         f"triton {_label(config)}": partial(_triton_input_grad, config)
