@@ -18,12 +18,21 @@ from .backends import cpu_library
 from .memory import reuse_cpu_memory
 from .ops import conv_speeds
 from .ops._library import memory_format
-from .ops.conv_choice import DEPTHWISE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
+from .ops.conv_choice import DEPTHWISE, IMAGE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
 from .ops.conv_kernels import Plan, _aten_gradients, _gradients
 from .ops.depthwise_conv import depthwise_conv
+from .ops.image_conv import image_conv
 from .ops.pointwise_conv import pointwise_conv
 from .ops.winograd import winograd_conv, winograd_weight
-from .testing.conv_shapes import DEPTHWISE_LAYERS, POINTWISE_LAYERS, RESNET, STRIDED_LAYERS, TORCHVISION, VGG
+from .testing.conv_shapes import (
+    DEPTHWISE_LAYERS,
+    IMAGE_LAYERS,
+    POINTWISE_LAYERS,
+    RESNET,
+    STRIDED_LAYERS,
+    TORCHVISION,
+    VGG,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES = (1, 16)
@@ -61,6 +70,12 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
                     (half, half, half, half), (1, 1), channels, dtype, channels_last,
                 )  # fmt: skip
 
+        for channels, features, kernel, stride, padding, side in IMAGE_LAYERS[:: 5 if quick else 1]:
+            for channels_last in (True, False):
+                yield IMAGE, Conv(
+                    batch, channels, (side, side), features, (kernel, kernel), (stride, stride),
+                    (padding, padding, padding, padding), (1, 1), 1, dtype, channels_last,
+                )  # fmt: skip
         if dtype == torch.float32:
             for channels, features, side in POINTWISE_LAYERS[:: 5 if quick else 1]:
                 for channels_last in (True, False):
@@ -80,7 +95,7 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
 
     x = normal(conv.batch, conv.channels, *conv.size)
     weight = normal(conv.features, conv.channels // conv.groups, *conv.kernel)
-    padding, all_ours = conv.padding[: conv.rank], (True, True, True)
+    padding, all_ours = conv.padding[: conv.rank], (True, kernels != IMAGE, True)
     plan = Plan(kernels, conv.stride, padding, conv.dilation, conv.groups, conv.channels_last, all_ours)
 
     def theirs() -> Tensor:
@@ -101,9 +116,10 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
             return winograd_conv(x, transformed, None, None, *rest)
 
     else:
+        operator = image_conv if kernels == IMAGE else depthwise_conv
 
         def forward() -> Tensor:
-            return depthwise_conv(x, weight, None, conv.stride, padding, 0, 0.0)
+            return operator(x, weight, None, conv.stride, padding, 0, 0.0)
 
     def both(*wanted: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
         return (

@@ -227,8 +227,8 @@ def check_conv_bn_act(functional: Any, dtype: torch.dtype, layout: str) -> None:
     near(bn.running_var, wide_bn.running_var, dtype, "running_var")
 
 
-#: Channels, features and groups of what Winograd's kernels do, and of a depthwise convolution.
-CONVOLUTIONS = ((48, 64, 1), (40, 40, 40))
+#: Channels, features and groups of what Winograd's kernels do, of a depthwise convolution, and of images.
+CONVOLUTIONS = ((48, 64, 1), (40, 40, 40), (3, 32, 1))
 
 
 def check_conv2d(functional: Any, dtype: torch.dtype, layout: str) -> None:

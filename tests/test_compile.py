@@ -271,7 +271,8 @@ def _stem_and_tail_samples(ops, x):
 
 
 def _convolution_samples():
-    from pooling_ext.ops import depthwise_conv, winograd, winograd_weights  # noqa: F401, they define the operators
+    # They define the operators.
+    from pooling_ext.ops import depthwise_conv, image_conv, winograd, winograd_weights  # noqa: F401
 
     ops = torch.ops.pooling_ext
     x, weight, bias = torch.rand(2, 16, 7, 8), torch.rand(16, 16, 3, 3), torch.rand(16)
@@ -291,6 +292,15 @@ def _convolution_samples():
     yield "depthwise_conv_input_grad", ops.depthwise_conv_input_grad, back
     back = (grad, x, weight.shape, *windows, False, True)
     yield "depthwise_conv_weight_grad", ops.depthwise_conv_weight_grad, back
+    image, weight, bias, grad = (
+        torch.rand(2, 3, 7, 8),
+        torch.rand(5, 3, 3, 3),
+        torch.rand(5),
+        torch.rand(2, 5, 4, 8),
+    )
+    yield "image_conv", ops.image_conv, (image, weight, bias, *windows, 1, 0.0)
+    yield "image_conv_stats", ops.image_conv_stats, (image, weight, bias, *windows)
+    yield "image_conv_weight_grad", ops.image_conv_weight_grad, (grad, image, weight.shape, *windows)
 
 
 SAMPLES = list(_samples())

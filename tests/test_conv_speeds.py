@@ -16,7 +16,17 @@ from benchmarks.conv import ConvCase
 from pooling_ext import cli, conv_tuning
 from pooling_ext.backends import cpu_library
 from pooling_ext.ops import conv_choice, conv_speeds
-from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, POINTWISE, WINOGRAD, Conv
+from pooling_ext.ops.conv_choice import (
+    DEPTHWISE,
+    FORWARD,
+    IMAGE,
+    INPUT_GRAD,
+    PHASES,
+    POINTWISE,
+    WHY_NOT,
+    WINOGRAD,
+    Conv,
+)
 from pooling_ext.testing.conv_shapes import RESNET
 
 pytestmark = pytest.mark.native
@@ -87,7 +97,7 @@ def test_files_that_say_nothing(speeds, content, recwarn):
 def test_what_is_shipped():
     """It has measurements of every kind, and no kernel of the ResNets is left to PyTorch."""
     for kind, rows in conv_speeds.read(conv_speeds.SHIPPED)["avx512"]["speedups"].items():
-        assert kind.split()[0] in (WINOGRAD, DEPTHWISE, POINTWISE) and rows
+        assert kind.split()[0] in WHY_NOT and rows
         assert all(len(row) == 7 and min(row) > 0 for row in rows)
     for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
         for phase in PHASES:
@@ -108,6 +118,7 @@ def test_tune(monkeypatch, tmp_path, capsys):
         (WINOGRAD, conv(1, 16, 8)),
         (DEPTHWISE, conv(1, 8, 6, groups=8, stride=(2, 2), channels_last=False)),
         (POINTWISE, conv(1, 8, 6, kernel=(1, 1), padding=(0, 0, 0, 0), channels_last=False)),
+        (IMAGE, conv(1, 3, 6, features=5, stride=(2, 2))),
     ]
     monkeypatch.setattr(
         conv_tuning, "problems", lambda dtype, quick: [(k, c._replace(dtype=dtype)) for k, c in small]
@@ -115,7 +126,12 @@ def test_tune(monkeypatch, tmp_path, capsys):
     assert cli.main(["tune", "--dtype", "float32", "--quick"]) == 0
     written = json.loads(file.read_text())
     assert set(written) == {"other", cpu_library.module.isa}
-    kinds = {KIND, "depthwise float32 contiguous 3 2", "pointwise float32 contiguous 1 1"}
+    others = (
+        "depthwise float32 contiguous 3 2",
+        "pointwise float32 contiguous 1 1",
+        "image float32 channels_last 3 2",
+    )
+    kinds = {KIND, *others}
     assert set(written[cpu_library.module.isa]["speedups"]) == kinds
     written[cpu_library.module.isa]["speedups"][KIND] = [[1, 2, 3, 4, 5.0, 6.0, 7.0]]
     file.write_text(json.dumps(written))
@@ -141,6 +157,11 @@ def test_every_kind_is_measured():
         (WINOGRAD, 3, 2, True),
         (POINTWISE, 1, 1, True),
         (POINTWISE, 1, 1, False),
+        *(
+            (IMAGE, k, s, last)
+            for k, s in ((3, 1), (3, 2), (4, 4), (5, 1), (7, 2), (11, 4), (16, 16))
+            for last in (True, False)
+        ),
         *(
             (DEPTHWISE, k, s, last)
             for k, s in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))

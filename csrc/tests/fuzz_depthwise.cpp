@@ -5,41 +5,17 @@
 //
 // Arrays, scratch memory and repeating a job are as in fuzz_kernels.cpp.
 #include <sstream>
-#include <utility>
 #include <vector>
 
 #include "kernels/cpu/conv/depthwise.h"
 #include "tests/activations.h"
-#include "tests/fuzz.h"
+#include "tests/convolutions.h"
 
 namespace pooling_ext {
 namespace {
 
 constexpr int64_t kDefaultJobs = 3000;
 enum Counter { kChannelsLast, kStrided, kStatistics };
-
-// Elements of a format, with their values.
-struct Elements {
-    const Format& format;
-    Array array;
-
-    Elements(const Format& format, int64_t count) : format(format), array(count, format.bytes) {}
-    Elements(const Format& format, int64_t count, Random& r) : Elements(format, count) {
-        for (int64_t i = 0; i < count; ++i) array.set(i, format.random(r, false, false));
-    }
-    double operator[](int64_t i) const { return format.value(array.get(i)); }
-    void* data() const { return array.data.get(); }
-};
-
-// A sum, and that of its terms' sizes, from which the error that is allowed follows.
-struct Sum {
-    double value = 0, size = 0;
-
-    void add(double x) {
-        value += x;
-        size += std::abs(x);
-    }
-};
 
 struct Case {
     Format format;
@@ -107,24 +83,11 @@ Case make_case(Random& r) {
     return c;
 }
 
-void check(const char* what, int64_t at, double found, double expected, double slack) {
-    if (!(std::abs(found - expected) <= slack)) fail(what, at, found, {expected, slack});
-}
-
-// Two ranges, in either order, as two threads would take them.
 void run(const Case& c, DepthwiseStep step, int64_t count, Random& r) {
-    const DepthwiseKernel kernel = POOLING_EXT_ISA::depthwise(c.format.dtype, step);
-    const int64_t middle = r.pick(0, count);
-    std::pair<int64_t, int64_t> ranges[] = {{0, middle}, {middle, count}};
-    if (r.chance(2)) std::swap(ranges[0], ranges[1]);
-    for (const auto& [begin, end] : ranges) {
-        if (begin == end) continue;
-        Array scratch(scratch_bytes(c.job), 1, r.chance(2) ? 0xff : 0x4b);
-        kernel(c.job, begin, end, scratch.data.get());
-    }
+    run_ranges(POOLING_EXT_ISA::depthwise(c.format.dtype, step), c.job, count, r);
 }
 
-double unit_roundoff(const Case& c) { return c.format.dtype == DType::Float64 ? 0x1p-53 : 0x1p-24; }
+double unit_roundoff(const Case& c) { return unit_roundoff(c.format); }
 
 // Calls use(n, c, output row, column, input row, column, tap) for all products of a convolution.
 template <class Use>
@@ -140,25 +103,6 @@ void each_product(const Case& c, const Use& use) {
                         if (y < 0 || y >= job.h.in || x < 0 || x >= job.w.in) continue;
                         use(k, c.output_at(n, k, oy, ox), c.input_at(n, k, y, x), tap);
                     }
-}
-
-void check_statistics(const Case& c, const Elements& y, const double* stats) {
-    const DepthwiseJob& job = c.job;
-    const double count = double(job.batch * job.h.out * job.w.out);
-    std::vector<long double> mean(job.channels), variance(job.channels), size(job.channels);
-    const auto each = [&](const auto& use) {
-        for (int64_t n = 0; n < job.batch; ++n)
-            for (int64_t k = 0; k < job.channels; ++k)
-                for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
-                    use(k, y[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
-    };
-    each([&](int64_t k, double x) { mean[k] += x / count, size[k] += x * x / count; });
-    each([&](int64_t k, double x) { variance[k] += (x - mean[k]) * (x - mean[k]) / count; });
-    const double terms = 300 * unit_roundoff(c);
-    for (int64_t k = 0; k < job.channels; ++k) {
-        check("mean", k, stats[k], double(mean[k]), terms * std::sqrt(double(size[k])));
-        check("variance", k, stats[job.channels + k], double(variance[k]), terms * double(size[k]));
-    }
 }
 
 // The output or the input's gradient.
@@ -200,7 +144,8 @@ void check_planes(Case& c, Random& r) {
         check("result", i, result[i], expected,
               slack + c.format.rounding(std::abs(expected) + slack));
     }
-    if (c.statistics) check_statistics(c, result, job.stats);
+    if (c.statistics)
+        check_statistics(result, job.channels, count, job.batch, job.channels_last, job.stats);
 }
 
 void check_weights(Case& c, Random& r) {
@@ -226,14 +171,6 @@ void check_weights(Case& c, Random& r) {
         for (int64_t k = 0; k < job.channels; ++k)
             for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
                 biases[k].add(grad[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
-    const auto compare = [&](const char* what, const Elements& found,
-                             const std::vector<Sum>& exact) {
-        for (size_t i = 0; i < exact.size(); ++i) {
-            const double slack = 300 * unit_roundoff(c) * exact[i].size;
-            check(what, i, found[i], exact[i].value,
-                  slack + c.format.rounding(std::abs(exact[i].value) + slack));
-        }
-    };
     compare("weight's gradient", weight_grad, sums);
     if (c.biased) compare("bias's gradient", bias_grad, biases);
 }

@@ -19,8 +19,17 @@ from .. import backends
 from ..graph.activations import RELU, Activation, kernel_activation
 from ..ops import conv_autotune
 from ..ops.activations import ACTIVATIONS
-from ..ops.conv_choice import Conv, depthwise_cannot, depthwise_why_not, winograd_cannot, winograd_why_not
+from ..ops.conv_choice import (
+    Conv,
+    depthwise_cannot,
+    depthwise_why_not,
+    image_cannot,
+    image_why_not,
+    winograd_cannot,
+    winograd_why_not,
+)
 from ..ops.depthwise_conv import depthwise_conv
+from ..ops.image_conv import image_conv
 from ..ops.winograd import winograd_conv, winograd_weight
 
 if TYPE_CHECKING:
@@ -207,18 +216,26 @@ def _bind_winograd(layer: PackedConv) -> Function:
     return call_with_residual
 
 
-# --- depthwise ---------------------------------------------------------------------------------------------
+# --- depthwise, and images ---------------------------------------------------------------------------------
 
 
 def _depthwise_cannot(layer: PackedConv) -> str | None:
-    return _depthwise_reason(layer, depthwise_cannot)
+    return _direct_reason(layer, depthwise_cannot)
 
 
 def _depthwise_why_not(layer: PackedConv) -> str | None:
-    return _depthwise_reason(layer, depthwise_why_not)
+    return _direct_reason(layer, depthwise_why_not)
 
 
-def _depthwise_reason(layer: PackedConv, of_conv: Callable[[Conv], str | None]) -> str | None:
+def _image_cannot(layer: PackedConv) -> str | None:
+    return _direct_reason(layer, image_cannot)
+
+
+def _image_why_not(layer: PackedConv) -> str | None:
+    return _direct_reason(layer, image_why_not)
+
+
+def _direct_reason(layer: PackedConv, of_conv: Callable[[Conv], str | None]) -> str | None:
     conv = as_conv(layer)
     reason = conv if isinstance(conv, str) else of_conv(conv)
     if reason is not None:
@@ -230,16 +247,24 @@ def _depthwise_reason(layer: PackedConv, of_conv: Callable[[Conv], str | None]) 
     return None
 
 
-def _channels_last_depthwise(layer: PackedConv) -> Tensor:
+def _marked_channels_last(layer: PackedConv) -> Tensor:
     """With the strides by which the operator knows channels_last, whatever the input is."""
     weight = layer.weight
     return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
 
 
 def _bind_depthwise(layer: PackedConv) -> Function:
+    return _bind_direct(layer, depthwise_conv)
+
+
+def _bind_image(layer: PackedConv) -> Function:
+    return _bind_direct(layer, image_conv)
+
+
+def _bind_direct(layer: PackedConv, operator: Any) -> Function:
     activation = _kernel_activation(layer.activation)
     assert activation is not None
-    return bound(depthwise_conv, layer.weight, (layer.bias, layer.stride, layer.padding, *activation))
+    return bound(operator, layer.weight, (layer.bias, layer.stride, layer.padding, *activation))
 
 
 # --- oneDNN ------------------------------------------------------------------------------------------------
@@ -371,11 +396,10 @@ def _in_channels_last(layer: PackedConv) -> Tensor:
 
 
 WINOGRAD = Engine("Winograd", _winograd_cannot, _winograd_why_not, _plain, _bind_winograd)
-DEPTHWISE = Engine(
-    "depthwise", _depthwise_cannot, _depthwise_why_not, _channels_last_depthwise, _bind_depthwise
-)
+DEPTHWISE = Engine("depthwise", _depthwise_cannot, _depthwise_why_not, _marked_channels_last, _bind_depthwise)
+IMAGE = Engine("image", _image_cannot, _image_why_not, _marked_channels_last, _bind_image)
 ONEDNN = Engine("prepacked", _onednn_why_not, _onednn_why_not, _onednn_weight, _bind_onednn)
 TUNED = Engine("autotuned", _tuned_why_not, _tuned_why_not, _in_channels_last, _bind_tuned)
 ATEN = Engine("PyTorch", lambda layer: None, lambda layer: None, _in_channels_last, _bind_aten)
 #: In the order in which they are tried.
-ENGINES = (WINOGRAD, DEPTHWISE, ONEDNN, TUNED, ATEN)
+ENGINES = (WINOGRAD, DEPTHWISE, IMAGE, ONEDNN, TUNED, ATEN)

@@ -1,4 +1,4 @@
-"""Which convolutions of the CPU are done here: by Winograd, by depthwise kernels, or as matrix products.
+"""Which convolutions of the CPU are done here: by Winograd, depthwise, of images, or as matrix products.
 
 All are asked with what is known before a convolution runs, so that functions, modules, patched and frozen
 models decide alike. No answer depends on the number of threads: results of Winograd's differ from those of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 #: Fewer channels than these fill no vector of Winograd's kernels.
 LEAST_CHANNELS = 16
+#: Where there are more, oneDNN fills its vectors well enough.
+MOST_IMAGE_CHANNELS = 4
 #: With fewer tiles than this, a transformed weight of more bytes than a second-level cache has makes
 #: Winograd slower than the direct convolution: it is four times as large, and reading it takes longer than
 #: the arithmetic that is saved. 512 channels at 7x7 in a batch of 1 (4 tiles, 38 MB) run at 1.5 times the
@@ -43,9 +46,9 @@ LEAST_WORK = 1 << 20
 #: many times fewer multiplications. (28x28 in phases of 2x3 pixels, with 1.4 times fewer, run at 0.7 times
 #: oneDNN's speed.)
 LEAST_SAVED = 2.0
-#: The products are those of a library that is not equally good on every vendor's processors, so that what was
-#: measured on another one has to show a gain beyond doubt.
-PRODUCT_MARGIN = 1.15
+#: The libraries that make products, and PyTorch's convolutions of images, are not equally good on every
+#: vendor's processors, so that what was measured on another one has to show a gain beyond doubt.
+ELSEWHERE_MARGIN = 1.15
 _TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
 
 SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
@@ -53,6 +56,23 @@ _amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
 _most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 #: Whether oneDNN multiplies bfloat16 matrices by instructions of their own.
 HAS_AMX = bool(_amx is not None and _amx()) and (_most in ("", "ALL", "DEFAULT") or "AMX" in _most)
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 faster than float32: by AMX, or by AMD's dot products.
+
+    Intel's take as long for a product of bfloat16 as for two of float32.
+    """
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if HAS_AMX or supported is None or not supported():
+        return HAS_AMX
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+HAS_FAST_BFLOAT16 = _has_fast_bfloat16()
 
 
 #: The attribute of a class of ours that names the one of torch.nn whose place it takes.
@@ -223,7 +243,7 @@ def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
     """Why a call should do none of some phases by our kernels, or None.
 
     Args:
-        kernels: "Winograd", "depthwise" or "pointwise".
+        kernels: of :data:`WHY_NOT`.
     """
     if kernels != DEPTHWISE and conv.work < LEAST_WORK:
         return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
@@ -274,6 +294,53 @@ def depthwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     return _why_slower(DEPTHWISE, conv, phase)
 
 
+def image_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why the kernels for images cannot do a phase of a convolution here, fast or not; None if they can.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    if conv.channels > MOST_IMAGE_CHANNELS:
+        return _because("the input has {} channels, more than {}", conv.channels, MOST_IMAGE_CHANNELS)
+    if conv.rank != 2:
+        return "it is 3-d"
+    if phase == INPUT_GRAD:
+        return "the gradient of images is PyTorch's"
+    if conv.groups != 1:
+        return _because("it has {} groups", conv.groups)
+    if conv.dilation != (1, 1):
+        return _because("its dilation is {}, not 1", _by(conv.dilation))
+    if not conv.is_symmetric or min(conv.padding) < 0:
+        return _because("its padding is {}, not the same on opposite sides", conv.padding)
+    if cpu_library.module is None:
+        return _because("there are no compiled kernels: {}", cpu_library.why_not)
+    if conv.dtype not in DTYPES:
+        return _because("the dtype is {}", conv.dtype)
+    if min(conv.output_size) < 1:
+        return "its kernel does not fit the input"
+    return None
+
+
+def image_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
+    """Why the kernels for images should not do a phase of a convolution, or None if they should.
+
+    That is, why they cannot, or are not known to be faster than PyTorch's.
+
+    Args:
+        phase: of :data:`PHASES`.
+    """
+    reason = image_cannot(conv, phase)
+    if reason is not None:
+        return reason
+    if conv.dtype == torch.bfloat16 and HAS_FAST_BFLOAT16 and not _is_measured_here():
+        return "the processor multiplies bfloat16 faster than float32, and nothing was measured on it"
+    if is_compiling() and not _has_known_sizes(conv):
+        return "the sizes are symbols"
+    if _speedup(IMAGE, conv, phase) is None:
+        return _NOT_MEASURED
+    return _why_slower(IMAGE, conv, phase, ELSEWHERE_MARGIN)
+
+
 def pointwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
     """Why a phase of a convolution should not be a matrix product, or None if it should.
 
@@ -294,7 +361,7 @@ def pointwise_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return "the sizes are symbols"
     if _speedup(POINTWISE, conv, phase) is None:
         return _NOT_MEASURED
-    return _why_slower(POINTWISE, conv, phase, PRODUCT_MARGIN)
+    return _why_slower(POINTWISE, conv, phase, ELSEWHERE_MARGIN)
 
 
 def _has_known_sizes(conv: Conv) -> bool:
@@ -346,10 +413,11 @@ def _why_not_measured(conv: Conv, phase: str) -> str | None:
 
 _NOT_MEASURED = "nothing like it was measured on such a processor (pooling-ext tune)"
 #: By the names of our kernels.
-WINOGRAD, DEPTHWISE, POINTWISE = "Winograd", "depthwise", "pointwise"
+WINOGRAD, DEPTHWISE, IMAGE, POINTWISE = "Winograd", "depthwise", "image", "pointwise"
 WHY_NOT: dict[str, Callable[[Conv, str], str | None]] = {
     WINOGRAD: winograd_why_not,
     DEPTHWISE: depthwise_why_not,
+    IMAGE: image_why_not,
     POINTWISE: pointwise_why_not,
 }
 
@@ -374,7 +442,10 @@ def may_be_ours(
         return False
     if groups == channels == features:
         square = len(kernel) == 2 and kernel[0] == kernel[1] and kernel[0] in KERNEL_SIZES
-        return square and dilation == (1, 1) and set(stride) <= set(STRIDES)
+        if square and dilation == (1, 1) and set(stride) <= set(STRIDES):
+            return True
+    if channels <= MOST_IMAGE_CHANNELS and groups == 1:
+        return len(kernel) == 2 and dilation == (1, 1)
     if min(channels, features) // groups < LEAST_CHANNELS or exact or SWITCHED_OFF:
         return False
     step, gap = stride[-2:], dilation[-2:]

@@ -1,4 +1,4 @@
-"""Convolutions of the CPU by other ways than PyTorch's, with gradients: Winograd, depthwise, and products.
+"""Convolutions of the CPU by other ways than PyTorch's, with gradients: those that conv_choice names.
 
 Each phase, forward and both gradients, is made by the kernels or by PyTorch's convolution, as a plan says.
 """
@@ -14,17 +14,18 @@ from torch.compiler import is_compiling
 
 from ..autograd import needs_grad
 from . import depthwise_conv as depthwise
+from . import image_conv as image
 from . import pointwise_conv as pointwise
 from . import winograd
 from ._library import memory_format, suggests_channels_last
-from .conv_choice import DEPTHWISE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
+from .conv_choice import DEPTHWISE, IMAGE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
 
 
 class Plan(NamedTuple):
     """What a convolution is told besides its tensors.
 
     Attributes:
-        kernels: WINOGRAD, DEPTHWISE or POINTWISE.
+        kernels: of conv_choice.WHY_NOT.
         stride, padding, dilation: for each spatial axis.
         groups: how many.
         channels_last: whether the output is.
@@ -82,6 +83,13 @@ def convolve_with_stats(
     return _forward(input, weight, bias, plan, stats)
 
 
+#: Operators of the same arguments, without and with statistics.
+_DIRECT = {
+    DEPTHWISE: (depthwise.depthwise_conv, depthwise.depthwise_conv_stats),
+    IMAGE: (image.image_conv, image.image_conv_stats),
+}
+
+
 class _Convolution(Function):
     @staticmethod
     def forward(
@@ -115,10 +123,11 @@ def _forward(
         return torch.convolution(input, weight, bias, stride, padding, *rest), None
     if plan.kernels == POINTWISE:
         return pointwise.pointwise_conv(input, weight, bias, plan.channels_last), None
-    if plan.kernels == DEPTHWISE:
+    if plan.kernels in _DIRECT:
+        alone, with_stats = _DIRECT[plan.kernels]
         if stats:
-            return depthwise.depthwise_conv_stats(input, weight, bias, stride, padding)
-        return depthwise.depthwise_conv(input, weight, bias, stride, padding, 0, 0.0), None
+            return with_stats(input, weight, bias, stride, padding)
+        return alone(input, weight, bias, stride, padding, 0, 0.0), None
     x = in_format(input, plan.channels_last)
     common, steps = (plan.sides, weight.shape[0], plan.groups), (stride, plan.dilation)
     if stats:
@@ -161,6 +170,10 @@ def _gradients(
             found[0] = pointwise.pointwise_conv_input_grad(grad, weight, last)
         if own_weight:
             found[1] = pointwise.pointwise_conv_weight_grad(grad, input, weight.shape, last)
+        return tuple(found)
+    if plan.kernels == IMAGE:
+        if own_weight:
+            found[1] = image.image_conv_weight_grad(grad, input, weight.shape, stride, padding)
         return tuple(found)
     if own_input:
         found[0] = depthwise.depthwise_conv_input_grad(grad, weight, input.shape, stride, padding, last)

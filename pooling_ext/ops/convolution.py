@@ -18,7 +18,7 @@ from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
 from ._library import suggests_channels_last
 from ._torch_function import public
-from .conv_choice import DEPTHWISE, FORWARD, PHASES, POINTWISE, WINOGRAD, Conv, call_why_not
+from .conv_choice import FORWARD, MOST_IMAGE_CHANNELS, PHASES, WHY_NOT, WINOGRAD, Conv, call_why_not
 from .conv_kernels import convolve, in_format, plan
 from .winograd import winograd_conv
 
@@ -35,10 +35,11 @@ def conv2d(
 ) -> Tensor:
     """A convolution of images; a drop-in for :func:`torch.nn.functional.conv2d`.
 
-    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), and depthwise kernels of 3x3, 5x5
-    and 7x7 on kernels of their own, and 1x1 kernels in float32 as matrix products, where these are known to
-    be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times. In float32
-    Winograd's results are off by some 1e-5 of the largest element.
+    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), depthwise kernels of 3x3, 5x5 and
+    7x7 and any kernels on images of up to 4 channels on kernels of their own, and 1x1 kernels in float32 as
+    matrix products, where these are known to be faster. Other convolutions fall back to PyTorch. All are
+    differentiable any number of times. In float32 Winograd's results are off by some 1e-5 of the largest
+    element.
 
     Args:
         input: a tensor, see Shape.
@@ -132,7 +133,7 @@ def _convolved(
     why_not, conv = _describe(rank, x, w, b, stride, padding, dilation, groups)
     if conv is not None:
         grads = needs_grad(x, w, b)
-        for kernels in (WINOGRAD, DEPTHWISE, POINTWISE):
+        for kernels in WHY_NOT:
             reason = call_why_not(kernels, conv, PHASES if grads else (FORWARD,))
             if reason is not None:
                 why_not[kernels] = reason
@@ -159,7 +160,7 @@ def _is_others(rank: int, input: Tensor, weight: Any, bias: Any, groups: Any) ->
         return True
     points = math.prod(weight.shape[2:])
     return input.numel() * weight.shape[0] * points < conv_choice.LEAST_WORK or (
-        points != 1 and weight.shape[-2:] != (3, 3)
+        points != 1 and weight.shape[-2:] != (3, 3) and weight.shape[1] > MOST_IMAGE_CHANNELS
     )
 
 
@@ -187,7 +188,7 @@ def _describe(
     if reason is None and None in (strides, dilations, paddings):
         reason = f"the stride, padding or dilation is not {rank} numbers"
     if reason is not None:
-        return dict.fromkeys((WINOGRAD, DEPTHWISE, POINTWISE), reason), None
+        return dict.fromkeys(WHY_NOT, reason), None
     channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
     batch, channels, *size = input.shape
     conv = Conv(

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions and the depthwise ones in torchvision's models."""
+"""The 3x3 convolutions, the depthwise ones and those of images in torchvision's models."""
 
 from __future__ import annotations
 
@@ -230,4 +230,25 @@ POINTWISE_LAYERS: tuple[tuple[int, int, int], ...] = (
     *((channels, features, 7) for channels, features in ((512, 2048), (2048, 512), (160, 960), (960, 160))),
     (464, 1024, 7),
     (832, 128, 7),
+)
+
+#: Channels, features, kernel, stride, padding and height of first layers: those of torchvision's models, and
+#: of small images.
+IMAGE_LAYERS: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (3, 64, 7, 2, 3, 224),
+    (3, 64, 3, 1, 1, 224),
+    (3, 16, 3, 2, 1, 224),
+    (3, 24, 3, 2, 1, 224),
+    (3, 32, 3, 2, 1, 224),
+    (3, 32, 3, 2, 0, 299),
+    (3, 64, 3, 2, 0, 224),
+    (3, 96, 7, 2, 0, 224),
+    (3, 64, 11, 4, 2, 224),
+    (3, 96, 4, 4, 0, 224),
+    (3, 768, 16, 16, 0, 224),
+    (3, 16, 3, 1, 1, 32),
+    (3, 64, 3, 1, 1, 32),
+    (1, 32, 3, 1, 1, 28),
+    (1, 6, 5, 1, 2, 28),
+    (1, 64, 7, 2, 3, 224),
 )

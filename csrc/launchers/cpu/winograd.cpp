@@ -4,6 +4,7 @@
 
 #include "launchers/activation.h"
 #include "launchers/cpu/scratch.h"
+#include "launchers/cpu/streaming.h"
 
 namespace pooling_ext {
 namespace {
@@ -155,13 +156,10 @@ struct ForwardCall {
     Tensor result() const { return dense(output, channels_last); }
 
   private:
-    // What no cache holds is not to drive out the rest, nor to be read before it is written.
     bool streams() const {
-        constexpr int64_t kLeast = int64_t(32) << 20, kLine = 64;
         const WinogradShape& s = job.shape;
         const int64_t run = s.features * input.element_size();  // of a group's pixel
-        return s.pixels() * s.groups * run >= kLeast && run % kLine == 0 &&
-               uintptr_t(job.y) % kLine == 0;
+        return goes_past_cache(job.y, s.pixels() * s.groups * run, run);
     }
 
     void set_weight(const Tensor& weight, bool transposed) {

@@ -16,9 +16,20 @@ from .._library import suggests_channels_last
 from ..activations import Activation
 from ..batch_norm_act import in_training
 from ..batch_norm_arguments import batch_norm_arguments, eps_of
-from ..conv_choice import DEPTHWISE, FORWARD, PHASES, POINTWISE, WINOGRAD, Conv, call_why_not
+from ..conv_choice import (
+    DEPTHWISE,
+    FORWARD,
+    IMAGE,
+    MOST_IMAGE_CHANNELS,
+    PHASES,
+    POINTWISE,
+    WINOGRAD,
+    Conv,
+    call_why_not,
+)
 from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
 from ..depthwise_conv import depthwise_conv
+from ..image_conv import image_conv
 from ..winograd import winograd_conv
 from ..winograd_weights import Norm
 from .call import FOLDED, NO_CONVOLUTION, Call, autocast_dtype, least_elements
@@ -91,6 +102,17 @@ def depthwise_why_not(call: Call) -> str | None:
     return _own_why_not(call, DEPTHWISE)
 
 
+def image_why_not(call: Call) -> str | None:
+    conv = call.conv
+    if conv is None:
+        return NO_CONVOLUTION
+    if conv.in_channels > MOST_IMAGE_CHANNELS:
+        return "the input has more channels than an image"
+    if call.residual is not None and not (call.trains or call.wants_grad):
+        return "it adds no residual"
+    return _own_why_not(call, IMAGE)
+
+
 def pointwise_why_not(call: Call) -> str | None:
     conv = call.conv
     if conv is None:
@@ -140,6 +162,10 @@ def prepare_depthwise(call: Call) -> Prepared:
     return _prepare(call, DEPTHWISE)
 
 
+def prepare_image(call: Call) -> Prepared:
+    return _prepare(call, IMAGE)
+
+
 def prepare_pointwise(call: Call) -> Plan:
     geometry = call.geometry()
     assert geometry is not None
@@ -174,6 +200,15 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
 
 
 def run_depthwise(call: Call, prepared: Prepared) -> Any:
+    return _run_direct(call, prepared, depthwise_conv)
+
+
+def run_image(call: Call, prepared: Prepared) -> Any:
+    return _run_direct(call, prepared, image_conv)
+
+
+def _run_direct(call: Call, prepared: Prepared, operator: Any) -> Any:
+    """With the batch norm folded into the weight, which is small, at each call."""
     if prepared.plan is not None:
         return _run_planned(call, prepared.plan)
     own, norm, dtype = call.conv._parameters, _constants(call), prepared.geometry.dtype
@@ -184,7 +219,7 @@ def run_depthwise(call: Call, prepared: Prepared) -> Any:
         else:
             weight, bias = batch_norm_running.fold(weight, bias, *norm, dtype)
         padding, after = prepared.geometry.padding[:2], call.activation.arguments
-        return depthwise_conv(call.input.to(dtype), weight, bias, call.conv.stride, padding, *after)
+        return operator(call.input.to(dtype), weight, bias, call.conv.stride, padding, *after)
 
 
 def _constants(call: Call) -> Norm | None:

@@ -52,6 +52,7 @@ IMPLEMENTATIONS = (
     Implementation("tuned", gpu.why_not, _nothing, gpu.run),
     Implementation("Winograd", cpu.winograd_why_not, cpu.prepare_winograd, cpu.run_winograd),
     Implementation("depthwise", cpu.depthwise_why_not, cpu.prepare_depthwise, cpu.run_depthwise),
+    Implementation("image", cpu.image_why_not, cpu.prepare_image, cpu.run_image),
     Implementation("pointwise", cpu.pointwise_why_not, cpu.prepare_pointwise, cpu.run_pointwise),
     Implementation("oneDNN, folded", cpu.folded_why_not, _nothing, cpu.run_folded),
     Implementation("PyTorch's convolution", _convolve_why_not, _nothing, _convolve),

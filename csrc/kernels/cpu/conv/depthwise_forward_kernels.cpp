@@ -47,25 +47,11 @@ void prepare(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
 
 void merge(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
     const DepthwisePlan plan(job);
-    const int64_t padded = job.padded_channels(), pieces = job.batch * plan.bands;
-    for (int64_t block = begin; block < end; ++block)
-        for (int64_t i = 0; i < kDepthwiseBlock; ++i) {
-            const int64_t c = block * kDepthwiseBlock + i;
-            if (c >= job.channels) break;
-            double count = 0, mean = 0, deviation = 0;
-            for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int64_t first = piece % plan.bands * plan.band;
-                const int64_t left = job.h.out - first;
-                const double n = double((left < plan.band ? left : plan.band) * job.w.out);
-                const double* const of_piece = job.moments + piece * 2 * padded;
-                const double away = of_piece[c] - mean, all = count + n;
-                deviation += of_piece[padded + c] + away * away * (count * n / all);
-                mean += away * (n / all);
-                count = all;
-            }
-            job.stats[c] = mean;
-            job.stats[job.channels + c] = deviation / count;
-        }
+    merge_moments(job.moments, job.batch * plan.bands, job.padded_channels(), job.stats,
+                  job.channels, begin * kDepthwiseBlock, end * kDepthwiseBlock, [&](int64_t piece) {
+                      const int64_t left = job.h.out - piece % plan.bands * plan.band;
+                      return (left < plan.band ? left : plan.band) * job.w.out;
+                  });
 }
 
 // --- both directions ----------------------------------------------------------------------------

@@ -80,4 +80,25 @@ class Statistics {
     int64_t count_ = 0;
 };
 
+// Means and variances of channels [begin, end) of all pieces at `stats`, two rows of `channels`,
+// from each piece's means and deviations, two rows of `padded`. A piece has count_of(piece)
+// results.
+template <class CountOf>
+void merge_moments(const double* moments, int64_t pieces, int64_t padded, double* stats,
+                   int64_t channels, int64_t begin, int64_t end, const CountOf& count_of) {
+    for (int64_t c = begin; c < end && c < channels; ++c) {
+        double count = 0, mean = 0, deviation = 0;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const double n = double(count_of(piece));
+            const double* const of_piece = moments + piece * 2 * padded;
+            const double away = of_piece[c] - mean, all = count + n;
+            deviation += of_piece[padded + c] + away * away * (count * n / all);
+            mean += away * (n / all);
+            count = all;
+        }
+        stats[c] = mean;
+        stats[channels + c] = deviation / count;
+    }
+}
+
 }  // namespace pooling_ext::POOLING_EXT_ISA::conv
