@@ -4,7 +4,7 @@
 
 A kernel is as slow as the slowest of three: its traffic at the speed of a copy, the instructions that its
 warps issue, and loads that wait for memory with only so many bytes on their way. The figures of each kernel
-are those of the table that tests/test_cuda_machine_code.py keeps true (tests/cuda_machine_code_sm_90.txt).
+are those of the table that test_cuda_machine_code.py keeps true (tests/gpu/cuda_machine_code_sm_90.txt).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).parents[1] / "tests" / "cuda_machine_code_sm_90.txt"
+TABLE = Path(__file__).parents[1] / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// The kernels of max pooling whose machine code tests/cuda_machine_code.py reads.
+// The kernels of max pooling whose machine code tests/gpu/cuda_machine_code.py reads.
 #include "cuda/max_pool_cells.cuh"
 #include "cuda/max_pool_rows.cuh"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-from sharing import Sharing, once
+from xdist_locks import Sharing, once
 
 
 def item(*marks: str) -> SimpleNamespace:

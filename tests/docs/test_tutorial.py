@@ -10,7 +10,7 @@ import pytest
 
 from pooling_ext import memory
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SMALLER = {
     "digits=DIGITS, flip": "limit=12, digits=DIGITS, flip",
     '"all": 4': '"all": 1',

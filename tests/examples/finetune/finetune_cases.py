@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402

@@ -26,7 +26,7 @@ import sys
 import torch
 
 torch.cuda.is_available = lambda: True
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/common"]
 import pytest
 
 options = ["-q", "-p", "no:cacheprovider", "-p", "conftest", "--rootdir", {folder!r}, "-c", {ini!r}]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharing import WORKER, once
+from xdist_locks import WORKER, once
 
 pytest.importorskip("triton")
 

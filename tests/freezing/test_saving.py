@@ -26,8 +26,6 @@ from pooling_ext.ops import conv_choice
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_poison]
 
-TESTS = Path(__file__).parent
-
 
 # --- models ------------------------------------------------------------------------------------------------
 
@@ -243,8 +241,7 @@ def written(tmp_path_factory) -> Path:
 
 def read(folder: Path, *options: str, **environment: str) -> list[str]:
     script = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import saving_worker as worker; "
-        f"worker.read(worker.Path({str(folder)!r}), {'--exact' in options})"
+        f"import saving_worker as worker; worker.read(worker.Path({str(folder)!r}), {'--exact' in options})"
     )
     result = run_python(script, **environment)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from helpers import run_python
 
-TESTS = Path(__file__).parent
 #: What /proc/cpuinfo must list.
 NEEDS = {
     "baseline": set(),
@@ -28,7 +27,7 @@ def test_instruction_set(isa):
     """Values, gradients and indices over layouts and dtypes, and equal bits for one thread and two."""
     if not NEEDS[isa] <= cpu_flags():
         pytest.skip(f"this CPU has no {isa}: {sorted(NEEDS[isa] - cpu_flags())}")
-    script = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import isa_worker; isa_worker.main()"
+    script = "import isa_worker; isa_worker.main()"
     result = run_python(script, POOLING_EXT_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split()[0] == isa

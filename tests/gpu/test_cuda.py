@@ -31,7 +31,7 @@ from pooling_ext.testing.launches import (
     LaunchCase,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OURS = [
     case
     for case in CASES + ACTIVATION_CASES
@@ -296,7 +296,7 @@ def test_registers_and_shared_memory_are_those_of_the_table(resources):
     now = list(cuda_resources.lines(resources))
     if table[0] != now[0]:
         pytest.skip("the table is another compiler's")
-    assert now == table, "run tests/cuda_resources.py if this is meant"
+    assert now == table, "run tests/gpu/cuda_resources.py if this is meant"
 
 
 def test_shared_memory_fits_every_gpu(resources):

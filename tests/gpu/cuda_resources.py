@@ -1,7 +1,7 @@
 """What the CUDA kernels use of a multiprocessor, by the logs of the build.
 
 Run as a script it writes the table that test_cuda.py compares with: after a change of the kernels,
-`make cuda TORCH_CUDA_ARCH_LIST=9.0 && .venv/bin/python tests/cuda_resources.py`.
+`make cuda TORCH_CUDA_ARCH_LIST=9.0 && .venv/bin/python tests/gpu/cuda_resources.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOGS = ROOT / "build" / "cuda"
-TABLE = ROOT / "tests" / "cuda_resources_sm_90.txt"
+TABLE = ROOT / "tests" / "gpu" / "cuda_resources_sm_90.txt"
 _ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for 'sm_90'\n"
     r".*?\n.*?stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"

@@ -6,7 +6,6 @@ test_winograd_geometry.py has strides, dilation and planes.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from pooling_ext.testing.conv_shapes import RESNET, TORCHVISION, VGG, ConvShape
 
 pytestmark = pytest.mark.native
 
-TESTS = Path(__file__).parent
 ONES = (1, 1, 1, 1)
 
 
@@ -236,7 +234,7 @@ def test_instruction_set_and_threads(isa):
     """Right on every instruction set, and the same bits for 1, 2, 3 and 64 threads."""
     if not NEEDS[isa] <= cpu_flags():
         pytest.skip(f"this CPU has no {isa}: {sorted(NEEDS[isa] - cpu_flags())}")
-    script = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import winograd_worker; winograd_worker.main()"
+    script = "import winograd_worker; winograd_worker.main()"
     result = run_python(script, POOLING_EXT_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split() == [isa]

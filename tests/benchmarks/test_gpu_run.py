@@ -19,7 +19,7 @@ from benchmarks.gpu_run.runner import Runner, Step, python
 from pooling_ext import cuda
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, CONVOLUTIONS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # --- what is run ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Writes frozen models to a folder, or reads them there: in one process or one environment, and in another.
 
-    python tests/saving_worker.py write FOLDER
-    python tests/saving_worker.py read FOLDER [--exact]
+    python tests/common/saving_worker.py write FOLDER
+    python tests/common/saving_worker.py read FOLDER [--exact]
 
 Needs neither pytest nor an installed package. ``read`` compares each model's outputs with those where it was
 written, to the bit with ``--exact``, and prints how its convolutions run.
@@ -18,7 +18,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 if __package__ in (None, ""):  # run as a script: import the checkout that it lies in
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pooling_ext
 from pooling_ext.freezing.conv_allotment import convolutions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,7 +279,6 @@ def test_casts_follow_the_memory_format(clock):
 
 REAL = """
 import json, sys, torch, pooling_ext
-sys.path.insert(0, {tests!r})
 from pooling_ext import memory
 from pooling_ext.accelerating import measure
 from training_cases import ResNet, batch
@@ -303,7 +301,7 @@ print(json.dumps(found))
 
 
 def test_by_real_time_and_memory():
-    result = run_python(REAL.format(tests=str(Path(__file__).parent)))
+    result = run_python(REAL)
     assert result.returncode == 0, result.stderr
     for (chosen, milliseconds, rounds, kept), way in zip(
         json.loads(result.stdout.splitlines()[-1]), ("patched", "frozen"), strict=True

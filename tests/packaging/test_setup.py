@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H200, AMPERE, FUTURE, OLD = (9, 0), (8, 6), (14, 0), (7, 5)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the checkout")

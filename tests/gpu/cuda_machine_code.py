@@ -1,7 +1,8 @@
 """What the machine code of CUDA kernels for sm_90 does on its way round its loop.
 
-Run as a script it writes the table that test_cuda_machine_code.py compares with:
-``python tests/cuda_machine_code.py``. Of max pooling, tests/cuda_machine_code names the kernels that matter.
+Run as a script (``python tests/gpu/cuda_machine_code.py``) it writes the table that
+test_cuda_machine_code.py compares with. Of max pooling, cuda_machine_code/max_pool.cu names the kernels
+that matter.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import NamedTuple
 
 from cuda_resources import compiler
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [
-    ROOT / "tests" / "cuda_machine_code" / "max_pool.cu",
+    ROOT / "tests" / "gpu" / "cuda_machine_code" / "max_pool.cu",
     ROOT / "csrc" / "cuda" / "batch_norm_forward.cu",
     ROOT / "csrc" / "cuda" / "batch_norm_backward.cu",
 ]
-TABLE = ROOT / "tests" / "cuda_machine_code_sm_90.txt"
+TABLE = ROOT / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
 FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
 _BRANCH = re.compile(r"(@!?U?P\d\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+, )?(?:`\()?0x([0-9a-f]+)")

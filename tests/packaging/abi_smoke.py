@@ -3,8 +3,8 @@
 `make abi` runs it under another PyTorch than the one the library was built with, which is the
 promise of the stable ABI. It needs neither pytest nor an installed package:
 
-    PYTHONPATH=. python tests/abi_smoke.py              # the compiled kernels have to load
-    POOLING_EXT_NO_NATIVE=1 python tests/abi_smoke.py --fallback
+    PYTHONPATH=. python tests/packaging/abi_smoke.py              # the compiled kernels have to load
+    POOLING_EXT_NO_NATIVE=1 python tests/packaging/abi_smoke.py --fallback
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 if __package__ in (None, ""):  # run as a script: import the checkout that it lies in
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

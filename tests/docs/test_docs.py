@@ -18,7 +18,7 @@ import pytest
 import pooling_ext
 import pooling_ext.functional as F
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LIBRARIES = tuple(importlib.machinery.EXTENSION_SUFFIXES)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -27,7 +27,7 @@ def test_it_is_that_of_the_table(codes):
     now = list(cuda_machine_code.lines(codes))
     if table[0] != now[0]:
         pytest.skip("the table is another compiler's")
-    assert now == table, "run tests/cuda_machine_code.py if this is meant"
+    assert now == table, "run tests/gpu/cuda_machine_code.py if this is meant"
 
 
 def test_nothing_spills(codes):

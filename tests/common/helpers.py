@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ def on_gpus(*others: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [*others, *_ON_GPU], indirect=True)
 
 
+COMMON = Path(__file__).parent
+ROOT = COMMON.parents[1]
 RANKS = (1, 2, 3)
 NATIVE = _native.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
@@ -183,8 +186,13 @@ def gradient(
 
 
 def run_python(code: str, timeout: int = 300, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter; None removes a variable from its environment."""
-    env = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
+    """Run ``code`` in a fresh interpreter, which finds this folder's modules and the checkout.
+
+    None removes a variable from its environment.
+    """
+    path = os.pathsep.join([str(COMMON), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = {name: value for name, value in environment.items() if value is not None}
+    env = {**os.environ, "PYTHONPATH": path, **given}
     for name, value in environment.items():
         if value is None:
             env.pop(name, None)
