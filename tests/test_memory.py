@@ -62,8 +62,8 @@ def test_other_c_libraries(monkeypatch, library):
 STEP = """
 import json, sys, torch, torchvision
 import pooling_ext
-from benchmarks.memory import peak_bytes, resident
-from benchmarks.model_training import Trainer
+from benchmarks.harness.memory import peak_bytes, resident
+from benchmarks.suites.model_training import Trainer
 from training_cases import preferring_ours, ran
 
 torch.set_num_threads(1)

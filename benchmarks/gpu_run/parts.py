@@ -21,9 +21,9 @@ from pooling_ext.testing.launches import (
     LaunchCase,
 )
 
-from .. import gpu, gpu_models, gpu_operators
-from ..gpu_report import COMPILED, Run
-from ..suite import DTYPES, LAYOUTS
+from ..harness.suite import DTYPES, LAYOUTS
+from ..reports.gpu_report import COMPILED, Run
+from ..suites import gpu, gpu_models, gpu_operators
 
 Result = dict[str, Any]
 Part = Callable[[str], Iterator[Result]]
@@ -187,7 +187,7 @@ def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result
 def _milliseconds(way: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         return tuning.milliseconds(way, torch.device("cuda", torch.cuda.current_device()))
-    from ..timing import measure
+    from ..harness.timing import measure
 
     return measure({"way": way}, TINY_BUDGET)["way"].ms
 

@@ -13,29 +13,10 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import pooling_ext
-from benchmarks import (
-    block,
-    block_cases,
-    coverage,
-    coverage_models,
-    depthwise,
-    machine,
-    memory,
-    model_families,
-    model_inference,
-    model_report,
-    model_training,
-    model_zoo,
-    operator_report,
-    picture,
-    pool,
-    report,
-    targets,
-)
-from benchmarks import bytes as benchmark_bytes
 from benchmarks.__main__ import main
-from benchmarks.block_cases import BlockCase
-from benchmarks.model_results import (
+from benchmarks.harness import machine, memory
+from benchmarks.reports import model_report, operator_report, plots, report, targets
+from benchmarks.reports.model_results import (
     COMPILED,
     EAGER,
     FAMILIES,
@@ -50,8 +31,22 @@ from benchmarks.model_results import (
     Models,
     Setup,
 )
-from benchmarks.report import Document, Grid, milliseconds, ratio, size
-from benchmarks.results import Results, Row
+from benchmarks.reports.report import Document, Grid, milliseconds, ratio, size
+from benchmarks.reports.results import Results, Row
+from benchmarks.suites import (
+    block,
+    block_cases,
+    coverage,
+    coverage_models,
+    depthwise,
+    memory_traffic,
+    model_families,
+    model_inference,
+    model_training,
+    model_zoo,
+    pool,
+)
+from benchmarks.suites.block_cases import BlockCase
 from pooling_ext.testing.launches import CASES as traffic_cases
 from pooling_ext.testing.shapes import PoolCase
 
@@ -133,7 +128,7 @@ def test_documents_name_all_they_show(tmp_path):
     assert "kept 0.5 cores busy" in text
     table = re.findall(r"^\| resnet50 \| 16 \| float32 \|.*$", text, re.M)
     assert any("1800 | 1400 | 1.29x | 1600 | 1.14x" in line for line in table)
-    picture.draw_models(models(), tmp_path / "model.png")
+    plots.draw_models(models(), tmp_path / "model.png")
     assert (tmp_path / "model.png").stat().st_size > 1000
 
 
@@ -191,8 +186,8 @@ def run(suite: str, folder, *options: str) -> dict:
 @pytest.mark.native
 @pytest.mark.no_poison
 def test_conv_suite(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
-    monkeypatch.setattr("benchmarks.conv.QUICK_BUDGET", 1e-3)
+    monkeypatch.setattr("benchmarks.harness.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("benchmarks.suites.conv.QUICK_BUDGET", 1e-3)
     assert main(["conv", "--quick", "--out", str(tmp_path), "--cases", "resnet-64-64-56-b1"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"conv.json", "conv.md"}
     found = json.loads((tmp_path / "conv.json").read_text())
@@ -203,7 +198,7 @@ def test_conv_suite(monkeypatch, tmp_path):
 @pytest.mark.no_poison
 @pytest.mark.parametrize("suite", ["pool", "block", "model"])
 def test_smoke(suite: str, monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("benchmarks.harness.suite._LARGE_COPY", 2**20)
     monkeypatch.setattr("pooling_ext.reuse_cpu_memory", lambda: type("Memory", (), {"reason": "a test"}))
     if suite == "pool":
         monkeypatch.setattr(
@@ -238,7 +233,7 @@ def test_smoke(suite: str, monkeypatch, tmp_path):
 @pytest.mark.native
 @pytest.mark.no_poison
 def test_smoke_depthwise(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.suite._LARGE_COPY", 2**20)
+    monkeypatch.setattr("benchmarks.harness.suite._LARGE_COPY", 2**20)
     monkeypatch.setattr("pooling_ext.reuse_cpu_memory", lambda: type("Memory", (), {"reason": "a test"}))
     monkeypatch.setattr(depthwise, "CASES", (depthwise.LayerCase(5, 3, 2, 9),))
     monkeypatch.setattr(depthwise, "QUICK_BUDGET", 0.01)
@@ -283,15 +278,15 @@ def test_bytes_of_triton_kernels(monkeypatch):
     geometry.tiling.cache_clear()
     for name, layout in (("max-3x3-s2", "NHWC"), ("max-2x2-s2", "NCHW"), ("bn-relu-256-14", "NHWC")):
         case = next(case for case in traffic_cases if case.name == name)
-        for count in benchmark_bytes.measure(case, "bfloat16", layout, batch=16):
-            assert 0.95 < count.ratio <= benchmark_bytes.LIMIT, count
+        for count in memory_traffic.measure(case, "bfloat16", layout, batch=16):
+            assert 0.95 < count.ratio <= memory_traffic.LIMIT, count
     geometry.tiling.cache_clear()
 
 
 def test_a_few_programs_stand_for_all(monkeypatch):
     """Those at an edge, which have less to do, too."""
     pytest.importorskip("triton")
-    from benchmarks import traffic
+    from benchmarks.harness import traffic
 
     x = torch.randn(1, 64, 38, 50).contiguous(memory_format=torch.channels_last)
     least = 4 * 64 * (38 * 50 + 19 * 25)
@@ -304,14 +299,14 @@ def test_a_few_programs_stand_for_all(monkeypatch):
 
 def test_summary_of_bytes():
     counts = [
-        benchmark_bytes.Count("a", dtype, "NCHW", phase, 1, 100, moved, sectors)
+        memory_traffic.Count("a", dtype, "NCHW", phase, 1, 100, moved, sectors)
         for phase in ("forward", "training forward", "backward")
         for dtype, moved, sectors in (
             ("float32", 101, 105),
             ("bfloat16", 105, 120 if phase == "backward" else 1),
         )
     ]
-    assert list(benchmark_bytes.summary(counts).rows) == [("a", "1.050", "1.050", "1.050 (1.20)")]
+    assert list(memory_traffic.summary(counts).rows) == [("a", "1.050", "1.050", "1.050 (1.20)")]
 
 
 def test_coverage():

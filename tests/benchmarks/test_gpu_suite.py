@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("rich")
 
-from benchmarks import gpu, gpu_operators, gpu_timing
+from benchmarks.harness import gpu_timing
+from benchmarks.suites import gpu, gpu_operators
 from pooling_ext import cuda
 from pooling_ext.testing.launches import CASES as traffic_cases
 

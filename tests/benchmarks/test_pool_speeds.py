@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("rich")
 
-from benchmarks import targets
-from benchmarks.suite import LAYOUTS
-from benchmarks.timing import measure
+from benchmarks.harness.suite import LAYOUTS
+from benchmarks.harness.timing import measure
+from benchmarks.reports import targets
 from pooling_ext import _native
 from pooling_ext.testing.shapes import CASES
 

@@ -8,7 +8,7 @@ import cuda_machine_code
 import pytest
 from cuda_machine_code import Code
 
-from benchmarks import roofline
+from benchmarks.harness import roofline
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from torch import nn
 pytest.importorskip("rich")
 
 import pooling_ext
-from benchmarks import targets
-from benchmarks.conv import ConvCase
+from benchmarks.reports import targets
+from benchmarks.suites.conv import ConvCase
 from pooling_ext import _native, cli, conv_tuning
 from pooling_ext.ops import conv_choice, conv_speeds
 from pooling_ext.ops.conv_choice import DEPTHWISE, FORWARD, INPUT_GRAD, PHASES, POINTWISE, WINOGRAD, Conv

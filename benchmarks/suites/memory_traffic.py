@@ -21,9 +21,9 @@ from pooling_ext.testing.launches import CASES, PHASES, LaunchCase
 from pooling_ext.triton import interpreted
 from pooling_ext.triton.launching import watched
 
-from .report import Grid, ratio, size
-from .suite import DTYPES, LAYOUTS, ROOT, make_console
-from .traffic import SECTOR, Traffic, counted
+from ..harness.suite import DTYPES, LAYOUTS, ROOT, make_console
+from ..harness.traffic import SECTOR, Traffic, counted
+from ..reports.report import Grid, ratio, size
 
 HELP = "bytes that the Triton kernels move, counted in the interpreter, against the least possible"
 

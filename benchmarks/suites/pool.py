@@ -14,13 +14,14 @@ from torch import Tensor
 from pooling_ext.testing.shapes import CASES, PoolCase
 from pooling_ext.testing.tolerances import EXACT, tolerance
 
-from . import operator_report as tables
-from . import picture, report, suite
-from .memory import saved_bytes
-from .results import BACKWARD, FORWARD, TRAINING, Overhead, Results, Row
-from .suite import DTYPES, LAYOUTS
-from .targets import POOL
-from .timing import copy_rate, measure, once_ms
+from ..harness import suite
+from ..harness.memory import saved_bytes
+from ..harness.suite import DTYPES, LAYOUTS
+from ..harness.timing import copy_rate, measure, once_ms
+from ..reports import operator_report as tables
+from ..reports import plots, report
+from ..reports.results import BACKWARD, FORWARD, TRAINING, Overhead, Results, Row
+from ..reports.targets import POOL
 
 HELP = "pooling operators: forward, training forward and backward of every named case"
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     )
     document.show(console)
     if args.out is not None or (not args.quick and len(cases) == len(CASES)):
-        draw = partial(picture.draw_phases, results)
+        draw = partial(plots.draw_phases, results)
         written = suite.write("pool", facts, args.out, results.as_json(), document.markdown(), draw)
         console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
     return 1 if results.wrong else 0

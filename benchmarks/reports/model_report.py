@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import model_inference, model_training, model_zoo, report
+from ..suites import model_inference, model_training, model_zoo
+from . import report
 from .model_results import (
     COMPILED,
     EAGER,

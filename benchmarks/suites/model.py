@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from . import model_families, model_inference, model_report, model_training, model_zoo, picture, suite
-from .model_results import FAMILIES, FROZEN, INFERENCE, PATCHED, TRAINING, Models
-from .suite import DTYPES
+from ..harness import suite
+from ..harness.suite import DTYPES
+from ..reports import model_report, plots
+from ..reports.model_results import FAMILIES, FROZEN, INFERENCE, PATCHED, TRAINING, Models
+from . import model_families, model_inference, model_training, model_zoo
 
 HELP = "whole torchvision models: training step, inference, and with --all every family"
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     parted = name == FAMILIES or (set(parts) >= set(DEFAULT) and not args.no_peers)
     whole = parted and not (args.quick or args.cases or args.batch) and len(args.dtypes) == len(DTYPES)
     if args.out is not None or whole:
-        draw = partial(picture.draw_models, models)
+        draw = partial(plots.draw_models, models)
         written = suite.write(name, facts, args.out, models.as_json(), document.markdown(), draw)
         console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
     return 1 if any(label.endswith((PATCHED, FROZEN)) for label in models.wrong) else 0

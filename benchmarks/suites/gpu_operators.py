@@ -15,9 +15,9 @@ from pooling_ext import backends
 from pooling_ext.backends import explain, use_backend
 from pooling_ext.testing.launches import BACKWARD, FORWARD, TRAINING, LaunchCase
 
-from .gpu_report import COMPILED, EAGER, OURS, STEP, Entry, Run
-from .gpu_timing import measure
-from .suite import DTYPES, LAYOUTS
+from ..harness.gpu_timing import measure
+from ..harness.suite import DTYPES, LAYOUTS
+from ..reports.gpu_report import COMPILED, EAGER, OURS, STEP, Entry, Run
 
 #: Images on which results are compared with eager's in float64, and the error, relative to the result, that
 #: needs no comparison with eager's.

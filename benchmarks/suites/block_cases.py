@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pooling_ext.functional as ours
 
-from .results import FORWARD, STEP
+from ..reports.results import FORWARD, STEP
 
 #: An operator of named tensors.
 Operator = Callable[..., Tensor]

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from pooling_ext.testing.tolerances import tolerance
 
-from . import operator_report as tables
-from . import picture, report, suite
+from ..harness import suite
+from ..harness.memory import peak_bytes, saved_bytes
+from ..harness.suite import DTYPES, LAYOUTS
+from ..harness.timing import copy_rate, measure
+from ..reports import operator_report as tables
+from ..reports import plots, report
+from ..reports.results import FORWARD, STEP, Results, Row
+from ..reports.targets import BLOCK
 from .block_cases import CASES, BlockCase, Operator
-from .memory import peak_bytes, saved_bytes
-from .results import FORWARD, STEP, Results, Row
-from .suite import DTYPES, LAYOUTS
-from .targets import BLOCK
-from .timing import copy_rate, measure
 
 HELP = "fused batch norm, ReLU, add, pooling and convolution at ResNet-50's shapes"
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     document.show(console)
     if args.out is not None or (not args.quick and len(cases) == len(CASES)):
-        draw = partial(picture.draw_dtypes, results)
+        draw = partial(plots.draw_dtypes, results)
         written = suite.write("block", facts, args.out, results.as_json(), document.markdown(), draw)
         console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
     return 1 if results.wrong else 0

@@ -16,12 +16,13 @@ from torch import Tensor
 from pooling_ext.ops import winograd
 from pooling_ext.testing.conv_shapes import RESNET, VGG, ConvShape
 
-from . import report, suite
-from .report import Grid, milliseconds, ratio
-from .results import FORWARD, Results, Row
-from .suite import DTYPES
-from .targets import CONV, INPUT_GRAD, WEIGHT_GRAD
-from .timing import copy_rate, measure
+from ..harness import suite
+from ..harness.suite import DTYPES
+from ..harness.timing import copy_rate, measure
+from ..reports import report
+from ..reports.report import Grid, milliseconds, ratio
+from ..reports.results import FORWARD, Results, Row
+from ..reports.targets import CONV, INPUT_GRAD, WEIGHT_GRAD
 
 HELP = "3x3 convolutions of ResNet and VGG by Winograd: forward and both gradients"
 

@@ -1,6 +1,6 @@
 """Other inference engines, each in the settings that may be its best.
 
-A peer maps names of settings to calls. It is asked only when it can be imported: ``pip install .[peers]``.
+A baseline maps names of settings to calls. It is asked only when it can be imported: `pip install .[peers]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Call = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """What a peer is to run: a channels_last model in eval mode, on one float32 input, in ``dtype``."""
+    """What a baseline is to run: a channels_last model in eval mode, on one float32 input, in ``dtype``."""
 
     model: nn.Module
     x: Tensor
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     autotune: bool
 
 
-class Peer(NamedTuple):
+class Baseline(NamedTuple):
     """A rival engine: its name, the packages it needs, and what makes its settings."""
 
     name: str
@@ -119,8 +119,8 @@ def _onnxruntime(case: Case) -> dict[str, Call]:
     return {"all optimisations": lambda: torch.from_numpy(session.run(None, {name: array})[0])}
 
 
-PEERS = (
-    Peer("torch.compile", (), _torch_compile),
-    Peer("OpenVINO", ("openvino",), _openvino),
-    Peer("ONNX Runtime", ("onnxruntime", "onnx", "onnxscript"), _onnxruntime),
+BASELINES = (
+    Baseline("torch.compile", (), _torch_compile),
+    Baseline("OpenVINO", ("openvino",), _openvino),
+    Baseline("ONNX Runtime", ("onnxruntime", "onnx", "onnxscript"), _onnxruntime),
 )

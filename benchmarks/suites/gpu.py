@@ -19,12 +19,12 @@ from rich.console import Console
 import pooling_ext
 from pooling_ext.testing.launches import CASES
 
-from . import machine, suite
+from ..harness import machine, suite
+from ..harness.suite import DTYPES, LAYOUTS, ROOT
+from ..harness.timing import copy_rate
+from ..reports.gpu_report import AUTOTUNED, COMPILED, Run, markdown, models, operators
 from .gpu_models import measure_inference, measure_training
 from .gpu_operators import measure_operator
-from .gpu_report import AUTOTUNED, COMPILED, Run, markdown, models, operators
-from .suite import DTYPES, LAYOUTS, ROOT
-from .timing import copy_rate
 
 HELP = "operators and ResNet-50 on a GPU, against eager PyTorch, torch.compile and a copy"
 

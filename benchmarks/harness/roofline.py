@@ -1,6 +1,6 @@
 """What share of a copy's speed CUDA kernels can reach, by their machine code: a model to be refuted.
 
-    python -m benchmarks.roofline
+    python -m benchmarks.harness.roofline
 
 A kernel is as slow as the slowest of three: its traffic at the speed of a copy, the instructions that its
 warps issue, and loads that wait for memory with only so many bytes on their way. The figures of each kernel
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).parents[1] / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
+TABLE = Path(__file__).parents[2] / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
 
 
 @dataclass(frozen=True)

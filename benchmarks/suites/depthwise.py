@@ -16,12 +16,13 @@ from pooling_ext.ops import depthwise_conv as ops
 from pooling_ext.testing.conv_shapes import DEPTHWISE_LAYERS
 from pooling_ext.testing.tolerances import tolerance
 
-from . import operator_report as tables
-from . import report, suite
-from .report import Grid, milliseconds, ratio
-from .results import FORWARD, Results, Row
-from .suite import DTYPES, LAYOUTS
-from .timing import measure
+from ..harness import suite
+from ..harness.suite import DTYPES, LAYOUTS
+from ..harness.timing import measure
+from ..reports import operator_report as tables
+from ..reports import report
+from ..reports.report import Grid, milliseconds, ratio
+from ..reports.results import FORWARD, Results, Row
 
 HELP = "depthwise convolutions of mobile nets and ConvNeXt: forward and both gradients"
 

@@ -16,11 +16,11 @@ import pooling_ext
 from pooling_ext import tuning
 from pooling_ext.ops import tuned_conv
 
+from ..harness.gpu_timing import measure
+from ..harness.suite import DTYPES
+from ..reports.gpu_report import AUTOTUNED, CAPTURED, COMPILED, EAGER, FROZEN, PATCHED, UNTUNED, Entry, Run
 from .gpu_operators import ALLOWED, CHECKED, first_call
-from .gpu_report import AUTOTUNED, CAPTURED, COMPILED, EAGER, FROZEN, PATCHED, UNTUNED, Entry, Run
-from .gpu_timing import measure
 from .model_training import Trainer
-from .suite import DTYPES
 
 #: The models' largest error, relative to eager's own.
 SLACK = 5

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import pooling_ext
 from pooling_ext.graph.report import FusionReport
 
-from . import suite
+from ..harness import suite
 from .coverage_models import CoverageCase, cases
 
 HELP = "the share of batch norms that patch and freeze fuse, of models of torchvision, timm and others"

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import pooling_ext
 
-from . import model_zoo, suite
-from .memory import peak_bytes, resident
-from .model_results import COMPILED, EAGER, PATCHED, STEP, TRAINING, Entry, Memory, Models, Setup
-from .suite import DTYPES
-from .timing import measure
+from ..harness import suite
+from ..harness.memory import peak_bytes, resident
+from ..harness.suite import DTYPES
+from ..harness.timing import measure
+from ..reports.model_results import COMPILED, EAGER, PATCHED, STEP, TRAINING, Entry, Memory, Models, Setup
+from . import model_zoo
 
 MOBILE = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0", "convnext_tiny")
 MODELS, QUICK_MODELS = ("resnet50", "resnet18", "vgg11_bn", *MOBILE), ("resnet18",)

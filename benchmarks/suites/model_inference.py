@@ -13,11 +13,12 @@ from torch import Tensor
 
 import pooling_ext
 
-from . import model_zoo, suite
-from .model_results import EAGER, FORWARD, FROZEN, INFERENCE, Entry, Models, Setup
-from .peers import PEERS, Case
-from .suite import DTYPES
-from .timing import measure
+from ..harness import suite
+from ..harness.baselines import BASELINES, Case
+from ..harness.suite import DTYPES
+from ..harness.timing import measure
+from ..reports.model_results import EAGER, FORWARD, FROZEN, INFERENCE, Entry, Models, Setup
+from . import model_zoo
 
 MODELS, QUICK_MODELS = ("resnet50", "resnet18", "vgg16"), ("resnet18",)
 #: Other engines take minutes to compile, so without --all they are timed on these only.
@@ -65,18 +66,18 @@ def _measure(models: Models, setup: Setup, args: argparse.Namespace) -> None:
         (FROZEN, ""): partial(pooling_ext.freeze(model, x, case.dtype), x),
     }
     compared = (args.all or setup.model in COMPARED_MODELS) and not (args.no_peers or args.quick)
-    for peer in PEERS if compared else ():
-        if peer.missing:
-            models.absent[peer.name] = f"not installed: {', '.join(peer.missing)}"
+    for baseline in BASELINES if compared else ():
+        if baseline.missing:
+            models.absent[baseline.name] = f"not installed: {', '.join(baseline.missing)}"
             continue
         try:
-            rivals |= {(peer.name, setting): call for setting, call in peer.settings(case).items()}
-        except Exception as error:  # whatever a peer cannot do is not ours to end the run for
-            models.absent[f"{peer.name}, {setup}"] = f"{type(error).__name__}: {str(error)[:200]}"
+            rivals |= {(baseline.name, setting): call for setting, call in baseline.settings(case).items()}
+        except Exception as error:  # whatever a baseline cannot do is not ours to end the run for
+            models.absent[f"{baseline.name}, {setup}"] = f"{type(error).__name__}: {str(error)[:200]}"
     errors = {rival: _error(call(), exact) for rival, call in rivals.items()}
     eager = next(error for rival, error in errors.items() if rival[0] == EAGER)
     for rival, error in errors.items():
-        # Peers are held only to be computing the same thing.
+        # Baselines are held only to be computing the same thing.
         allowed = max(2 * eager, ALLOWED[setup.dtype]) * (1 if rival[0] == FROZEN else 5)
         if not error <= allowed:
             why = f"off by {error:.2g} of the largest output, eager by {eager:.2g}"

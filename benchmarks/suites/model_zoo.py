@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from .suite import LAYOUTS
+from ..harness.suite import LAYOUTS
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import pooling_ext
 from pooling_ext.ops.conv_bn_act.implementations import from_size
 
-from . import model_training, model_zoo, suite
-from .model_results import EAGER, FAMILIES, FORWARD, PATCHED, STEP, Entry, Models, Setup
+from ..harness import suite
+from ..harness.suite import LAYOUTS
+from ..harness.timing import measure, ratio_is_settled
+from ..reports.model_results import EAGER, FAMILIES, FORWARD, PATCHED, STEP, Entry, Models, Setup
+from . import model_training, model_zoo
 from .model_training import Trainer
-from .suite import LAYOUTS
-from .timing import measure, ratio_is_settled
 
 #: Seconds to spend on one measurement of both, at most.
 BUDGET, QUICK_BUDGET = 1.5, 0.2
