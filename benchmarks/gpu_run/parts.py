@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -152,12 +153,9 @@ def _models(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
     name = "resnet18" if tiny else "resnet50"
     measure = gpu_models.measure_training if task == "training" else gpu_models.measure_inference
     modes = [COMPILED] if "compiled" in options else []
-    call = partial(measure, found, name, "bfloat16", [batch], budget, device, modes)
-    if "untuned" in options:
-        with gpu_models.untuned():
-            call()
-    else:
-        call()
+    sweep = gpu_models.Sweep(found, "bfloat16", [batch], budget, device, modes)
+    with gpu_models.untuned() if "untuned" in options else nullcontext():
+        measure(sweep, name)
     for entry in found.entries:
         yield {"entry": asdict(entry)}
 

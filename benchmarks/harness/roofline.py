@@ -44,7 +44,14 @@ H200 = Card("H200", 132, 4.3e12, 1.755e9, 737e-9)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A line of the table: what a thread does on its way once round its loop, in bytes and instructions."""
+    """A line of the table.
+
+    Attributes:
+        spills: bytes that ptxas says are kept in memory for want of registers.
+        instructions: issued by a warp on its way once round the kernel's loop, as most threads take it.
+        loads, stores: how many of how many bytes there are on that way, by their bytes.
+        in_flight: bytes that a thread has asked for before it waits for the first of them.
+    """
 
     name: str
     registers: int
@@ -77,6 +84,16 @@ class Kernel:
     def threads(self, card: Card) -> int:
         """Resident on a multiprocessor, in blocks of 256."""
         return min(card.registers // (256 * (-(-self.registers // 8) * 8)) * 256, card.threads)
+
+
+def line(kernel: Kernel) -> str:
+    """As :func:`kernels` reads it."""
+    loads, stores = (
+        " ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), reverse=True))
+        for accesses in (kernel.loads, kernel.stores)
+    )
+    numbers = (kernel.registers, kernel.spills, kernel.instructions, loads, stores, kernel.in_flight)
+    return "\t".join(map(str, (kernel.name, *numbers)))
 
 
 def kernels(table: Path = TABLE) -> Iterator[Kernel]:

@@ -23,7 +23,7 @@ from ..harness import machine, suite
 from ..harness.suite import DTYPES, LAYOUTS, ROOT
 from ..harness.timing import copy_rate
 from ..reports.gpu_report import AUTOTUNED, COMPILED, Run, markdown, models, operators
-from .gpu_models import measure_inference, measure_training
+from .gpu_models import Sweep, measure_inference, measure_training
 from .gpu_operators import measure_operator
 
 HELP = "operators and ResNet-50 on a GPU, against eager PyTorch, torch.compile and a copy"
@@ -142,15 +142,15 @@ def _modes(args: argparse.Namespace) -> list[str]:
 
 def _training(found: Run, name: str, args: argparse.Namespace, device: str) -> None:
     for dtype in args.dtypes:
-        options = [args.batch], 4 * _budget(args), device, _modes(args)
-        measure_training(found, name.split()[0], dtype, *options)
+        sweep = Sweep(found, dtype, [args.batch], 4 * _budget(args), device, _modes(args))
+        measure_training(sweep, name.split()[0])
 
 
 def _inference(found: Run, name: str, args: argparse.Namespace, device: str) -> None:
     batches = sorted({1, min(32, args.batch), args.batch})
     for dtype in args.dtypes:
-        options = batches, 2 * _budget(args), device, _modes(args)
-        measure_inference(found, name.split()[0], dtype, *options)
+        sweep = Sweep(found, dtype, batches, 2 * _budget(args), device, _modes(args))
+        measure_inference(sweep, name.split()[0])
 
 
 MODELS: dict[str, Callable[[Run, str, argparse.Namespace, str], None]] = {

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -66,16 +67,49 @@ def untuned() -> Iterator[None]:
         tuning.forget()
 
 
-def measure_training(
-    found: Run,
-    name: str,
-    dtype: str,
-    batches: Sequence[int],
-    budget: float,
-    device: str,
-    modes: Sequence[str],
-) -> None:
-    """One step of SGD: eager, patched and torch.compile in ``modes``; bfloat16 is autocast's."""
+@dataclass(frozen=True)
+class Sweep:
+    """What a model is measured with.
+
+    Attributes:
+        found: where times go.
+        budget: seconds for each rival.
+        modes: of torch.compile, by :data:`MODES`' names.
+    """
+
+    found: Run
+    dtype: str
+    batches: Sequence[int]
+    budget: float
+    device: str
+    modes: Sequence[str]
+
+    def measure(
+        self,
+        what: str,
+        model: nn.Module,
+        rivals: Callable[[Tensor], dict[str, Callable[[], Any]]],
+        wrap: Callable[[nn.Module, Tensor], Callable[[], Any]],
+    ) -> None:
+        """For each batch time ``rivals`` and torch.compile's of ``model``, which ``wrap`` makes a call."""
+        for batch in self.batches:
+            images = make_images(batch, self.device)
+            calls, compile_s = rivals(images), {}
+            for rival in self.modes:
+                torch._dynamo.reset()
+                compiled = torch.compile(copy.deepcopy(model), mode=MODES[rival], dynamic=False)
+                calls[rival] = wrap(compiled, images)  # type: ignore[arg-type]
+                compile_s[rival] = first_call(calls[rival])
+            times = measure(calls, self.budget * len(calls), self.device, capture=False)
+            for rival, (time, _) in times.items():
+                seconds = compile_s.get(rival)
+                entry = Entry(what, self.dtype, "NHWC", batch, rival, time.ms, time.spread, None, seconds)
+                self.found.entries.append(entry)
+
+
+def measure_training(sweep: Sweep, name: str) -> None:
+    """One step of SGD: eager, patched and torch.compile; bfloat16 is autocast's."""
+    dtype, device = sweep.dtype, sweep.device
     model = make_model(name, device).train()
     patched = copy.deepcopy(model)
     pooling_ext.patch(patched)
@@ -83,67 +117,37 @@ def measure_training(
     losses = [float(Trainer(copy.deepcopy(net), few, dtype).loss()) for net in (model, patched)]
     if not abs(losses[1] - losses[0]) <= 2e-2 * abs(losses[0]):
         raise AssertionError(f"{name}: loss {losses[1]} where eager's is {losses[0]}")
-    for batch in batches:
-        images = make_images(batch, device)
-        ours = UNTUNED if os.environ.get("POOLING_EXT_TUNE") == "0" else PATCHED
-        rivals: dict[str, Callable[[], Any]] = {
+    ours = UNTUNED if os.environ.get("POOLING_EXT_TUNE") == "0" else PATCHED
+
+    def rivals(images: Tensor) -> dict[str, Callable[[], Any]]:
+        calls: dict[str, Callable[[], Any]] = {
             EAGER: Trainer(model, images, dtype),
             ours: Trainer(patched, images, dtype),
         }
-        if device == "cuda" and batch <= SMALL and ours == PATCHED:
+        if device == "cuda" and len(images) <= SMALL and ours == PATCHED:
             trainer = Trainer(copy.deepcopy(patched), images, dtype)
-            rivals[CAPTURED] = pooling_ext.capture_step(trainer.loss, trainer.model, trainer.optimizer)
-        _finish(found, f"{name} {TRAINING}", dtype, batch, rivals,
-                lambda net: Trainer(net, images, dtype), model, budget, device, modes)  # fmt: skip  # noqa: B023
+            calls[CAPTURED] = pooling_ext.capture_step(trainer.loss, trainer.model, trainer.optimizer)
+        return calls
+
+    sweep.measure(f"{name} {TRAINING}", model, rivals, lambda net, images: Trainer(net, images, dtype))
 
 
-def measure_inference(
-    found: Run,
-    name: str,
-    dtype: str,
-    batches: Sequence[int],
-    budget: float,
-    device: str,
-    modes: Sequence[str],
-) -> None:
-    """Eager, frozen and torch.compile in ``modes``."""
-    model = make_model(name, device).eval().to(DTYPES[dtype])
-    few = make_images(CHECKED, device).to(DTYPES[dtype])
+def measure_inference(sweep: Sweep, name: str) -> None:
+    """Eager, frozen and torch.compile."""
+    dtype = DTYPES[sweep.dtype]
+    model = make_model(name, sweep.device).eval().to(dtype)
+    few = make_images(CHECKED, sweep.device).to(dtype)
     frozen = pooling_ext.freeze(model, few)
+
+    def rivals(images: Tensor) -> dict[str, Callable[[], Any]]:
+        images = images.to(dtype)
+        return {EAGER: partial(model, images), FROZEN: partial(frozen, images)}
+
     with torch.inference_mode():
         exact = copy.deepcopy(model).double()(few.double())
         errors = [float((net(few).double() - exact).norm() / exact.norm()) for net in (model, frozen)]
-        if not errors[1] <= max(SLACK * errors[0], ALLOWED[dtype]):
+        if not errors[1] <= max(SLACK * errors[0], ALLOWED[sweep.dtype]):
             raise AssertionError(f"{name}: off by {errors[1]:.2g}, eager by {errors[0]:.2g}")
-        for batch in batches:
-            images = make_images(batch, device).to(DTYPES[dtype])
-            rivals: dict[str, Callable[[], Any]] = {
-                EAGER: partial(model, images),
-                FROZEN: partial(frozen, images),
-            }
-            _finish(found, f"{name} {INFERENCE}", dtype, batch, rivals,
-                    lambda net: partial(net, images), model, budget, device, modes)  # fmt: skip  # noqa: B023
-
-
-def _finish(
-    found: Run,
-    what: str,
-    dtype: str,
-    batch: int,
-    rivals: dict[str, Callable[[], Any]],
-    wrap: Callable[[nn.Module], Callable[[], Any]],
-    model: nn.Module,
-    budget: float,
-    device: str,
-    modes: Sequence[str],
-) -> None:
-    """Add torch.compile to ``rivals``, time all and note their times."""
-    compile_s: dict[str, float] = {}
-    for rival in modes:
-        torch._dynamo.reset()
-        call = wrap(torch.compile(copy.deepcopy(model), mode=MODES[rival], dynamic=False))  # type: ignore[arg-type]
-        compile_s[rival] = first_call(call)
-        rivals[rival] = call
-    for rival, (time, _) in measure(rivals, budget * len(rivals), device, capture=False).items():
-        entry = Entry(what, dtype, "NHWC", batch, rival, time.ms, time.spread, None, compile_s.get(rival))
-        found.entries.append(entry)
+        sweep.measure(
+            f"{name} {INFERENCE}", model, rivals, lambda net, images: partial(net, images.to(dtype))
+        )

@@ -16,54 +16,22 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
-from cuda_resources import compiler
+from cuda_resources import ROOT, compiler, short, write
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script
+from benchmarks.harness.roofline import TABLE, Kernel, line
+
 SOURCES = [
     ROOT / "tests" / "gpu" / "cuda_machine_code" / "max_pool.cu",
     ROOT / "csrc" / "cuda" / "batch_norm_forward.cu",
     ROOT / "csrc" / "cuda" / "batch_norm_backward.cu",
 ]
-TABLE = ROOT / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
 FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
 _BRANCH = re.compile(r"(@!?U?P\d\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+, )?(?:`\()?0x([0-9a-f]+)")
 _ACCESS = re.compile(r"(?:@!?U?P\d\s+)?(LDG|STG)\.E(\S*)")
 _WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1, ".S8": 1, ".S16": 2}
-
-
-class Code(NamedTuple):
-    """Of one kernel.
-
-    Attributes:
-        spills: bytes that ptxas says are kept in memory for want of registers.
-        instructions: issued by a warp on its way once round the kernel's loop, as most threads take it.
-        loads, stores: how many of how many bytes there are on that way.
-        in_flight: bytes that a thread has asked for before it waits for the first of them.
-    """
-
-    kernel: str
-    registers: int
-    spills: int
-    instructions: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    in_flight: int
-
-    @property
-    def resident(self) -> int:
-        """Threads that registers leave room for on a multiprocessor, in blocks of 256."""
-        return 256 * min(65536 // (256 * -(-self.registers // 8) * 8), 8)
-
-    def line(self) -> str:
-        loads, stores = (
-            " ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), reverse=True))
-            for accesses in (self.loads, self.stores)
-        )
-        numbers = (self.registers, self.spills, self.instructions, loads, stores, self.in_flight)
-        return "\t".join(map(str, (self.kernel, *numbers)))
 
 
 def disassembler() -> str | None:
@@ -93,7 +61,7 @@ def includes() -> list[str]:
     return [f"-I{path.parent}" for place in places for path in place.glob("cu*/include/cuda_bf16.h")][:1]
 
 
-def measured() -> list[Code]:
+def measured() -> list[Kernel]:
     """The kernels, by name."""
     tool = disassembler()
     assert tool is not None
@@ -108,12 +76,11 @@ def measured() -> list[Code]:
             code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
             found += list(_codes(code.stdout, built.stderr))
     # Those that networks in float32 and bfloat16 take, with what is read whole vectors at a time.
-    return sorted(
-        code for code in found if code.loads.get(16) and not re.search(r"double|__half", code.kernel)
-    )
+    chosen = (code for code in found if code.loads.get(16) and not re.search(r"double|__half", code.name))
+    return sorted(chosen, key=lambda code: code.name)
 
 
-def _codes(listing: str, log: str) -> Iterator[Code]:
+def _codes(listing: str, log: str) -> Iterator[Kernel]:
     parts = re.split(r"\n\s*Function : (\S+)\n", listing)
     demangled = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True)
     for mangled, name, body in zip(parts[1::2], demangled.stdout.splitlines(), parts[2::2], strict=True):
@@ -126,20 +93,14 @@ def _codes(listing: str, log: str) -> Iterator[Code]:
         assert about is not None, name
         instructions = {int(at, 16): text for at, text in _INSTRUCTION.findall(body)}
         way = [instructions[at] for at in _way_round(instructions)]
-        yield Code(
-            _short(name),
+        yield Kernel(
+            short(name),
             int(about[3]),
             int(about[1]) + int(about[2]),
             len(way),
             *(_accesses(way, kind) for kind in ("LDG", "STG")),
             _in_flight(way),
         )
-
-
-def _short(name: str) -> str:
-    for noise in ("pooling_ext::", "cuda::", "(anonymous namespace)::", "void "):
-        name = name.replace(noise, "")
-    return name.partition("(")[0]
 
 
 def _target(text: str) -> int | None:
@@ -240,13 +201,13 @@ def _in_flight(way: list[str]) -> int:
     return most
 
 
-def lines(codes: list[Code]) -> Iterator[str]:
+def lines(codes: list[Kernel]) -> Iterator[str]:
     yield f"# {compiler()}; kernel, registers, bytes of spills, then once round the loop:"
     yield "# instructions, loads and stores of so many bytes, bytes asked for before the first is used"
     for code in codes:
-        yield code.line()
+        yield line(code)
 
 
 if __name__ == "__main__":
-    TABLE.write_text("\n".join(lines(measured())) + "\n")
+    write(TABLE, lines(measured()))
     sys.stdout.write(TABLE.read_text())

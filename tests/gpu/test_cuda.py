@@ -292,11 +292,8 @@ def test_no_kernel_spills(resources):
 
 
 def test_registers_and_shared_memory_are_those_of_the_table(resources):
-    table = cuda_resources.TABLE.read_text().splitlines()
-    now = list(cuda_resources.lines(resources))
-    if table[0] != now[0]:
-        pytest.skip("the table is another compiler's")
-    assert now == table, "run tests/gpu/cuda_resources.py if this is meant"
+    lines = cuda_resources.lines(resources)
+    cuda_resources.assert_written(cuda_resources.TABLE, lines, "cuda_resources.py")
 
 
 def test_shared_memory_fits_every_gpu(resources):
