@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import pytest
 from helpers import run_python
-
-#: What /proc/cpuinfo must list.
-NEEDS = {
-    "baseline": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-}
-
-
-def cpu_flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return set(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+from instruction_sets import EVERY_ISA, NEEDS, cpu_flags, run_on
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("isa", sorted(NEEDS))
+@EVERY_ISA
 def test_instruction_set(isa):
     """Values, gradients and indices over layouts and dtypes, and equal bits for one thread and two."""
-    if not NEEDS[isa] <= cpu_flags():
-        pytest.skip(f"this CPU has no {isa}: {sorted(NEEDS[isa] - cpu_flags())}")
-    script = "import isa_worker; isa_worker.main()"
-    result = run_python(script, POOLING_EXT_CPU_ISA=isa)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split()[0] == isa
+    assert run_on(isa, "import isa_worker; isa_worker.main()")[0] == isa
 
 
 @pytest.mark.native

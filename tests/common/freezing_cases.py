@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from helpers import strides
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -172,3 +173,44 @@ def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None
         ("HAS_AMX", amx),
     ):
         monkeypatch.setattr(conv_choice, name, value)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics and parameters that matter."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    return model
+
+
+def build(name: str) -> nn.Module:
+    extra = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    return randomise(torchvision.models.get_model(name, **extra))
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error, over the size of what is expected."""
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def small() -> nn.Module:
+    return randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 8, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        )
+    )
+
+
+def layers(frozen: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in frozen.modules() if isinstance(module, kind)]

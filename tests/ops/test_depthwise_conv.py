@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conv_cases import ACTIVATIONS, LEAKY_SLOPE
-from helpers import FLOATS, dtype_id, integers, run_python, strides, with_layout
+from helpers import FLOATS, dtype_id, integers, strides, with_layout
+from instruction_sets import EVERY_ISA, run_on
 from torch import Tensor
 
-from pooling_ext import _native
 from pooling_ext.ops import depthwise_conv as ops
 from pooling_ext.testing.tolerances import assert_close
 
@@ -307,16 +307,11 @@ def check_every_instruction_set_case() -> None:
                 test_activations(dtype, layout, activation, 37)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@EVERY_ISA
 def test_instruction_set(isa):
-    assert _native.module is not None
-    if isa not in _native.module.isas:
-        pytest.skip(f"this CPU has no {isa}")
     script = (
         f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n"
         "import test_depthwise_conv as tests\nfrom pooling_ext import _native\n"
         "tests.check_every_instruction_set_case()\nprint(_native.module.isa)"
     )
-    result = run_python(script, POOLING_EXT_CPU_ISA=isa)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.strip() == isa
+    assert run_on(isa, script) == [isa]

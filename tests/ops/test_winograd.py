@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conv_cases import ACTIVATIONS, LEAKY_SLOPE
-from helpers import FLOATS, LAYOUTS, dtype_id, run_python, with_layout
-from test_isa import NEEDS, cpu_flags
+from helpers import FLOATS, LAYOUTS, dtype_id, with_layout
+from instruction_sets import EVERY_ISA, run_on
 from torch import Tensor
 from torch.library import opcheck
 
@@ -229,15 +229,10 @@ def test_statistics(mean, dtype):
     assert ((stats[0] - expected[0]).abs() <= 1e-6 * expected[1].sqrt()).all()
 
 
-@pytest.mark.parametrize("isa", sorted(NEEDS))
+@EVERY_ISA
 def test_instruction_set_and_threads(isa):
     """Right on every instruction set, and the same bits for 1, 2, 3 and 64 threads."""
-    if not NEEDS[isa] <= cpu_flags():
-        pytest.skip(f"this CPU has no {isa}: {sorted(NEEDS[isa] - cpu_flags())}")
-    script = "import winograd_worker; winograd_worker.main()"
-    result = run_python(script, POOLING_EXT_CPU_ISA=isa)
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split() == [isa]
+    assert run_on(isa, "import winograd_worker; winograd_worker.main()") == [isa]
 
 
 @pytest.mark.parametrize("batch", [1, 16])
