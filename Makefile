@@ -53,7 +53,7 @@ finetune: $(STAMPS)/demo ## run examples/finetune.py, on handwritten digits unle
 test: $(STAMPS)/test $(CUDA_ON_CPU) ## run the whole test suite, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-quick: $(STAMPS)/test $(CUDA_ON_CPU) ## run a few cases of every test that is not slow (tests/quick.py)
+test-quick: $(STAMPS)/test $(CUDA_ON_CPU) ## run a few cases of every test that is not slow (tests/common/quick.py)
 	$(BIN)/python -m pytest -n auto --dist worksteal --quick $(ARGS)
 
 bench: $(STAMPS)/bench ## measure against PyTorch (SUITE=pool, block, conv, depthwise or model); writes benchmarks/results
@@ -137,7 +137,7 @@ $(foreach version,$(sort $(ABI_TORCH) $(OLDEST_TORCH)),build/torch-$(version)/in
 	@touch $@
 
 abi: $(PACKAGE) build/torch-$(ABI_TORCH)/installed ## run the built library under an older PyTorch (ABI_TORCH)
-	PYTHONPATH="$(CURDIR)" build/torch-$(ABI_TORCH)/bin/python tests/abi_smoke.py
+	PYTHONPATH="$(CURDIR)" build/torch-$(ABI_TORCH)/bin/python tests/packaging/abi_smoke.py
 
 # Makes $(1) a copy of the tree, with what is compiled already: kernels depend on neither Python nor PyTorch.
 define copy_tree
@@ -157,15 +157,15 @@ WITH_CUDA     := $(if $(shell command -v nvcc),POOLING_EXT_CUDA=1 TORCH_CUDA_ARC
 oldest: $(PACKAGE) $(OLDEST)/installed ## build, load and test under the oldest PyTorch (OLDEST_TORCH), in a copy of the tree
 	$(call copy_tree,$(OLDEST)/tree)
 	cd $(OLDEST)/tree && $(WITH_CUDA) $(OLDEST_PYTHON) setup.py build_ext --inplace
-	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/abi_smoke.py --built-here
-	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_compile.py tests/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
-	$(BIN)/python tests/saving_worker.py write $(OLDEST)/saved
-	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/saving_worker.py read ../saved
+	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/packaging/abi_smoke.py --built-here
+	cd $(OLDEST)/tree && PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/ops/test_compile.py tests/gpu/test_triton_compiled.py -k "not sm_80 and not sm_100 and not gfx942" $(ARGS)
+	$(BIN)/python tests/common/saving_worker.py write $(OLDEST)/saved
+	cd $(OLDEST)/tree && $(OLDEST_PYTHON) tests/common/saving_worker.py read ../saved
 	env -u CI PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -qq --collect-only -m gpu tests
 
 triton-oldest: $(PACKAGE) $(OLDEST)/installed ## compile the Triton kernels for every GPU under the oldest PyTorch's Triton
 	$(call copy_tree,$(OLDEST)/triton)
-	cd $(OLDEST)/triton && POOLING_EXT_NO_NATIVE=1 PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/test_triton_compiled.py $(ARGS)
+	cd $(OLDEST)/triton && POOLING_EXT_NO_NATIVE=1 PYTHONPATH=. $(OLDEST_PYTHON) -m pytest -q -n auto tests/gpu/test_triton_compiled.py $(ARGS)
 
 # PyTorch's libraries stay out: the ones that are there when the package is imported are used. CPU kernels alone;
 # GPUs have Triton's. What of the package was built before is left out of it too.
@@ -184,7 +184,7 @@ wheel-test: | $(BIN)/python ## install dist/*.whl in bare environments (WHEEL_TO
 clang: $(PACKAGE) ## build with clang++ (CLANG) in a copy of the tree, and test that; any warning is an error
 	$(call copy_tree,build/clang)
 	cd build/clang && CXX="$(CLANG)" POOLING_EXT_CXXFLAGS=-Werror POOLING_EXT_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
-	cd build/clang && $(abspath $(BIN))/python tests/abi_smoke.py --built-here
+	cd build/clang && $(abspath $(BIN))/python tests/packaging/abi_smoke.py --built-here
 
 # --- sanitizers ----------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ sanitize-cuda: | $(PACKAGE)
 	$(BIN)/python setup.py cuda_on_cpu --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 POOLING_EXT_CUDA_ON_CPU=build/cuda_on_cpu_sanitized.so \
-	    $(BIN)/python tests/gpu_smoke.py --on-cpu
+	    $(BIN)/python tests/gpu/gpu_smoke.py --on-cpu
 
 # --- arm64 ---------------------------------------------------------------------------------------
 

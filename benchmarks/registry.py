@@ -8,14 +8,14 @@ from typing import Protocol, cast
 
 #: Command-line name -> module. A new suite is one file and one line here.
 SUITES: dict[str, str] = {
-    "pool": "benchmarks.pool",
-    "block": "benchmarks.block",
-    "conv": "benchmarks.conv",
-    "depthwise": "benchmarks.depthwise",
-    "model": "benchmarks.model",
-    "bytes": "benchmarks.bytes",
-    "gpu": "benchmarks.gpu",
-    "coverage": "benchmarks.coverage",
+    "pool": "benchmarks.suites.pool",
+    "block": "benchmarks.suites.block",
+    "conv": "benchmarks.suites.conv",
+    "depthwise": "benchmarks.suites.depthwise",
+    "model": "benchmarks.suites.model",
+    "bytes": "benchmarks.suites.memory_traffic",
+    "gpu": "benchmarks.suites.gpu",
+    "coverage": "benchmarks.suites.coverage",
 }
 
 

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     # Without the native kernels the import warns; test_backends.py checks that it does.
     warnings.simplefilter("ignore")
     from helpers import require_native
-    from sharing import WORKER, Sharing
+    from xdist_locks import WORKER, Sharing
 
     import pooling_ext
     from pooling_ext.backends import cpu_library, cuda_library, triton_library
@@ -34,7 +34,7 @@ pytest_plugins = ["quick", "packages"]
 # The examples end a process that lacks their packages.
 _demo = ("torchvision", "sklearn", "matplotlib", "rich", "PIL")
 if not os.environ.get("CI") and any(find_spec(name) is None for name in _demo):
-    collect_ignore = ["finetune", "test_demo.py"]
+    collect_ignore = ["examples"]
 
 if find_spec("hypothesis") is not None:  # a machine with a GPU may be without; its tests need none
     from hypothesis import HealthCheck, settings

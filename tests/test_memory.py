@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
 
 import pytest
 from helpers import run_python
@@ -62,10 +61,9 @@ def test_other_c_libraries(monkeypatch, library):
 
 STEP = """
 import json, sys, torch, torchvision
-sys.path[:0] = [{root!r}, {tests!r}]
 import pooling_ext
-from benchmarks.memory import peak_bytes, resident
-from benchmarks.model_training import Trainer
+from benchmarks.harness.memory import peak_bytes, resident
+from benchmarks.suites.model_training import Trainer
 from training_cases import preferring_ours, ran
 
 torch.set_num_threads(1)
@@ -88,10 +86,9 @@ print(json.dumps([live, process, kernels]))
 @pytest.mark.native
 def test_a_training_step_holds_no_more_than_eagers():
     """ResNet-18 with all of its 3x3 convolutions by Winograd, whose scratch memory only the process shows."""
-    tests = Path(__file__).parent
     found = []
     for patched in (False, True):
-        result = run_python(STEP.format(root=str(tests.parent), tests=str(tests), patched=patched))
+        result = run_python(STEP.format(patched=patched))
         assert result.returncode == 0, result.stderr[-4000:]
         found.append(json.loads(result.stdout.splitlines()[-1]))
     (live, process, none), (our_live, our_process, kernels) = found

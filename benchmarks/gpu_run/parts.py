@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -22,9 +23,9 @@ from pooling_ext.testing.launches import (
     LaunchCase,
 )
 
-from .. import gpu, gpu_models, gpu_operators
-from ..gpu_report import COMPILED, Run
-from ..suite import DTYPES, LAYOUTS
+from ..harness.suite import DTYPES, LAYOUTS
+from ..reports.gpu_report import COMPILED, Run
+from ..suites import gpu, gpu_models, gpu_operators
 
 Result = dict[str, Any]
 Part = Callable[[str], Iterator[Result]]
@@ -158,12 +159,9 @@ def _models(_: str, device: str, tiny: bool, item: str) -> Iterator[Result]:
     name = "resnet18" if tiny else "resnet50"
     measure = gpu_models.measure_training if task == "training" else gpu_models.measure_inference
     modes = [COMPILED] if "compiled" in options else []
-    call = partial(measure, found, name, "bfloat16", [batch], budget, device, modes)
-    if "untuned" in options:
-        with gpu_models.untuned():
-            call()
-    else:
-        call()
+    sweep = gpu_models.Sweep(found, "bfloat16", [batch], budget, device, modes)
+    with gpu_models.untuned() if "untuned" in options else nullcontext():
+        measure(sweep, name)
     for entry in found.entries:
         yield {"entry": asdict(entry)}
 
@@ -195,7 +193,7 @@ def _convolutions(_: str, device: str, tiny: bool, item: str) -> Iterator[Result
 def _milliseconds(candidate: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         return autotune.milliseconds(candidate, torch.device("cuda", torch.cuda.current_device()))
-    from ..timing import measure
+    from ..harness.timing import measure
 
     return measure({"candidate": candidate}, TINY_BUDGET)["candidate"].ms
 

@@ -61,7 +61,7 @@ def tests(name: str, seconds: float, folder: Path, chosen: str, device: str) -> 
     options = ["-m", "gpu and not large", "-n", str(PROCESSES), "--dist", "worksteal", "tests"]
     if device == "cpu":
         chosen = chosen.replace("triton-cuda", "triton")
-        options = ["-n", "0", "--quick", "tests/test_global_pool.py"]
+        options = ["-n", "0", "--quick", "tests/ops/test_global_pool.py"]
     command = python(
         "-m", "pytest", "-q", "-p", "benchmarks.gpu_run.pytest_lines", "-p", "no:cacheprovider", "-k", chosen,
         "--timeout", "60", "--maxfail", "400", "-o", "junit_logging=no",
@@ -113,7 +113,7 @@ def second(
     def part(name: str, seconds: float, what: str, items: tuple[str, ...], lanes: int = 1) -> Step:
         return Step(name, seconds, worker(what, device, tiny), items, 60, lanes, environment=remembered)
 
-    smoke = python("tests/gpu_smoke.py", *(["--on-cpu"] if device == "cpu" else ["--backends", "cuda"]))
+    smoke = python("tests/gpu/gpu_smoke.py", *(["--on-cpu"] if device == "cpu" else ["--backends", "cuda"]))
     return [
         build(75, None, libraries, device),
         part("facts", 8, "facts", ("machine",)),

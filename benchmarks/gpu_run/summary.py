@@ -61,7 +61,7 @@ def _measured(lines: list[dict[str, Any]], facts: dict[str, Any]) -> Iterator[st
     if not entries:
         return
     try:
-        from ..gpu_report import Entry, Run, models, operators
+        from ..reports.gpu_report import Entry, Run, models, operators
     except ImportError as error:  # rich, perhaps
         yield f"{len(entries)} times are in {RESULTS}; no table can be made of them: {error}"
         return

@@ -3,7 +3,7 @@
     python tests/packaging/check_wheel.py dist/*.whl --torch torch==2.11.0 --torch torch
 
 For each PyTorch it makes a new virtual environment in build/wheel-test, installs the wheel there with what it
-asks for, and runs the smoke test (tests/abi_smoke.py) and the files of frozen models (tests/saving_worker.py)
+asks for, and runs the smoke test (abi_smoke.py) and the files of frozen models (common/saving_worker.py)
 outside the checkout. Files that one environment wrote have to load in the next. `make wheel-test` runs it.
 """
 
@@ -105,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         outside = Path(name) / "tests"
         outside.mkdir()
-        for script in ("abi_smoke.py", "saving_worker.py"):
+        for script in ("packaging/abi_smoke.py", "common/saving_worker.py"):
             shutil.copy(ROOT / "tests" / script, outside)
         for torch in options.torch:
             folder = options.folder / re.sub(r"\W+", "-", torch)

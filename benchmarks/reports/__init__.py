@@ -1,0 +1,1 @@
+"""What runs found: results, targets, tables and plots."""

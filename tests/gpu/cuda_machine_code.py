@@ -1,0 +1,213 @@
+"""What the machine code of CUDA kernels for sm_90 does on its way round its loop.
+
+Run as a script (``python tests/gpu/cuda_machine_code.py``) it writes the table that
+test_cuda_machine_code.py compares with. Of max pooling, cuda_machine_code/max_pool.cu names the kernels
+that matter.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from cuda_resources import ROOT, compiler, short, write
+
+sys.path.insert(0, str(ROOT))  # run as a script
+from benchmarks.harness.roofline import TABLE, Kernel, line
+
+SOURCES = [
+    ROOT / "tests" / "gpu" / "cuda_machine_code" / "max_pool.cu",
+    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_forward.cu",
+    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_backward.cu",
+]
+FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
+_BRANCH = re.compile(r"(@!?U?P\d\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+, )?(?:`\()?0x([0-9a-f]+)")
+_ACCESS = re.compile(r"(?:@!?U?P\d\s+)?(LDG|STG)\.E(\S*)")
+_WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1, ".S8": 1, ".S16": 2}
+
+
+def disassembler() -> str | None:
+    """A cuobjdump: the toolkit's, or that of a package which brings its own."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        spec = find_spec(package)
+        if spec is not None:
+            folders += [Path(place) / inside for place in spec.submodule_search_locations or ()]
+    found = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=str(f)) for f in folders)]
+    return next((path for path in found if path), None)
+
+
+def includes() -> list[str]:
+    """Headers that a small toolkit lacks, from PyTorch's packages."""
+    nvcc = Path(shutil.which("nvcc") or "nvcc").resolve()
+    said = subprocess.run(
+        [str(nvcc), "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True
+    )
+    tops = re.findall(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)
+    top = Path(tops[0].strip()) if tops else nvcc.parents[1]
+    if any((top / folder / "cuda_bf16.h").exists() for folder in ("include", "targets/x86_64-linux/include")):
+        return []
+    spec = find_spec("nvidia")
+    places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    return [f"-I{path.parent}" for place in places for path in place.glob("cu*/include/cuda_bf16.h")][:1]
+
+
+def measured() -> list[Kernel]:
+    """The kernels, by name."""
+    tool = disassembler()
+    assert tool is not None
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in SOURCES:
+            cubin = Path(folder) / f"{source.stem}.cubin"
+            command = ["nvcc", *FLAGS, *includes(), f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
+            built = subprocess.run(command, capture_output=True, text=True)
+            if built.returncode:
+                raise RuntimeError(built.stderr)
+            code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+            found += list(_codes(code.stdout, built.stderr))
+    # Those that networks in float32 and bfloat16 take, with what is read whole vectors at a time.
+    chosen = (code for code in found if code.loads.get(16) and not re.search(r"double|__half", code.name))
+    return sorted(chosen, key=lambda code: code.name)
+
+
+def _codes(listing: str, log: str) -> Iterator[Kernel]:
+    parts = re.split(r"\n\s*Function : (\S+)\n", listing)
+    demangled = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True)
+    for mangled, name, body in zip(parts[1::2], demangled.stdout.splitlines(), parts[2::2], strict=True):
+        about = re.search(
+            rf"Compiling entry function '{re.escape(mangled)}' for.*?(\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers",
+            log,
+            re.DOTALL,
+        )
+        assert about is not None, name
+        instructions = {int(at, 16): text for at, text in _INSTRUCTION.findall(body)}
+        way = [instructions[at] for at in _way_round(instructions)]
+        yield Kernel(
+            short(name),
+            int(about[3]),
+            int(about[1]) + int(about[2]),
+            len(way),
+            *(_accesses(way, kind) for kind in ("LDG", "STG")),
+            _in_flight(way),
+        )
+
+
+def _target(text: str) -> int | None:
+    found = _BRANCH.match(text)
+    return int(found[2], 16) if found else None
+
+
+def _way_round(instructions: dict[int, str]) -> list[int]:
+    """The addresses on the way once round the loop that has most of the widest loads and stores.
+
+    It is the shortest way that passes all of these and leaves out only what is rare: what is for special
+    values, or for what is kept in other types.
+    """
+    order = sorted(instructions)
+    loops = []
+    for at in order:
+        target = _target(instructions[at])
+        if target is not None and target < at:
+            loops.append((target, at))
+    loops = loops or [(order[0], order[-1])]
+
+    def wide(loop: tuple[int, int]) -> list[int]:
+        inside = (at for at in order if loop[0] <= at <= loop[1])
+        return [at for at in inside if 16 in (_access(instructions[at], kind) for kind in ("LDG", "STG"))]
+
+    # Of loops that are one within the other, the innermost.
+    head, tail = max(loops, key=lambda loop: (len(wide(loop)), loop[0] - loop[1]))
+    way, here = [], head
+    for stop in [*wide((head, tail)), tail]:
+        part = _shortest(instructions, order, here, stop)
+        if part is not None:  # else it is on another branch
+            way += part
+            here = stop
+    return [*way, tail]
+
+
+def _rare(instructions: dict[int, str], order: list[int], at: int, target: int) -> bool:
+    """Whether what a branch leaves out is not for every vector: loops, or accesses to less than one."""
+    over = [place for place in order if at < place < target]
+    narrow = any((_access(instructions[place], kind) or 16) < 16 for place in over for kind in ("LDG", "STG"))
+    back = any((_target(instructions[place]) or place) < place for place in over)
+    return narrow or back
+
+
+def _shortest(instructions: dict[int, str], order: list[int], start: int, stop: int) -> list[int] | None:
+    """Addresses from ``start`` to before ``stop``, without going back; None where there is no way."""
+    place = {at: i for i, at in enumerate(order)}
+    best: dict[int, tuple[int, int | None]] = {start: (0, None)}
+    for at in order[place[start] : place[stop]]:
+        if at not in best:
+            continue
+        text, steps = instructions[at], best[at][0] + 1
+        target = _target(text)
+        always = re.match(r"(BRA|EXIT|RET)", text) is not None
+        nexts = [] if always else [order[place[at] + 1]]
+        if target is not None and target > at and (always or _rare(instructions, order, at, target)):
+            nexts.append(target)
+        for following in nexts:
+            if following not in best or steps < best[following][0]:
+                best[following] = (steps, at)
+    if stop not in best:
+        return None
+    way, at = [], best[stop][1]
+    while at is not None:
+        way.append(at)
+        at = best[at][1]
+    return way[::-1]
+
+
+def _access(text: str, kind: str) -> int | None:
+    found = _ACCESS.match(text)
+    if found is None or found[1] != kind:
+        return None
+    return next((width for suffix, width in _WIDTHS.items() if suffix in found[2]), 4)
+
+
+def _accesses(way: list[str], kind: str) -> dict[int, int]:
+    widths = (_access(text, kind) for text in way)
+    return dict(Counter(width for width in widths if width is not None))
+
+
+def _in_flight(way: list[str]) -> int:
+    """The most bytes that loads have asked for when the first of what they bring is used."""
+    most, waiting, asked = 0, set(), 0
+    for text in way:
+        width = _access(text, "LDG")
+        registers = {int(number) for number in re.findall(r"\bR(\d+)", text)}
+        if width is not None:
+            operands = re.findall(r"\bR(\d+)", text.split(",", 1)[1])
+            if waiting & {int(number) for number in operands}:
+                waiting, asked = set(), 0
+            first = int(re.findall(r"\bR(\d+)", text)[0])
+            waiting |= set(range(first, first + max(width // 4, 1)))
+            asked += width
+            most = max(most, asked)
+        elif waiting & registers:
+            waiting, asked = set(), 0
+    return most
+
+
+def lines(codes: list[Kernel]) -> Iterator[str]:
+    yield f"# {compiler()}; kernel, registers, bytes of spills, then once round the loop:"
+    yield "# instructions, loads and stores of so many bytes, bytes asked for before the first is used"
+    for code in codes:
+        yield line(code)
+
+
+if __name__ == "__main__":
+    write(TABLE, lines(measured()))
+    sys.stdout.write(TABLE.read_text())
