@@ -3,6 +3,7 @@
 
 #include <iterator>
 
+#include "common/pool_job.h"
 #include "kernels/cuda/stream.h"
 
 namespace pooling_ext::cuda {
