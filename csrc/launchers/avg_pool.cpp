@@ -12,7 +12,13 @@ namespace {
 
 #ifdef POOLING_EXT_CUDA
 void run(const Device& device, const PoolJob& job, DType dtype) {
-    cuda::avg_pool(job, dtype, device.stream());
+    std::optional<Tensor> memory;
+    double* parts = nullptr;
+    if (const int64_t n = cuda::avg_pool_parts(job, dtype)) {
+        memory = device.empty({n}, ScalarType::Double, false);
+        parts = static_cast<double*>(memory->data_ptr());
+    }
+    cuda::avg_pool(job, dtype, parts, device.stream());
 }
 
 void run_backward(const Device& device, const PoolJob& job, DType dtype) {

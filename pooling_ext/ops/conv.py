@@ -1,9 +1,10 @@
 """Convolution with what stands beside it in a network fused into its prologue and epilogue.
 
-Three low-level operators, out of which :func:`conv_bn_act` can be made: for inference with the bias, an
+Four low-level operators, out of which :func:`conv_bn_act` can be made: for inference with the bias, an
 addition and ReLU as the output is written; for training with the statistics of the output, for the batch
-norm that follows; and the gradient of the input, with ReLU's mask and the sums of the batch norm before.
-They take 2-d convolutions of one group and give results in channels_last.
+norm that follows; the gradient of the input, with ReLU's mask and the sums of the batch norm before; and
+the gradient of the weights, with that batch norm and ReLU applied to the input as it is read. They take
+2-d convolutions of one group and give results in channels_last.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Geometry(NamedTuple):
 
 def geometry(
     input_size: Sequence[int],
-    weight: Tensor,
+    weight_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -67,7 +68,7 @@ def geometry(
 
     Args:
         input_size: ``(N, C, H, W)``.
-        weight: ``(O, C, KH, KW)``.
+        weight_size: ``(O, C, KH, KW)``.
         stride: for height and width, as ``padding`` and ``dilation``.
         name: what the argument is called from which ``input_size`` comes.
 
@@ -76,17 +77,17 @@ def geometry(
     """
     if len(input_size) != 4:
         raise ArgumentError(f"{name} must be (N, C, H, W), but got {tuple(input_size)}")
-    if weight.dim() != 4 or 0 in weight.shape:
-        raise ArgumentError(f"weight must be (out, in, height, width), but got {tuple(weight.shape)}")
+    if len(weight_size) != 4 or 0 in weight_size:
+        raise ArgumentError(f"weight must be (out, in, height, width), but got {tuple(weight_size)}")
     for what, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(value) != 2 or min(value) < least:
             raise ArgumentError(f"{what} must be two integers of at least {least}, but got {list(value)}")
     batch, channels, *size = input_size
-    features, given, *kernel_size = weight.shape
+    features, given, *kernel_size = weight_size
     if given != channels:
         raise ArgumentError(
             f"weight must have shape (out, {channels}, height, width) for {name} of {channels} channels, "
-            f"but got {tuple(weight.shape)}; groups other than 1 are not supported"
+            f"but got {tuple(weight_size)}; groups other than 1 are not supported"
         )
     output_size = [
         (extent + 2 * pad - reach * (kernel - 1) - 1) // step + 1
@@ -142,7 +143,7 @@ def check_conv(
     dilation: Sequence[int],
 ) -> Geometry:
     """Check what every forward convolution takes, and return its geometry; raise ArgumentError as they do."""
-    found = geometry(input.shape, weight, stride, padding, dilation)
+    found = geometry(input.shape, weight.shape, stride, padding, dilation)
     check_dtypes("input", input, weight)
     check_vector("bias", bias, found.features)
     return found
@@ -165,7 +166,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _output(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    return empty(input, geometry(input.shape, weight, stride, padding, dilation).output_shape)
+    return empty(input, geometry(input.shape, weight.shape, stride, padding, dilation).output_shape)
 
 
 def bias_act_fake(
@@ -215,6 +216,16 @@ conv_input_grad = _library.define(
     vmap=False,
 )
 
+#: The gradient of a convolution's weights, of ``weight_size``. Where ``stats`` are given the convolution's
+#: input was batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu).
+conv_weight_grad = _library.define(
+    "conv_weight_grad(Tensor grad, Tensor input, SymInt[] weight_size, Tensor? stats, Tensor? bn_weight, "
+    f"Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",
+    "Tensor",
+    lambda grad, input, weight_size, *_: empty(grad, weight_size),
+    vmap=False,
+)
+
 # CUDA's kernels of these are operators of their own, in cuda_conv.py.
 for _name in ("conv_bias_act", "conv_stats"):
     backends.register(
@@ -224,4 +235,5 @@ for _name in ("conv_bias_act", "conv_stats"):
         cuda_kernels=(f"{_name}_cuda",),
         triton_module="pooling_ext.triton.conv",
     )
-backends.register("conv_input_grad", triton=DTYPES)
+for _name in ("conv_input_grad", "conv_weight_grad"):
+    backends.register(_name, triton=DTYPES)

@@ -6,7 +6,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from ..autograd import needs_grad
 from ..backends import autotune
 from . import conv as _conv
 from . import cuda_conv, cudnn_frontend
+from .activations import IDENTITY, RELU
+from .batch_norm_act import _forward as batch_norm_forward
 from .batch_norm_statistics import batch_stats
 
 Candidate = Callable[..., Any]
@@ -81,6 +83,22 @@ def conv_input_grad(
         The gradient of what ReLU was given, and the sums of ``batch_norm_act_sums``.
     """
     return _fastest("conv_input_grad", _input_grad_candidates, grad, weight, input, geometry, *norm)
+
+
+def conv_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any) -> Tensor:
+    """The weights' gradient of the convolution that :func:`conv_stats` made of ``norm``'s output."""
+    return _fastest("conv_weight_grad", _weight_grad_candidates, grad, input, weight, geometry, *norm)
+
+
+def conv_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """PyTorch's gradients of a convolution's input, weight and bias, of which three ``wanted`` says which."""
+    stride, padding, dilation, groups = geometry
+    features = [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, features, stride, padding, dilation, False, [0, 0], groups, wanted
+    )
 
 
 def can_autotune(input: Tensor, dtype: torch.dtype) -> bool:
@@ -269,6 +287,36 @@ def _triton_input_grad(
     return conv_input_grad(grad, weight, input.shape, input, *rest, config=config)
 
 
+def _weight_grad_candidates(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+) -> dict[str, Candidate]:
+    candidates: dict[str, Candidate] = {"normalized, then cudnn": _normalized_then_weight_grad}
+    args = grad, input, weight.shape, *norm, *geometry[:3]
+    for config in _configs(geometry, "conv_weight_grad", *args):
+        candidates[f"triton {_label(config)}"] = partial(_triton_weight_grad, config)
+    return candidates
+
+
+def _normalized_then_weight_grad(
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+) -> Tensor:
+    *affine, eps, relu = norm
+    activation = RELU if relu else IDENTITY
+    normalized = batch_norm_forward(input, *affine, None, eps, *activation.arguments)
+    _, grad_weight, _ = conv_backward(grad, normalized, weight, geometry, (False, True, False))
+    assert grad_weight is not None
+    return grad_weight
+
+
+def _triton_weight_grad(
+    config: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+) -> Tensor:
+    from ..triton.conv_weight_grad import conv_weight_grad
+
+    rest: tuple[Any, ...] = (*norm, *geometry[:3])
+    return conv_weight_grad(grad, input, weight.shape, *rest, config=config)
+
+
 def _cuda_stats(
     tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
@@ -316,16 +364,12 @@ class _ConvStats(Function):
     ) -> tuple[Tensor, Tensor]:
         output, stats = conv_stats(input, weight, bias, geometry)
         ctx.save_for_backward(input, weight)
-        ctx.geometry, ctx.features = geometry, weight.shape[:1]
+        ctx.geometry = geometry
         ctx.mark_non_differentiable(stats)
         return output, stats
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        gradients = torch.ops.aten.convolution_backward(
-            grads[0], input, weight, list(ctx.features), stride, padding, dilation, False, [0, 0], groups,
-            ctx.needs_input_grad[:3],
-        )  # fmt: skip
+        gradients = conv_backward(grads[0], input, weight, ctx.geometry, ctx.needs_input_grad[:3])
         return *gradients, None

@@ -2,7 +2,7 @@
 
 Where a convolution makes the statistics of its output as it writes, what comes after batch norm and ReLU need
 not be written at all: the next convolution normalises what it reads. Backward its input's gradient is masked
-and summed up for the batch norm as it is written; the weights' gradient has the normalised input made again.
+and summed up for the batch norm as it is written; the weights' gradient normalises what it reads too.
 So the batch norm costs one pass over memory less each way, at the price of our convolutions in the place of
 cuDNN's: whether that pays is measured, forward and backward together.
 """
@@ -26,7 +26,15 @@ from .batch_norm_act import (
     in_training,
     weight_grad,
 )
-from .conv_autotune import Candidate, Geometry, choose, conv_input_grad, conv_stats
+from .conv_autotune import (
+    Candidate,
+    Geometry,
+    choose,
+    conv_backward,
+    conv_input_grad,
+    conv_stats,
+    conv_weight_grad,
+)
 from .conv_choice import stands_for_conv2d
 
 
@@ -150,9 +158,10 @@ def _backward(
         if of_norm[2]:
             assert bn_bias is not None
             grad_bn_bias = bias_grad(sums, bn_bias)
-    if any(of_conv):
-        wanted = (False, *of_conv)
-        _, grad_weight, grad_bias = _conv_backward(grad, norm.normalized(), weight, geometry, wanted)
+    if of_conv[0]:
+        grad_weight = conv_weight_grad(grad, input, weight, geometry, *norm[1:])
+    if of_conv[1]:
+        *_, grad_bias = conv_backward(grad, input, weight, geometry, (False, False, True))
     return (grad_input, grad_bn_weight, grad_bn_bias), (grad_weight, grad_bias)
 
 
@@ -166,7 +175,7 @@ def _differentiable(
 ) -> tuple[Gradients, Gradients]:
     """As :func:`_backward`, out of operators that PyTorch can differentiate again."""
     wanted = (any(of_norm), *of_conv)
-    through, *for_conv = _conv_backward(grad, norm.computed(), weight, geometry, wanted)
+    through, *for_conv = conv_backward(grad, norm.computed(), weight, geometry, wanted)
     if through is None:
         return (None, None, None), tuple(for_conv)
     options = norm.eps, norm.activation, 1.0, None
@@ -174,16 +183,6 @@ def _differentiable(
         through, norm.output, norm.weight, norm.bias, norm.stats, None, options
     )
     return tuple(for_norm), tuple(for_conv)
-
-
-def _conv_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, ...]
-) -> Any:
-    stride, padding, dilation, groups = geometry
-    features = [weight.shape[0]]
-    return torch.ops.aten.convolution_backward(
-        grad, input, weight, features, stride, padding, dilation, False, [0, 0], groups, wanted
-    )
 
 
 # --- which is faster: the parts of a step of training that differ, with an output for its gradient --------
@@ -199,7 +198,7 @@ def _apart(*args: Any) -> None:
     input, stats, bn_weight, bn_bias, eps, _ = norm
     normalized = norm.normalized()
     output, _ = conv_stats(normalized, weight, bias, geometry)
-    grad, *_ = _conv_backward(output, normalized, weight, geometry, (True, True, bias is not None))
+    grad, *_ = conv_backward(output, normalized, weight, geometry, (True, True, bias is not None))
     rest = None, eps, *norm.activation.arguments
     _training_backward(grad, input, stats, bn_weight, bn_bias, *rest)
 

@@ -222,7 +222,7 @@ class ConvCase:
     stride: int = 1
 
     def run(self, batch: int, dtype: torch.dtype, device: str) -> None:
-        """Inference with a residual, training behind a batch norm, and that batch norm's gradient."""
+        """Inference with a residual, training behind a batch norm, gradients of that and of the weights."""
         ops = torch.ops.pooling_ext
 
         def activation(channels: int, size: int) -> Tensor:
@@ -240,6 +240,7 @@ class ConvCase:
         ops.conv_bias_act(input, weight, bias, output, *window, True)
         ops.conv_stats(input, weight, None, norm, *scale, 1e-5, True, *window)
         ops.conv_input_grad(output, weight, input.shape, input, norm, *scale, 1e-5, True, *window)
+        ops.conv_weight_grad(output, input, weight.shape, norm, *scale, 1e-5, True, *window)
 
     def __str__(self) -> str:
         return self.name

@@ -84,6 +84,7 @@ _HALF = (
     Config(64, 256, 64, 4, 3),
     Config(64, 128, 64, 4, 4),
     Config(64, 64, 64, 4, 4),
+    Config(64, 64, 32, 4, 4),
     Config(128, 32, 64, 4, 4),
     Config(64, 32, 64, 4, 4),
     Config(32, 64, 64, 4, 4),
@@ -207,19 +208,24 @@ def input_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
     return Problem(conv.batch * high * wide, conv.channels, conv.features, dtype, precision_of(dtype))
 
 
+def weight_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+    """``m`` is features, ``n`` channels at each place of a window, ``k`` pixels."""
+    pixels = conv.batch * conv.output_size[0] * conv.output_size[1]
+    return Problem(conv.features, conv.channels, pixels, dtype, precision_of(dtype))
+
+
 def configs_of(operator: str, *args: Any) -> tuple[Config, ...]:
     """The configurations that suit a call, for a tuner to measure.
 
     Args:
-        operator: "conv_bias_act", "conv_stats" or "conv_input_grad".
+        operator: "conv_bias_act", "conv_stats", "conv_input_grad" or "conv_weight_grad".
         args: what it is to be called with. Its function in ``triton/<operator>.py`` takes ``config`` besides.
     """
     names = [argument.name for argument in getattr(torch.ops.pooling_ext, operator).default._schema.arguments]
     call = dict(zip(names, args, strict=True))
-    window = call["weight"], call["stride"], call["padding"], call["dilation"]
-    if operator == "conv_input_grad":
-        grad = call["grad"]
-        problem = input_grad_problem(geometry(call["input_size"], *window), grad.dtype)
-        return configurations(problem, card(grad.device))
-    input = call["input"]
-    return configurations(forward_problem(geometry(input.shape, *window), input.dtype), card(input.device))
+    input_size = call["input_size"] if operator == "conv_input_grad" else call["input"].shape
+    weight_size = call["weight_size"] if operator == "conv_weight_grad" else call["weight"].shape
+    conv = geometry(input_size, weight_size, call["stride"], call["padding"], call["dilation"])
+    problems = {"conv_input_grad": input_grad_problem, "conv_weight_grad": weight_grad_problem}
+    first = call[names[0]]
+    return configurations(problems.get(operator, forward_problem)(conv, first.dtype), card(first.device))

@@ -173,7 +173,7 @@ def conv_input_grad(
     Raises:
         ArgumentError: an argument does not go with the others.
     """
-    found = geometry(input_size, weight, stride, padding, dilation, "input_size")
+    found = geometry(input_size, weight.shape, stride, padding, dilation, "input_size")
     check_dtypes("grad", grad, weight)
     check_like("grad", grad, found.output_shape, "weight", weight)
     if (input is None) != (stats is None):

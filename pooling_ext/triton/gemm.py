@@ -59,9 +59,22 @@ def product(a, b, sums, PRECISION: tl.constexpr):
 @triton.jit
 def normalised(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
     """The batch norm and ReLU of a tile, rounded as if it had been stored. NaN stays NaN."""
+    center, scale, shift = coefficients(affine, channel, channel_ok, C)
+    return normalised_by(x, center, scale, shift, RELU)
+
+
+@triton.jit
+def coefficients(affine, channel, channel_ok, C):
+    """Center, scale and shift of channels."""
     center = tl.load(affine + channel, mask=channel_ok, other=0.0)
     scale = tl.load(affine + C + channel, mask=channel_ok, other=0.0)
     shift = tl.load(affine + 2 * C + channel, mask=channel_ok, other=0.0)
+    return center, scale, shift
+
+
+@triton.jit
+def normalised_by(x, center, scale, shift, RELU: tl.constexpr):
+    """:func:`normalised` by :func:`coefficients`."""
     y = tl.fma(x.to(tl.float32) - center[None, :], scale[None, :], shift[None, :])
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)

@@ -168,6 +168,15 @@ def input_grad(conv: Conv, grad: Tensor, weight: Tensor, x: Tensor | None = None
     return result, torch.stack((result.sum((0, 2, 3)), (result * deviation).sum((0, 2, 3))))
 
 
+def weight_grad(
+    conv: Conv, grad: Tensor, x: Tensor, norm: dict[str, Tensor] | None = None, relu: bool = False
+) -> Tensor:
+    """In float64, by autograd."""
+    weight = conv.weight(torch.float64).requires_grad_()
+    x = x.double() if norm is None else normalise(x, norm, relu)
+    return torch.autograd.grad(conv.expected(x, weight), weight, grad.double())[0]
+
+
 def call(operator: str, conv: Conv, dtype: torch.dtype, device: str | None = None) -> list[Any]:
     """Arguments with everything fused that the operator can fuse."""
     if device == "meta":
@@ -182,6 +191,8 @@ def call(operator: str, conv: Conv, dtype: torch.dtype, device: str | None = Non
         return [x, weight, None, y, *conv.window, True]
     if operator == "conv_stats":
         return [x, weight, None, *norm, EPS, True, *conv.window]
+    if operator == "conv_weight_grad":
+        return [y, x, list(weight.shape), *norm, EPS, True, *conv.window]
     return [y, weight, list(conv.shape), x, *norm, EPS, True, *conv.window]
 
 
@@ -190,8 +201,10 @@ def expected_of(operator: str, conv: Conv, arguments: list[Any]) -> tuple[Tensor
     if operator == "conv_bias_act":
         x, weight, _, y, *_ = arguments
         return (conv.expected(x, weight) + y.double()).relu(), None
-    stats, bn_weight, bn_bias = arguments[3:6] if operator == "conv_stats" else arguments[4:7]
+    stats, bn_weight, bn_bias = arguments[4:7] if operator == "conv_input_grad" else arguments[3:6]
     norm = {"stats": stats, "bn_weight": bn_weight, "bn_bias": bn_bias}
+    if operator == "conv_weight_grad":
+        return weight_grad(conv, *arguments[:2], norm, relu=True), None
     if operator == "conv_stats":
         x, weight = arguments[:2]
         result = conv.expected(normalise(x, norm, True), weight)

@@ -26,6 +26,7 @@ SOURCES = [
     ROOT / "tests" / "gpu" / "cuda_machine_code" / "max_pool.cu",
     ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_forward.cu",
     ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_backward.cu",
+    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "add_relu_global_avg_pool.cu",
 ]
 FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")

@@ -19,7 +19,7 @@ from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("allow_tf32")
 
-OPERATORS = ("conv_bias_act", "conv_stats", "conv_input_grad")
+OPERATORS = ("conv_bias_act", "conv_stats", "conv_input_grad", "conv_weight_grad")
 
 
 def functions() -> dict[str, Any]:
@@ -27,8 +27,10 @@ def functions() -> dict[str, Any]:
     pytest.importorskip("triton")
     from pooling_ext.triton.conv import conv_bias_act, conv_stats
     from pooling_ext.triton.conv_input_grad import conv_input_grad
+    from pooling_ext.triton.conv_weight_grad import conv_weight_grad
 
-    return {"conv_bias_act": conv_bias_act, "conv_stats": conv_stats, "conv_input_grad": conv_input_grad}
+    every = (conv_bias_act, conv_stats, conv_input_grad, conv_weight_grad)
+    return {function.__name__: function for function in every}
 
 
 @TRITON
@@ -65,7 +67,7 @@ def test_every_configuration(backend, operator, kernel_size, stride, dtype):
     }
     expected, sums = expected_of(operator, conv, arguments)
     for config, actual in outputs.items():
-        if operator == "conv_bias_act":
+        if isinstance(actual, torch.Tensor):
             actual = (actual, None)
         assert_close(actual[0], expected, exact=True, what=str(config))
         if sums is not None:
@@ -80,7 +82,7 @@ def test_wide_tiles(backend, operator, kernel_size):
     run = functions()[operator]
     from pooling_ext.triton.conv_configs import Config
 
-    channels, features = (200, 16) if operator == "conv_input_grad" else (16, 200)
+    channels, features = (200, 16) if operator.endswith("_grad") else (16, 200)
     conv = Conv((1, channels, 5, 4), features, (kernel_size,) * 2, padding=(kernel_size // 2,) * 2)
     arguments = call(operator, conv, torch.float32)
     expected = run(*arguments, config=Config(16, 64, 16, 4, 2))

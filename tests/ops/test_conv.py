@@ -24,12 +24,13 @@ from conv_cases import (
     input_grad,
     kernels,
     normalise,
+    weight_grad,
 )
 from helpers import LAYOUTS, dtype_id, integers, with_layout
 
 from pooling_ext import ArgumentError
 from pooling_ext.backends import cuda_library
-from pooling_ext.ops.conv import conv_input_grad
+from pooling_ext.ops.conv import conv_input_grad, conv_weight_grad
 from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.tolerances import assert_close
 
@@ -156,6 +157,43 @@ def test_input_grad_epilogue(backend, conv, dtype):
 
 
 @TRITON
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@cases(CONVS, ("1x1", "1x1 stride", "3x3", "3x3 stride"))
+def test_weight_grad(backend, conv, dtype, split, monkeypatch):
+    """Behind a batch norm and without; pixels in one program, and in as many as there can be."""
+    from pooling_ext.triton import conv_weight_grad as module
+    from pooling_ext.triton.conv_configs import ANY_CARD
+
+    monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=99 if split else 1))
+    monkeypatch.setattr(module, "LEAST_PIXELS", 1)
+    grad, x, norm = conv.output(dtype), conv.input(dtype), exact_norm(conv.shape[1])
+    size = [conv.features, conv.shape[1], *conv.kernel_size]
+    for relu in (False, True):
+        actual = conv_weight_grad(grad, x, size, *norm.values(), EPS, relu, *conv.window)
+        assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
+        assert_rounded(actual, weight_grad(conv, grad, x, norm, relu))
+    actual = conv_weight_grad(grad, x, size, None, None, None, EPS, True, *conv.window)
+    assert_rounded(actual, weight_grad(conv, grad, x))
+
+
+@TRITON
+def test_weight_grad_of_many_pixels(backend, monkeypatch):
+    """As many splits as a large card has, in no more error than float32's, and the same bits each time."""
+    from pooling_ext.triton import conv_weight_grad as module
+    from pooling_ext.triton.conv_configs import ANY_CARD
+
+    monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=132))
+    monkeypatch.setattr(module, "LEAST_PIXELS", 16)
+    conv = Conv((4, 16, 33, 32), 16)
+    grad, x = (torch.randn(4, 16, 33, 32) for _ in range(2))
+    norm = {"stats": channel_stats(x), "bn_weight": torch.rand(16) + 0.5, "bn_bias": torch.randn(16)}
+    args = grad, x, [16, 16, 1, 1], *norm.values(), EPS, True, *conv.window
+    actual = conv_weight_grad(*args)
+    assert_close(actual, weight_grad(conv, grad, x, norm, relu=True), scale=64.0)
+    assert torch.equal(actual, conv_weight_grad(*args))
+
+
+@TRITON
 def test_a_step_of_training(backend):
     """conv, batch norm, ReLU, conv: with none but the convolutions' results stored, as autograd has it."""
     first, second = (
@@ -204,11 +242,13 @@ def test_layouts(backend, name, layout):
         return  # the gradient is Triton's
     actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
     assert_rounded(actual, input_grad(conv, grad, weight, x, relu=True, **norm)[0])
+    actual = conv_weight_grad(grad, x, weight.shape, *norm.values(), EPS, True, *conv.window)
+    assert_rounded(actual, weight_grad(conv, grad, x, norm, relu=True))
 
 
 @KERNELS
 def test_nan(backend):
-    """It passes ReLU, in the epilogue and the prologue, and ReLU's gradient."""
+    """It passes ReLU, in the epilogue and the prologue, and ReLU's gradient; no other channel has it."""
     conv = Conv((1, 16, 3, 3), 16)
     x, weight = torch.ones(conv.shape), torch.eye(16).view(16, 16, 1, 1)
     x[0, 3, 1, 1] = torch.nan
@@ -225,6 +265,8 @@ def test_nan(backend):
     grad = torch.ones(conv.shape)
     actual, _ = conv_input_grad(grad, weight, x.shape, x, norm["stats"], None, None, EPS, True, *conv.window)
     assert torch.equal(actual, grad)
+    actual = conv_weight_grad(grad, x, weight.shape, norm["stats"], None, None, EPS, True, *conv.window)
+    assert torch.equal(actual.isnan(), (torch.arange(16) == 3).view(1, 16, 1, 1).expand(16, 16, 1, 1))
 
 
 @KERNELS
@@ -243,6 +285,8 @@ def test_empty_batch(backend, name):
     grad, sums = conv_input_grad(y, weight, conv.shape, x, *norm.values(), EPS, True, *conv.window)
     assert grad.shape == conv.shape
     assert torch.equal(sums, torch.zeros(2, conv.shape[1], dtype=torch.float64))
+    actual = conv_weight_grad(y, x, weight.shape, *norm.values(), EPS, True, *conv.window)
+    assert torch.equal(actual, torch.zeros_like(weight))
 
 
 @TRITON
@@ -260,6 +304,11 @@ def test_operators_are_what_their_fakes_say(backend):
         torch.library.opcheck(
             conv_input_grad,
             (y, weight, list(conv.shape), x, *norm.values(), EPS, True, *conv.window),
+            **check,
+        )
+        torch.library.opcheck(
+            conv_weight_grad,
+            (y, x, list(weight.shape), *norm.values(), EPS, True, *conv.window),
             **check,
         )
 
@@ -354,6 +403,13 @@ CALLS = {
         **NO_NORM,
         **WINDOW,
     },
+    "conv_weight_grad": {
+        "grad": torch.zeros(2, 4, 3, 3),
+        "input": X,
+        "weight_size": list(WEIGHT.shape),
+        **NO_NORM,
+        **WINDOW,
+    },
 }
 
 
@@ -380,7 +436,13 @@ WRONG = (
     ("conv_input_grad", {"input": X}, "input and stats must be given together"),
     ("conv_input_grad", {"input": X[:1], "stats": STATS}, r"input must have shape \(2, 6, 5, 5\)"),
     ("conv_input_grad", {"input_size": [2, 5, 5, 5]}, "weight must have shape .* for input_size of 5"),
+    ("conv_weight_grad", {"grad": X}, r"grad must have shape \(2, 4, 3, 3\)"),
+    ("conv_weight_grad", {"grad": torch.zeros(2, 4, 3, 3).half()}, "grad must have input's dtype"),
+    ("conv_weight_grad", {"input": X.double()}, "input must be float32, bfloat16 or float16"),
+    ("conv_weight_grad", {"weight_size": [4, 5, 3, 3]}, "weight must have shape .* for input of 6 channels"),
+    ("conv_weight_grad", {"stats": STATS, "bn_bias": torch.zeros(4)}, r"bn_bias must have shape \(6,\)"),
 )
+GRADIENTS = {"conv_input_grad": conv_input_grad, "conv_weight_grad": conv_weight_grad}
 
 
 @pytest.mark.parametrize(
@@ -389,11 +451,11 @@ WRONG = (
         (backend, *case)
         for backend in ("cuda", "triton")
         for case in WRONG
-        if backend == "triton" or case[0] != "conv_input_grad"
+        if backend == "triton" or case[0] not in GRADIENTS
     ],
     indirect=["backend"],
 )
 def test_errors(backend, operator, wrong, message):
-    function = conv_input_grad if operator == "conv_input_grad" else getattr(kernels(backend), operator)
+    function = GRADIENTS.get(operator) or getattr(kernels(backend), operator)
     with pytest.raises(ArgumentError, match=message):
         function(**(CALLS[operator] | wrong))

@@ -14,13 +14,14 @@ from conv_cases import (
     input_grad,
     kernels,
     normalise,
+    weight_grad,
 )
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pooling_ext.ops.conv import conv_input_grad
+from pooling_ext.ops.conv import conv_input_grad, conv_weight_grad
 
 pytestmark = pytest.mark.usefixtures("allow_tf32")
 
@@ -49,3 +50,5 @@ def test_any_geometry(backend, data):
     expected, expected_sums = input_grad(conv, grad, weight, x, relu=True, **norm)
     assert_rounded(actual, expected)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-6, atol=1e-3)
+    actual = conv_weight_grad(grad, x, weight.shape, *norm.values(), EPS, True, *conv.window)
+    assert_rounded(actual, weight_grad(conv, grad, x, norm, relu=True))

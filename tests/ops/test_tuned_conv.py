@@ -18,6 +18,7 @@ from pooling_ext.freezing import conv_engines
 from pooling_ext.freezing.layers import PackedConv
 from pooling_ext.graph.activations import RELU
 from pooling_ext.ops import conv_autotune
+from pooling_ext.ops.batch_norm_statistics import batch_stats
 from pooling_ext.ops.conv_autotune import Geometry, conv_stats_with_grad
 from pooling_ext.testing.tolerances import assert_close
 
@@ -73,6 +74,25 @@ def test_statistics_and_gradients(backend):
         strict=True,
     ):
         assert_close(found, right, scale=16.0)
+
+
+@pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+)
+@pytest.mark.parametrize("relu", [True, False])
+def test_every_candidate_for_the_weight_gradient_gives_the_same(backend, relu):
+    x, weight, _, grad = tensors()
+    norm = batch_stats(x), torch.rand(8) + 0.5, torch.randn(8), 1e-5, relu
+    normalized = F.batch_norm(x.double(), None, None, *(t.double() for t in norm[1:3]), True, 0.0, 1e-5)
+    leaf = weight.double().requires_grad_()
+    output = F.conv2d(normalized.relu() if relu else normalized, leaf, None, *GEOMETRY)
+    (expected,) = torch.autograd.grad(output, leaf, grad.double())
+    args = grad, x, weight, GEOMETRY, *norm
+    candidates = conv_autotune._weight_grad_candidates(*args)
+    assert {name.split()[0] for name in candidates} == {"normalized,", "triton"}
+    for name, candidate in candidates.items():
+        assert_close(candidate(*args), expected, scale=64.0, what=name)
+    assert_close(conv_autotune.conv_weight_grad(*args), expected, scale=64.0)
 
 
 def test_the_fastest_is_taken_and_remembered(monkeypatch, tmp_path):

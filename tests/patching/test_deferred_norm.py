@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import pooling_ext
-from pooling_ext.backends import autotune
+from pooling_ext.backends import autotune, triton_library
 from pooling_ext.ops import conv_autotune
 from pooling_ext.ops.prologue_norm import PrologueNorm
 
@@ -346,3 +346,26 @@ def test_one_value_in_a_channel(backend, deferred):
     pooling_ext.patch(net, strict=True)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         net(images(1, 3, 1, 1))
+
+
+def test_traffic_of_backward(backend, monkeypatch):
+    """Eight passes over memory: no tensor of the normalized input is written or read."""
+    if backend != "triton" or not triton_library.interpreted():
+        pytest.skip("counted in Triton's interpreter")
+    from benchmarks.harness.traffic import counted
+    from pooling_ext.triton import conv_weight_grad
+    from pooling_ext.triton.conv_configs import ANY_CARD
+
+    monkeypatch.setattr(conv_autotune, "_chosen", {})
+    monkeypatch.setattr(conv_weight_grad, "card", lambda device: ANY_CARD)
+    x, grad = (images(16, 64, 28, 28).bfloat16() for _ in range(2))
+    weight = torch.randn(64, 64, 1, 1).bfloat16()
+    leaves = [tensor.requires_grad_() for tensor in (x, torch.ones(64), torch.zeros(64), weight)]
+    stats = torch.stack((torch.zeros(64), torch.ones(64))).double()
+    norm = PrologueNorm(x, stats, leaves[1], leaves[2], 1e-5, True)
+    output, _ = norm.convolved(weight, None, conv_autotune.Geometry((1, 1), (0, 0), (1, 1), 1))
+    with counted() as traffic:
+        torch.autograd.grad(output, leaves, grad)
+    # The convolution's gradients read the output's and the input, twice, and write one; the batch norm's
+    # reads two and writes one. A tenth is for weights, and for sums of each program.
+    assert 8 * x.nbytes <= traffic.nbytes <= 8.8 * x.nbytes

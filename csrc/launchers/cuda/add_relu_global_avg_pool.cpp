@@ -6,12 +6,15 @@ namespace pooling_ext {
 namespace {
 
 cuda::BatchNormJob job_of(const BatchNormCall& call, const void* residual) {
-    // Few rows, which a block shares among fewer threads, and more channels than usual.
-    constexpr int64_t kLine = 512;
+    const auto aligned = [](const void* data) {
+        return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    };
+    const void* const x = call.input.data_ptr();
     cuda::BatchNormJob job =
-        call.walks_pixels() ? call.job({residual}, call.batch * call.inner, call.channels, 1, kLine)
-                            : call.job({residual}, 1, call.batch * call.channels, call.inner);
-    if (call.walks_pixels()) job.tiles.divide_groups(call.inner);
+        cuda::plane_job(call.batch, call.channels, call.inner, call.walks_pixels(),
+                        int64_t(call.input.element_size()), aligned(x) && aligned(residual));
+    job.dtype = dtype_of(call.input);
+    job.x = x;
     job.residual = residual;
     return job;
 }
@@ -25,7 +28,12 @@ Tensor pooled(const Tensor& input, const Tensor& residual) {
     if (call.empty()) return output;
     cuda::BatchNormJob job = job_of(call, call.like_input(residual));
     job.y = output.data_ptr();
-    cuda::add_relu_mean(job, call.device.stream());
+    std::optional<Tensor> parts;
+    if (job.plane_splits > 1) {
+        parts = call.empty_vector(job.tiles.splits * job.tiles.channels, ScalarType::Double);
+        job.parts = static_cast<double*>(parts->data_ptr());
+    }
+    cuda::global_mean(job, call.device.stream());
     return output;
 }
 

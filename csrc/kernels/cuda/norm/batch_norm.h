@@ -52,6 +52,8 @@ struct BatchNormJob {
     void* residual_grad = nullptr;
     void* y = nullptr;        // the output, or the gradient of the input
     double* parts = nullptr;  // two rows of `channels` for each split
+    // Of global pooling: so many splits have one plane.
+    int64_t plane_splits = 1;
 };
 
 // Means and sums of squared deviations of each split.
@@ -71,9 +73,29 @@ void batch_norm_update_running(ChannelVector mean, ChannelVector variance, const
                                int64_t channels, double factor, double momentum,
                                StreamHandle stream);
 
-// Means of the planes of relu(x + residual), and their gradient's share in each element. A split is
-// an image in channels-last; in the contiguous format, every plane is a channel.
-void add_relu_mean(const BatchNormJob& job, StreamHandle stream);
+// Means of the planes of relu(x + residual), or of x where there is no residual, of `norm.count`
+// pixels each; and the former's gradient's share in each element. A split is of one image in
+// channels-last; in the contiguous format, every plane is a channel. Where a plane has several
+// splits, `parts` has a row of `tiles.channels` for each.
+void global_mean(const BatchNormJob& job, StreamHandle stream);
 void add_relu_mean_backward(const BatchNormJob& job, StreamHandle stream);
+
+// A job on the planes of `images`; `pixels` of each lie together, or their channels.
+inline BatchNormJob plane_job(int64_t images, int64_t channels, int64_t pixels, bool channels_last,
+                              int64_t element, bool aligned) {
+    // Few rows, which a block shares among fewer threads, and more channels than usual.
+    constexpr int64_t kLine = 512;
+    BatchNormJob job(channels_last
+                         ? ChannelTiles(images * pixels, channels, 1, element, aligned, kLine)
+                         : ChannelTiles(1, images * channels, pixels, element, aligned));
+    if (channels_last) {
+        job.plane_splits = job.tiles.divide_groups(pixels);
+    } else {
+        job.tiles.divide_sums();
+        job.plane_splits = job.tiles.splits;
+    }
+    job.norm.count = double(pixels);
+    return job;
+}
 
 }  // namespace pooling_ext::cuda

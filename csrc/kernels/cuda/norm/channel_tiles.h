@@ -76,13 +76,21 @@ struct ChannelTiles {
     // Of 132 multiprocessors, with room for two or for three such blocks each, all are busy to the
     // end: 792 blocks are three times the one and twice the other. There are few enough that what
     // they leave to add up, or read before they begin, is little.
-    void divide_sums() { divide(792, 4); }
-    void divide_elements() { divide(3 * 792, 2); }
+    static constexpr int64_t kSumBlocks = 792;
+    void divide_sums() { divide(kSumBlocks, kLeastBatches); }
+    void divide_elements() { divide(3 * kSumBlocks, 2); }
 
-    // A split for each group of rows.
-    void divide_groups(int64_t rows_each) {
-        each = rows_each;
-        splits = rows / rows_each;
+    // As many splits for each group of so many rows as make enough blocks, if each has enough to
+    // do; all have as many rows. Returns how many.
+    int64_t divide_groups(int64_t group) {
+        const int64_t groups = std::max(rows / group, int64_t(1));
+        int64_t n =
+            std::min(kSumBlocks / (blocks * groups), group / (kLeastBatches * kBatch * step));
+        n = std::max(n, int64_t(1));
+        while (group % n) --n;
+        each = group / n;
+        splits = rows / each;
+        return n;
     }
 
     int64_t grid() const { return blocks * splits; }
@@ -95,8 +103,9 @@ struct ChannelTiles {
     }
 
   private:
-    static constexpr int64_t kBatch = 4;  // vectors of a thread
-    static constexpr int64_t kLong = 32;  // vectors of a plane that is walked by itself
+    static constexpr int64_t kBatch = 4;         // vectors of a thread
+    static constexpr int64_t kLeastBatches = 4;  // of a split that is summed up
+    static constexpr int64_t kLong = 32;         // vectors of a plane that is walked by itself
 
     // So many channels are a whole number of vectors.
     int64_t unit() const { return vector / std::gcd(inner, int64_t(vector)); }

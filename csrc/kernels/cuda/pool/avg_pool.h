@@ -7,7 +7,10 @@
 
 namespace pooling_ext::cuda {
 
-void avg_pool(const PoolJob& job, DType dtype, StreamHandle stream);
+// How many numbers avg_pool() needs room for in `parts`, or 0: where there are few large planes,
+// several blocks share one.
+int64_t avg_pool_parts(const PoolJob& job, DType dtype);
+void avg_pool(const PoolJob& job, DType dtype, double* parts, StreamHandle stream);
 void avg_pool_backward(const PoolJob& job, DType dtype, StreamHandle stream);
 
 }  // namespace pooling_ext::cuda
