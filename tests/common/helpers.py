@@ -192,7 +192,8 @@ def run_python(code: str, timeout: int = 300, **environment: str | None) -> subp
     """
     path = os.pathsep.join([str(COMMON), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     given = {name: value for name, value in environment.items() if value is not None}
-    env = {**os.environ, "PYTHONPATH": path, **given}
+    # Threads that wait sleep: other processes of the suite want the cores.
+    env = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", **given}
     for name, value in environment.items():
         if value is None:
             env.pop(name, None)

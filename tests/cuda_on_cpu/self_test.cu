@@ -1,4 +1,4 @@
-// What the stand-in itself must do: see tests/test_cuda.py, which compiles and runs this.
+// What the stand-in itself must do: see tests/gpu/test_cuda.py, which compiles and runs this.
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
