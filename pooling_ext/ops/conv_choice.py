@@ -9,11 +9,10 @@ the direct convolution in their last bits.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from torch.compiler import is_compiling
 from ..backends import cpu_library
 from ..exporting import are_known, constant_in_graphs
 from . import conv_speeds
+from .conv_shape import LEAST_CHANNELS, Conv
 
 #: What a convolution is in training: each is decided for itself.
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PHASES = ("forward", "input gradient", "weight gradient")
@@ -30,8 +30,6 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Depthwise kernels are square.
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
-#: Fewer channels than these fill no vector of Winograd's kernels.
-LEAST_CHANNELS = 16
 #: Where there are more, oneDNN fills its vectors well enough.
 MOST_IMAGE_CHANNELS = 4
 #: With fewer tiles than this, a transformed weight of more bytes than a second-level cache has makes
@@ -49,7 +47,6 @@ LEAST_SAVED = 2.0
 #: The libraries that make products, and PyTorch's convolutions of images, are not equally good on every
 #: vendor's processors, so that what was measured on another one has to show a gain beyond doubt.
 ELSEWHERE_MARGIN = 1.15
-_TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
 
 SWITCHED_OFF = os.environ.get("POOLING_EXT_WINOGRAD") == "0"
 _amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
@@ -88,90 +85,6 @@ def stands_for(module: Any) -> type:
 def stands_for_conv2d(module: Any) -> bool:
     """Whether the class of ``module`` is torch.nn's Conv2d, or ours in its place."""
     return stands_for(module) is nn.Conv2d
-
-
-class Conv(NamedTuple):
-    """A 2-d or 3-d convolution, before it runs.
-
-    Attributes:
-        batch, channels, size: of the input; ``size`` is (height, width), or (depth, height, width).
-        features: channels of the output.
-        kernel, stride, dilation: along the same axes.
-        padding: before each axis, and then after each: (top, left, bottom, right).
-        dtype: of input and weight, after autocast.
-        channels_last: whether the output will be; otherwise it is contiguous.
-    """
-
-    batch: int
-    channels: int
-    size: tuple[int, ...]
-    features: int
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    dtype: torch.dtype
-    channels_last: bool
-
-    @property
-    def rank(self) -> int:
-        return len(self.size)
-
-    @property
-    def sides(self) -> tuple[tuple[int, int], ...]:
-        """The padding before and after each axis."""
-        return tuple(zip(self.padding[: self.rank], self.padding[self.rank :], strict=True))
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether the padding is the same before and after each axis, as PyTorch's operators have it."""
-        return self.padding[: self.rank] == self.padding[self.rank :]
-
-    @property
-    def output_size(self) -> tuple[int, ...]:
-        return tuple(
-            (size + before + after - gap * (kernel - 1) - 1) // step + 1
-            for size, (before, after), kernel, step, gap in zip(
-                self.size, self.sides, self.kernel, self.stride, self.dilation, strict=True
-            )
-        )
-
-    @property
-    def outputs(self) -> int:
-        """Pixels of the output."""
-        return self.batch * math.prod(self.output_size)
-
-    @property
-    def planes(self) -> int:
-        """Of the kernel."""
-        return self.kernel[0] if self.rank == 3 else 1
-
-    @property
-    def work(self) -> int:
-        """Multiplications of the direct convolution."""
-        return self.outputs * self.features * self.channels // self.groups * math.prod(self.kernel)
-
-    @property
-    def tiles(self) -> int:
-        """Of Winograd's 4x4 pixels, of each phase of a dilated convolution."""
-        tiles = self.batch * (self.output_size[0] if self.rank == 3 else 1)
-        for size, gap in zip(self.output_size[-2:], self.dilation[-2:], strict=True):
-            tiles *= gap * -(-size // (gap * _TILE))
-        return tiles
-
-    @property
-    def winograd_work(self) -> int:
-        """Multiplications of Winograd's way."""
-        points = _POINTS if self.stride[-2:] == (1, 1) else _STRIDED_POINTS
-        return self.tiles * points * self.features * self.channels // self.groups * self.planes
-
-    @property
-    def winograd_bytes(self) -> int:
-        """What the transformed weight takes."""
-        features = -(-(self.features // self.groups) // LEAST_CHANNELS) * LEAST_CHANNELS
-        channels = self.channels * self.planes
-        return channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
 
 
 def winograd_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
