@@ -148,6 +148,14 @@ def allow_tf32():
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile knows of no earlier test, and no later one of this."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def one_thread():
     """For thousands of tiny calls: waking threads whose cores other processes use takes longest."""
     threads = torch.get_num_threads()

@@ -16,13 +16,6 @@ import pooling_ext.functional as F
 # --- compilation ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @EACH
 def test_compiled_forward_and_backward(ours, theirs, names):

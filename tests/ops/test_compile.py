@@ -17,6 +17,8 @@ import pooling_ext.functional as F
 from pooling_ext.ops.activations import RELU, Activation
 from pooling_ext.windows import adaptive_windows, fixed_windows, global_windows
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 CALLS = [
     pytest.param(lambda x: F.max_pool2d(x, 3, 2, 1), id="max"),
     pytest.param(lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True), id="max-indices"),
@@ -31,13 +33,6 @@ CALLS = [
     pytest.param(lambda x: F.global_max_pool2d(x), id="global-max"),
     pytest.param(lambda x: F.global_lp_pool2d(x, 2), id="global-lp"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def inputs(*shape: int) -> torch.Tensor:

@@ -47,13 +47,6 @@ def ours() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def both(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[ResNet, ResNet]:
     """A model, and its patched twin."""
     torch.manual_seed(0)
