@@ -11,8 +11,12 @@ from helpers import run_python
 import pooling_ext
 
 FAULTS = """
-import resource, torch, pooling_ext
+import ctypes, resource, torch, pooling_ext
 from pooling_ext import memory
+
+# Huge pages, which a system has at times and then not, would make a few faults of many.
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 def faults(tensors=5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
