@@ -16,14 +16,16 @@ def test_report():
     model = small()
     report = pooling_ext.patch(model)
     assert isinstance(report, PatchReport)
-    assert [(entry.path, entry.what) for entry in report.replaced] == [
+    # Its convolution is replaced too, where kernels of ours are the faster ones.
+    pools = [(entry.path, entry.what) for entry in report.replaced if entry.what != "Conv2d"]
+    assert pools == [
         ("1", "MaxPool2d"),
         ("2.1", "AvgPool2d"),
         ("3", "LPPool2d"),
         ("4", "AdaptiveAvgPool2d"),
     ]
     text = str(report)
-    assert "2.1" in text and "AvgPool2d" in text and "4 replaced, 0 skipped" in text
+    assert "2.1" in text and "AvgPool2d" in text and f"{len(report.replaced)} replaced, 0 skipped" in text
     assert "no convolution, BatchNorm and ReLU to fuse" in text
 
 
@@ -64,9 +66,9 @@ def test_identity_attributes_mode_and_hooks_stay():
 
 def test_patching_twice_and_unpatching_twice():
     model = small()
-    pooling_ext.patch(model)
+    report = pooling_ext.patch(model)
     again = pooling_ext.patch(model, strict=True)
-    assert not again.replaced and len(again.skipped) == 4
+    assert not again.replaced and len(again.skipped) == len(report.replaced) >= 4
     assert all("already" in entry.why for entry in again.skipped)
     pooling_ext.unpatch(model)
     pooling_ext.unpatch(model)
