@@ -227,14 +227,16 @@ def test_torch_fx_and_jit_trace_see_the_modules():
     expected = net(x)
     pooling_ext.patch(net)
     graph = torch.fx.symbolic_trace(net)
-    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_module"][:3] == [
-        "conv1",
-        "bn1",
-        "inplace",
+    calls = [node for node in graph.graph.nodes if node.op.startswith("call")]
+    # torch.fx looks into classes that are not torch.nn's, and so into a convolution of ours.
+    assert calls[0].target is TF.conv2d
+    assert [(node.op, node.target) for node in calls[1:3]] == [
+        ("call_module", "bn1"),
+        ("call_module", "inplace"),
     ]
     torch.testing.assert_close(graph(x), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(net, x)
     torch.testing.assert_close(traced(x), expected)
-    assert "batch_norm" in str(traced.inlined_graph) and "pooling_ext" not in str(traced.inlined_graph)
+    assert "batch_norm" in str(traced.inlined_graph) and "pooling_ext::" not in str(traced.inlined_graph)
