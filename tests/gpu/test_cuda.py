@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pooling_ext
 import pooling_ext.functional as F
-from pooling_ext import backends, cli
+from pooling_ext import backends, cli, memory
 from pooling_ext.backends import REGISTRY, cuda_library, triton_library
 from pooling_ext.testing.cuda_counts import counted, thread_order
 from pooling_ext.testing.launches import (
@@ -260,12 +261,22 @@ def test_results_do_not_depend_on_the_order_of_threads(case, format):
 # --- traffic -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fresh_pages() -> Iterator[None]:
+    """Large tensors are zeros until they are written, whatever tests before kept of their memory."""
+    reused = memory.is_cpu_memory_reused()
+    memory.stop_reusing_cpu_memory()
+    yield
+    if reused:
+        pooling_ext.reuse_cpu_memory()
+
+
 @on_cpu
 @pytest.mark.no_poison
 @formats
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("case", OURS, ids=str)
-def test_traffic_is_near_the_least_possible(case, dtype, format):
+def test_traffic_is_near_the_least_possible(case, dtype, format, fresh_pages):
     # A few blocks of a large batch; no more memory than theirs is ever touched by the kernels.
     few, elements = 96, 2**25
     batch = max(8, min(256, elements // math.prod(case.shape)))
