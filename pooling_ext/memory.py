@@ -63,8 +63,8 @@ def is_cpu_memory_reused() -> bool:
 def stop_reusing_cpu_memory() -> None:
     """Undo :func:`reuse_cpu_memory` and give freed memory back to the system.
 
-    From then on glibc maps tensors of 32 MiB or more, as it does by default once one of that size has
-    been freed.
+    From then on glibc maps tensors of 32 MiB or more for which the heap has no room, as it does by default
+    once one of that size has been freed.
     """
     global _reused
     if not _reused:

@@ -37,7 +37,7 @@ after = faults()
 assert memory.is_cpu_memory_reused()
 memory.stop_reusing_cpu_memory()
 assert not memory.is_cpu_memory_reused()
-stopped = faults()
+stopped = faults(tensors=1)
 assert pooling_ext.reuse_cpu_memory()
 faults(tensors=40)
 print(before, after, stopped, faults())
@@ -46,12 +46,13 @@ print(before, after, stopped, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
 def test_large_tensors_reuse_memory():
-    """Page faults of five 64 MiB tensors, before, after, when it is undone, and when it is redone."""
+    """Page faults of 64 MiB tensors: of five before and after, of one when it is undone, of five when redone."""
     result = run_python(FAULTS)
     assert result.returncode == 0, result.stderr
     before, after, stopped, again = map(int, result.stdout.split()[-4:])
     assert after * 20 < before, f"{before} page faults before, {after} after"
-    assert stopped * 2 > before, f"{before} page faults before, {stopped} once undone"
+    # The freed memory was given back. Later tensors may lie in what the first leaves in the heap.
+    assert stopped * 6 > before, f"{before} page faults before, {stopped} once undone"
     assert again * 20 < before, f"{before} page faults before, {again} once redone"
 
 
