@@ -46,7 +46,7 @@ print(before, after, stopped, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
 def test_large_tensors_reuse_memory():
-    """Page faults of 64 MiB tensors: of five before and after, of one when it is undone, of five when redone."""
+    """Page faults of five 64 MiB tensors, before, after and when redone; of one when undone."""
     result = run_python(FAULTS)
     assert result.returncode == 0, result.stderr
     before, after, stopped, again = map(int, result.stdout.split()[-4:])
