@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -219,23 +220,7 @@ def _bind_winograd(layer: PackedConv) -> Function:
 # --- depthwise, and images ---------------------------------------------------------------------------------
 
 
-def _depthwise_cannot(layer: PackedConv) -> str | None:
-    return _direct_reason(layer, depthwise_cannot)
-
-
-def _depthwise_why_not(layer: PackedConv) -> str | None:
-    return _direct_reason(layer, depthwise_why_not)
-
-
-def _image_cannot(layer: PackedConv) -> str | None:
-    return _direct_reason(layer, image_cannot)
-
-
-def _image_why_not(layer: PackedConv) -> str | None:
-    return _direct_reason(layer, image_why_not)
-
-
-def _direct_reason(layer: PackedConv, of_conv: Callable[[Conv], str | None]) -> str | None:
+def _direct_reason(of_conv: Callable[[Conv], str | None], layer: PackedConv) -> str | None:
     conv = as_conv(layer)
     reason = conv if isinstance(conv, str) else of_conv(conv)
     if reason is not None:
@@ -253,18 +238,16 @@ def _marked_channels_last(layer: PackedConv) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.channels_last).copy_(weight)
 
 
-def _bind_depthwise(layer: PackedConv) -> Function:
-    return _bind_direct(layer, depthwise_conv)
-
-
-def _bind_image(layer: PackedConv) -> Function:
-    return _bind_direct(layer, image_conv)
-
-
-def _bind_direct(layer: PackedConv, operator: Any) -> Function:
+def _bind_direct(operator: Any, layer: PackedConv) -> Function:
     activation = _kernel_activation(layer.activation)
     assert activation is not None
     return bound(operator, layer.weight, (layer.bias, layer.stride, layer.padding, *activation))
+
+
+def _direct(name: str, cannot: Callable[..., Any], why_not: Callable[..., Any], operator: Any) -> Engine:
+    """The engine of an operator that takes bias, stride, padding and activation."""
+    reasons = partial(_direct_reason, cannot), partial(_direct_reason, why_not)
+    return Engine(name, *reasons, _marked_channels_last, partial(_bind_direct, operator))
 
 
 # --- oneDNN ------------------------------------------------------------------------------------------------
@@ -396,8 +379,8 @@ def _in_channels_last(layer: PackedConv) -> Tensor:
 
 
 WINOGRAD = Engine("Winograd", _winograd_cannot, _winograd_why_not, _plain, _bind_winograd)
-DEPTHWISE = Engine("depthwise", _depthwise_cannot, _depthwise_why_not, _marked_channels_last, _bind_depthwise)
-IMAGE = Engine("image", _image_cannot, _image_why_not, _marked_channels_last, _bind_image)
+DEPTHWISE = _direct("depthwise", depthwise_cannot, depthwise_why_not, depthwise_conv)
+IMAGE = _direct("image", image_cannot, image_why_not, image_conv)
 ONEDNN = Engine("prepacked", _onednn_why_not, _onednn_why_not, _onednn_weight, _bind_onednn)
 TUNED = Engine("autotuned", _tuned_why_not, _tuned_why_not, _in_channels_last, _bind_tuned)
 ATEN = Engine("PyTorch", lambda layer: None, lambda layer: None, _in_channels_last, _bind_aten)

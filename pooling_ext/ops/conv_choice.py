@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ def _has_fast_bfloat16() -> bool:
     if HAS_AMX or supported is None or not supported():
         return HAS_AMX
     try:
-        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as lines:  # long where there are many cores; its first lines have it
+            return not any("GenuineIntel" in line for line in islice(lines, 8))
     except OSError:
         return True
 

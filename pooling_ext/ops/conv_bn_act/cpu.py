@@ -147,23 +147,11 @@ class Prepared(NamedTuple):
     plan: Plan | None
 
 
-def _prepare(call: Call, kernels: str) -> Prepared:
+def prepare(kernels: str, call: Call) -> Prepared:
     geometry = call.geometry()
     assert geometry is not None
     grads = call.trains or call.wants_grad
     return Prepared(geometry, plan(kernels, geometry) if grads else None)
-
-
-def prepare_winograd(call: Call) -> Prepared:
-    return _prepare(call, WINOGRAD)
-
-
-def prepare_depthwise(call: Call) -> Prepared:
-    return _prepare(call, DEPTHWISE)
-
-
-def prepare_image(call: Call) -> Prepared:
-    return _prepare(call, IMAGE)
 
 
 def prepare_pointwise(call: Call) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch.compiler import is_compiling
 
 from ... import backends
 from ...exporting import is_exporting, tracing_state
+from ..conv_choice import DEPTHWISE, IMAGE, WINOGRAD
 from . import cpu, gpu, norm
 from .call import LEAST_ELEMENTS, NO_CONVOLUTION, Call
 
@@ -50,9 +52,9 @@ def _nothing(call: Call) -> None:
 #: The first that gives no reason against it does a call; the last one can do any.
 IMPLEMENTATIONS = (
     Implementation("tuned", gpu.why_not, _nothing, gpu.run),
-    Implementation("Winograd", cpu.winograd_why_not, cpu.prepare_winograd, cpu.run_winograd),
-    Implementation("depthwise", cpu.depthwise_why_not, cpu.prepare_depthwise, cpu.run_depthwise),
-    Implementation("image", cpu.image_why_not, cpu.prepare_image, cpu.run_image),
+    Implementation("Winograd", cpu.winograd_why_not, partial(cpu.prepare, WINOGRAD), cpu.run_winograd),
+    Implementation("depthwise", cpu.depthwise_why_not, partial(cpu.prepare, DEPTHWISE), cpu.run_depthwise),
+    Implementation("image", cpu.image_why_not, partial(cpu.prepare, IMAGE), cpu.run_image),
     Implementation("pointwise", cpu.pointwise_why_not, cpu.prepare_pointwise, cpu.run_pointwise),
     Implementation("oneDNN, folded", cpu.folded_why_not, _nothing, cpu.run_folded),
     Implementation("PyTorch's convolution", _convolve_why_not, _nothing, _convolve),
