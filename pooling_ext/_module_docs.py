@@ -62,6 +62,26 @@ Example:
     >>> pooling_ext.GlobalLPPool2d(1, keepdim=False)(x)
     tensor([[ 6., 22.]])
 """,
+    "Conv1d": """\
+Args:
+    in_channels: channels of the input. The other arguments are :class:`torch.nn.Conv1d`'s too.
+
+Shape:
+    input: ``(N, C, L)`` or ``(C, L)``.
+    output: ``(N, O, L_out)`` or ``(O, L_out)``, as :class:`torch.nn.Conv1d`'s.
+
+Returns:
+    From ``forward``, a tensor.
+
+Raises:
+    ValueError: an argument is out of range.
+    RuntimeError: from ``forward``, the input does not go with the weight.
+
+Example:
+    >>> conv = pooling_ext.Conv1d(3, 8, 3, padding=1)
+    >>> conv(torch.randn(2, 3, 16)).shape
+    torch.Size([2, 8, 16])
+""",
     "Conv2d": """\
 Args:
     in_channels: channels of the input. The other arguments are :class:`torch.nn.Conv2d`'s too.

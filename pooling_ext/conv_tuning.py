@@ -27,6 +27,7 @@ from .ops.winograd import winograd_conv, winograd_weight
 from .testing.conv_shapes import (
     DEPTHWISE_LAYERS,
     IMAGE_LAYERS,
+    OTHER_KERNELS,
     POINTWISE_LAYERS,
     RESNET,
     STRIDED_LAYERS,
@@ -62,6 +63,12 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
                 batch, channels, (side, side), features, (3, 3), (2, 2), (1, 1, 1, 1),
                 (1, 1), 1, dtype, True,
             )  # fmt: skip
+        for channels, features, (rows, columns), size in OTHER_KERNELS[:: 5 if quick else 1]:
+            for channels_last in (True, False):
+                yield WINOGRAD, Conv(
+                    batch, channels, size, features, (rows, columns), (1, 1),
+                    (rows // 2, columns // 2) * 2, (1, 1), 1, dtype, channels_last,
+                )  # fmt: skip
         for channels, kernel, stride, side in DEPTHWISE_LAYERS[:: 5 if quick else 1]:
             for channels_last in (True, False):
                 half = kernel // 2
@@ -110,7 +117,7 @@ def rivals(kernels: str, conv: Conv) -> list[tuple[Callable[[], Any], Callable[[
 
     elif kernels == WINOGRAD:
         transformed = winograd_weight(weight, conv.groups, False, conv.stride[-1])
-        rest = plan.sides, conv.features, conv.groups, 0, 0.0, conv.stride, conv.dilation
+        rest = plan.sides, conv.features, conv.groups, 0, 0.0, conv.stride, conv.dilation, conv.kernel[-2:]
 
         def forward() -> Tensor:
             return winograd_conv(x, transformed, None, None, *rest)

@@ -17,7 +17,7 @@ from .ops.avg_pool import (
 from .ops.batch_norm_act import batch_norm_act
 from .ops.batch_norm_relu_max_pool import batch_norm_relu_max_pool
 from .ops.conv_bn_act import conv_bn_act
-from .ops.convolution import conv2d, conv3d
+from .ops.convolution import conv1d, conv2d, conv3d
 from .ops.global_pool import global_avg_pool2d, global_lp_pool2d, global_max_pool2d
 from .ops.lp_pool import lp_pool1d, lp_pool2d, lp_pool3d
 from .ops.max_pool import (
@@ -42,6 +42,7 @@ __all__ = [
     "avg_pool3d",
     "batch_norm_act",
     "batch_norm_relu_max_pool",
+    "conv1d",
     "conv2d",
     "conv3d",
     "conv_bn_act",

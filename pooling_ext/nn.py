@@ -32,6 +32,7 @@ __all__ = [
     "AvgPool2d",
     "AvgPool3d",
     "BatchNormAct2d",
+    "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvBNAct2d",
@@ -288,6 +289,23 @@ class _Activated:
         return f"activation={self.activation!r}{slope}"
 
 
+class Conv1d(nn.Conv1d):
+    """A convolution of sequences; a drop-in for :class:`torch.nn.Conv1d`.
+
+    :func:`pooling_ext.functional.conv1d` says which kernels run it. Transformed weights are kept as
+    :class:`Conv2d` does.
+    """
+
+    _pooling_ext_stands_for = nn.Conv1d
+
+    @compiled_from(nn.Conv1d.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor) and has_plain_weights(self) and not is_tracing():
+            geometry = self.stride, self.padding, self.dilation, self.groups
+            return F.conv1d(input, self.weight, self.bias, *geometry)
+        return super().forward(input)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution of images; a drop-in for :class:`torch.nn.Conv2d`.
 
@@ -323,7 +341,11 @@ class Conv3d(nn.Conv3d):
 
 
 #: Convolutions of ours, by torch.nn's.
-CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
 
 
 def _scripted_batch_norm_act(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:

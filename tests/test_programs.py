@@ -91,6 +91,7 @@ def _cases() -> dict[str, tuple[Callable[[], nn.Module], int]]:
         "global-avg": (lambda: p.GlobalAvgPool2d(keepdim=False), 2),
         "global-max": (lambda: p.GlobalMaxPool2d(), 2),
         "global-lp": (lambda: p.GlobalLPPool2d(2), 2),
+        "Conv1d": (lambda: p.Conv1d(4, 4, 3, groups=4), 1),
         "Conv2d": (lambda: p.Conv2d(4, 4, 3, groups=4), 2),
         "Conv3d": (lambda: p.Conv3d(4, 4, (1, 3, 3), groups=4), 3),
         "BatchNormAct2d": (lambda: p.BatchNormAct2d(4).eval(), 2),

@@ -16,7 +16,16 @@ namespace pooling_ext {
 namespace {
 
 constexpr int64_t kDefaultJobs = 1500;
-enum Counter { kForward, kSeveralBlocks, kSeveralSplits, kGroups, kStrided, kDilated, kPlanes };
+enum Counter {
+    kForward,
+    kSeveralBlocks,
+    kSeveralSplits,
+    kGroups,
+    kStrided,
+    kDilated,
+    kPlanes,
+    kOtherKernels
+};
 enum class Kind { Forward, InputGrad, WeightGrad };
 
 using Numbers = std::vector<double>;
@@ -31,7 +40,9 @@ struct Case {
     bool is_double() const { return format.dtype == DType::Float64; }
     int64_t element() const { return is_double() ? 8 : 4; }
     int64_t stride() const { return shape.kind == WinogradKind::Strided ? 2 : 1; }
-    int64_t taps() const { return shape.planes * 9; }
+    int64_t rows() const { return shape.tile().rows.taps; }
+    int64_t columns() const { return shape.tile().columns.taps; }
+    int64_t taps() const { return shape.planes * rows() * columns(); }
     // Of a sum of products, beside their sizes.
     double roundoff() const { return 64 * (is_double() ? 0x1p-53 : 0x1p-24); }
 
@@ -44,6 +55,7 @@ struct Case {
              << format.name << " batch=" << s.batch << " groups=" << s.groups
              << " channels=" << s.channels << " features=" << s.features << " in=" << s.height
              << "x" << s.width << " out=" << s.out_height << "x" << s.out_width
+             << " kernel=" << rows() << "x" << columns() << " turned=" << s.turned
              << " pad=" << s.pad_top << "," << s.pad_left << " stride=" << stride()
              << " dilation=" << s.dilation_y << "," << s.dilation_x << " planes=" << s.planes
              << " depth=" << s.depth << "->" << s.out_depth << " front=" << s.pad_front << " by "
@@ -63,15 +75,20 @@ Case make_case(Random& r) {
         s.channels = r.pick(1, r.chance(3) ? 70 : 20),
         s.features = r.pick(1, r.chance(3) ? 70 : 20);
         s.height = r.pick(1, r.chance(4) ? 24 : 11), s.width = r.pick(1, r.chance(4) ? 24 : 11);
-        s.kind = r.chance(3) ? WinogradKind::Strided : WinogradKind::Dense;
+        constexpr WinogradKind kKinds[] = {WinogradKind::Dense,   WinogradKind::Dense,
+                                           WinogradKind::Strided, WinogradKind::Strided,
+                                           WinogradKind::Square5, WinogradKind::Row3,
+                                           WinogradKind::Row7};
+        s.kind = kKinds[r.pick(0, 6)];
+        s.turned = r.chance(3);
         const bool odd = c.kind == Kind::InputGrad && c.stride() == 2;
         s.pad_top = odd ? r.pick(0, 1) * 2 - 1 : r.pick(-1, 3);
         s.pad_left = odd ? r.pick(0, 1) * 2 - 1 : r.pick(-1, 3);
         s.dilation_y = s.dilation_x = 1;
         if (c.stride() == 1 && r.chance(3))
             s.dilation_y = r.pick(1, 4), s.dilation_x = r.pick(1, 4);
-        s.out_height = s.height + s.pad_top + r.pick(-1, 3) - 2 * s.dilation_y - 1;
-        s.out_width = s.width + s.pad_left + r.pick(-1, 3) - 2 * s.dilation_x - 1;
+        s.out_height = s.height + s.pad_top + r.pick(-1, 3) - (c.rows() - 1) * s.dilation_y - 1;
+        s.out_width = s.width + s.pad_left + r.pick(-1, 3) - (c.columns() - 1) * s.dilation_x - 1;
         s.out_height = s.out_height < 0 ? 0 : s.out_height / c.stride() + 1;
         s.out_width = s.out_width < 0 ? 0 : s.out_width / c.stride() + 1;
         s.planes = s.depth = s.out_depth = s.plane_stride = s.plane_dilation = 1, s.pad_front = 0;
@@ -105,23 +122,31 @@ struct Elements {
 template <class Use>
 void each_product(const WinogradShape& s, const Use& use) {
     const int64_t into = s.groups * s.channels, out = s.groups * s.features;
-    const int64_t stride = s.kind == WinogradKind::Strided ? 2 : 1, taps = s.planes * 9;
+    const int64_t stride = s.kind == WinogradKind::Strided ? 2 : 1;
+    const int64_t columns = s.tile().columns.taps, plane_taps = s.tile().taps();
+    const int64_t taps = s.planes * plane_taps;
+    const WinogradSteps in = s.in_steps(), by = s.out_steps();
     for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
         const int64_t x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
         const int64_t image = pixel / s.out_width / s.out_height;
         const int64_t n = image / s.out_depth, z = image % s.out_depth;
         for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t plane = z * s.plane_stride - s.pad_front + tap / 9 * s.plane_dilation;
-            const int64_t row = y * stride - s.pad_top + tap % 9 / 3 * s.dilation_y;
-            const int64_t column = x * stride - s.pad_left + tap % 3 * s.dilation_x;
+            const int64_t at = tap % plane_taps;
+            const int64_t plane =
+                z * s.plane_stride - s.pad_front + tap / plane_taps * s.plane_dilation;
+            const int64_t row = y * stride - s.pad_top + at / columns * s.dilation_y;
+            const int64_t column = x * stride - s.pad_left + at % columns * s.dilation_x;
             if (plane < 0 || plane >= s.depth || row < 0 || row >= s.height || column < 0 ||
                 column >= s.width)
                 continue;
             const int64_t from =
-                (((n * s.depth + plane) * s.height + row) * s.width + column) * into;
+                ((n * s.depth + plane) * s.height * s.width + row * in.row + column * in.column) *
+                into;
+            const int64_t to =
+                (image * s.out_height * s.out_width + y * by.row + x * by.column) * out;
             for (int64_t f = 0; f < out; ++f)
                 for (int64_t k = 0; k < s.channels; ++k)
-                    use(pixel * out + f, from + f / s.features * s.channels + k,
+                    use(to + f, from + f / s.features * s.channels + k,
                         (f * s.channels + k) * taps + tap);
         }
     }
@@ -144,21 +169,23 @@ struct PlainWeight {
 
     PlainWeight(const Case& c, const WinogradShape& s, const Elements& weight, bool transposed,
                 Random& r)
-        : array(s.groups * s.inner() * s.features * 9, c.format.bytes) {
+        : array(s.groups * s.inner() * s.features * s.tile().taps(), c.format.bytes) {
         job.shape = s;
         job.transposed = transposed, job.weight = array.data.get();
         const int64_t inner = transposed ? s.features : s.channels, taps = c.taps();
         const int64_t outs = s.groups * (transposed ? s.channels : s.features);
-        const int64_t orders[][5] = {{inner * taps, taps, 9, 3, 1},
-                                     {inner * taps, 1, 9 * inner, inner * 3, inner},
-                                     {1, outs * taps, outs * 9, outs * 3, outs},
-                                     {inner * taps, taps, 9, 1, 3}};
+        const int64_t rows = c.rows(), columns = c.columns(), plane = rows * columns;
+        const int64_t orders[][5] = {{inner * taps, taps, plane, columns, 1},
+                                     {inner * taps, 1, plane * inner, inner * columns, inner},
+                                     {1, outs * taps, outs * plane, outs * columns, outs},
+                                     {inner * taps, taps, plane, 1, rows}};
         const int64_t* const strides = orders[r.pick(0, 3)];
         std::copy(strides, strides + 5, job.strides);
         for (int64_t i = 0; i < outs * inner * taps; ++i) {
             const int64_t tap = i % taps;
             array.set(i / taps / inner * strides[0] + i / taps % inner * strides[1] +
-                          tap / 9 * strides[2] + tap % 9 / 3 * strides[3] + tap % 3 * strides[4],
+                          tap / plane * strides[2] + tap % plane / columns * strides[3] +
+                          tap % columns * strides[4],
                       weight.array.get(i));
         }
     }
@@ -227,7 +254,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         for (int64_t a = 0; a < s.rows_of(at); ++a)
             for (int64_t b = 0; b < s.columns_of(at); ++b) {
                 const int64_t row = at.y + a * s.dilation_y, column = at.x + b * s.dilation_x;
-                unit_of[(at.image * s.out_height + row) * s.out_width + column] = t / kWinogradUnit;
+                unit_of[s.out_pixel({at.image, row, column, 0, 0})] = t / kWinogradUnit;
             }
     }
     Numbers mean(stats.size()), square(stats.size()), largest(stats.size());
@@ -264,7 +291,7 @@ void check_grad(const Case& c, const Elements& x, const Elements& grad, const Nu
     const Elements result(c.format, n);
     WinogradGradJob job;
     job.shape = s, job.x = x.data(), job.grad = grad.data(), job.result = result.data();
-    const int64_t strides[] = {s.channels * taps, taps, 9, 3, 1};
+    const int64_t strides[] = {s.channels * taps, taps, c.rows() * c.columns(), c.columns(), 1};
     std::copy(strides, strides + 5, job.strides);
     WinogradGradGrid grid;
     grid.splits = std::min(r.pick(1, 3), s.tiles());
@@ -297,6 +324,7 @@ void check_job(const Case& c, Random& r) {
     progress->counted[kStrided] += c.stride() == 2;
     progress->counted[kDilated] += s.dilation_y * s.dilation_x > 1;
     progress->counted[kPlanes] += s.planes > 1;
+    progress->counted[kOtherKernels] += c.rows() != 3 || c.columns() != 3;
     progress->counted[kForward] += c.kind == Kind::Forward;
     progress->counted[kGroups] += s.groups > 1;
     const Elements x(c.format, x_size, r), weight(c.format, weights, r), grad(c.format, y_size, r);
@@ -310,8 +338,8 @@ void check_job(const Case& c, Random& r) {
     if (c.kind == Kind::Forward) {
         Numbers sums(size_t(y_size), 0.0);
         each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[o] += weight[w] * x[i]; });
-        return check_forward(c, s, x, weight, false, sums, product * 9 * double(s.inner() + 1),
-                             table, r);
+        return check_forward(c, s, x, weight, false, sums,
+                             product * double(c.taps() * s.channels + 9), table, r);
     }
     Numbers sums(size_t(x_size), 0.0);
     each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[i] += weight[w] * grad[o]; });
@@ -319,7 +347,8 @@ void check_job(const Case& c, Random& r) {
     std::swap(turned.channels, turned.features);
     turned.height = s.out_height, turned.width = s.out_width;
     turned.out_height = s.height, turned.out_width = s.width;
-    turned.pad_top = 2 * s.dilation_y - s.pad_top, turned.pad_left = 2 * s.dilation_x - s.pad_left;
+    turned.pad_top = (c.rows() - 1) * s.dilation_y - s.pad_top;
+    turned.pad_left = (c.columns() - 1) * s.dilation_x - s.pad_left;
     turned.depth = s.out_depth, turned.out_depth = s.depth;
     turned.pad_front = s.plane_dilation * (s.planes - 1) - s.pad_front;
     if (c.stride() == 2) {
@@ -327,8 +356,8 @@ void check_job(const Case& c, Random& r) {
         turned.pad_top = -(s.pad_top - 1) / 2, turned.pad_left = -(s.pad_left - 1) / 2;
     }
     const WinogradKernels grad_table = POOLING_EXT_ISA::winograd(c.format.dtype, turned.kind);
-    check_forward(c, turned, grad, weight, true, sums, product * 9 * double(turned.inner() + 1),
-                  grad_table, r);
+    check_forward(c, turned, grad, weight, true, sums,
+                  product * double(c.taps() * turned.channels + 9), grad_table, r);
 }
 
 }  // namespace
@@ -342,7 +371,8 @@ int main(int argc, char** argv) {
                                              "in groups",
                                              "strided",
                                              "dilated",
-                                             "of several planes"};
+                                             "of several planes",
+                                             "of other kernels than 3x3"};
     return fuzz(argc, argv, "fuzz_winograd", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     const Case c = make_case(random);

@@ -176,7 +176,7 @@ def _bind_winograd(layer: PackedConv) -> Function:
     weight = transformed(layer.weight, layer.groups, layer.stride[-1])
     dtype, channels_last = layer.weight.dtype, _channels_last(layer.weight)
     geometry = [*layer.padding, *layer.padding], layer.weight.shape[0], layer.groups
-    steps = list(layer.stride), list(layer.dilation)
+    steps = list(layer.stride), list(layer.dilation), list(layer.weight.shape[-2:])
     known = _kernel_activation(layer.activation)
     epilogue = *geometry, *(known or _IDENTITY), *steps
     activation = layer.activation if known is None else None

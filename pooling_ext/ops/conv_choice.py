@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from ..backends import cpu_library
 from ..exporting import are_known, constant_in_graphs
 from . import conv_speeds
-from .conv_shape import LEAST_CHANNELS, Conv
+from .conv_shape import LEAST_CHANNELS, Conv, has_winograd_kernel
 
 #: What a convolution is in training: each is decided for itself.
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PHASES = ("forward", "input gradient", "weight gradient")
@@ -95,9 +95,11 @@ def winograd_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
         phase: of :data:`PHASES`.
     """
     # What mostly decides comes first.
-    if conv.kernel[-2:] != (3, 3):
-        return _because("the kernel is {}, not 3x3", _by(conv.kernel))
+    if not has_winograd_kernel(conv.kernel):
+        return _because("the kernel is {}, not 3x3, 5x5 or a row of 3 or 7", _by(conv.kernel))
     strided = conv.stride[-2:] != (1, 1)
+    if strided and conv.kernel[-2:] != (3, 3):
+        return _because("the stride is {} and the kernel {}, not 3x3", _by(conv.stride), _by(conv.kernel))
     if strided:
         if conv.stride[-2:] != (2, 2):
             return _because("the stride is {}, not 1 or 2", _by(conv.stride))
@@ -137,7 +139,7 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
         return reason
     if conv.dtype == torch.bfloat16 and HAS_AMX:
         return "the processor has AMX, with which oneDNN's bfloat16 is faster"
-    strided = conv.stride[-2:] != (1, 1)
+    is_usual = conv.stride[-2:] == (1, 1) and conv.kernel[-2:] == (3, 3)
     saved = LEAST_SAVED if conv.dilation[-2:] != (1, 1) else 1.0
     if conv.work <= saved * conv.winograd_work:
         planes = _by(conv.output_size)
@@ -149,8 +151,8 @@ def winograd_why_not(conv: Conv, phase: str = FORWARD) -> str | None:
             conv.tiles,
         )
     if is_compiling() and not _has_known_sizes(conv):
-        return _because("the stride is 2 and the sizes are symbols") if strided else None
-    return _why_slower(WINOGRAD, conv, phase) or (_why_not_measured(conv, phase) if strided else None)
+        return None if is_usual else "the sizes are symbols"
+    return _why_slower(WINOGRAD, conv, phase) or (None if is_usual else _why_not_measured(conv, phase))
 
 
 def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
@@ -319,10 +321,8 @@ def _why_slower(kernels: str, conv: Conv, phase: str, elsewhere: float = 0.0) ->
 
 
 def _why_not_measured(conv: Conv, phase: str) -> str | None:
-    """Strided convolutions gain too little to be left to rules."""
-    if _speedup(WINOGRAD, conv, phase) is not None:
-        return None
-    return f"its stride is 2, and {_NOT_MEASURED}"
+    """All but 3x3 kernels of stride 1 gain too little to be left to rules."""
+    return None if _speedup(WINOGRAD, conv, phase) is not None else _NOT_MEASURED
 
 
 _NOT_MEASURED = "nothing like it was measured on such a processor (pooling-ext tune)"
@@ -363,7 +363,9 @@ def may_be_ours(
     if min(channels, features) // groups < LEAST_CHANNELS or exact or SWITCHED_OFF:
         return False
     step, gap = stride[-2:], dilation[-2:]
-    return kernel[-2:] == (3, 3) and (step == (1, 1) or (step == (2, 2) and gap == (1, 1)))
+    if set(step) == {1}:
+        return has_winograd_kernel(kernel)
+    return kernel[-2:] == (3, 3) and step == (2, 2) and gap == (1, 1)
 
 
 def _because(form: str, *values: Any) -> str:

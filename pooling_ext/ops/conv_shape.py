@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 #: Fewer channels than these fill no vector of Winograd's kernels.
 LEAST_CHANNELS = 16
-_TILE, _POINTS, _STRIDED_POINTS = 4, 36, 81
+#: The kernels of rows and columns that Winograd's way is there for; all but the first with a stride of 1.
+WINOGRAD_KERNELS = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))
+#: Pixels of a tile along an axis, and its points, by the kernel's size along it.
+_TILES = {1: (1, 1), 3: (4, 6), 5: (4, 8), 7: (4, 10)}
+_STRIDED_POINTS = 81
 
 
 class Conv(NamedTuple):
@@ -76,21 +81,34 @@ class Conv(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of Winograd's 4x4 pixels, of each phase of a dilated convolution."""
+        """Of Winograd's way, of each phase of a dilated convolution."""
         tiles = self.batch * (self.output_size[0] if self.rank == 3 else 1)
-        for size, gap in zip(self.output_size[-2:], self.dilation[-2:], strict=True):
-            tiles *= gap * -(-size // (gap * _TILE))
+        for size, gap, kernel in zip(
+            self.output_size[-2:], self.dilation[-2:], self.kernel[-2:], strict=True
+        ):
+            tiles *= gap * -(-size // (gap * _TILES[kernel][0]))
         return tiles
 
     @property
     def winograd_work(self) -> int:
         """Multiplications of Winograd's way."""
-        points = _POINTS if self.stride[-2:] == (1, 1) else _STRIDED_POINTS
+        points = winograd_points(self.kernel) if self.stride[-2:] == (1, 1) else _STRIDED_POINTS
         return self.tiles * points * self.features * self.channels // self.groups * self.planes
 
     @property
     def winograd_bytes(self) -> int:
         """What the transformed weight takes."""
         features = -(-(self.features // self.groups) // LEAST_CHANNELS) * LEAST_CHANNELS
-        channels = self.channels * self.planes
-        return channels * features * _POINTS * (8 if self.dtype == torch.float64 else 4)
+        elements = self.channels * self.planes * features * winograd_points(self.kernel)
+        return elements * (8 if self.dtype == torch.float64 else 4)
+
+
+def winograd_points(kernel: Sequence[int]) -> int:
+    """How many points the transform of a kernel has, of each plane."""
+    return math.prod(_TILES[int(size)][1] for size in kernel[-2:])
+
+
+def has_winograd_kernel(kernel: Sequence[int]) -> bool:
+    """Whether there is a Winograd way for a kernel (along 1 to 3 axes) of stride 1."""
+    size = (1, *kernel) if len(kernel) == 1 else tuple(kernel[-2:])
+    return size == (3, 3) or (size in WINOGRAD_KERNELS and len(kernel) < 3)

@@ -73,7 +73,7 @@ def table(section: dict[str, Any]) -> Table:
     found: Table = {}
     for kind, rows in section.get("speedups", {}).items():
         kernels, dtype, layout, kernel, stride = kind.split()
-        key = kernels, dtype, layout == "channels_last", int(kernel), int(stride)
+        key = kernels, dtype, layout == "channels_last", kernel, int(stride)
         found[key] = [Measured(tuple(row[:4]), tuple(row[4:])) for row in rows]
     return found
 
@@ -104,8 +104,9 @@ def forget() -> None:
 
 def kind(kernels: str, conv: Conv) -> tuple[Any, ...]:
     """What a convolution has in common with those that say something of it."""
-    dtype = str(conv.dtype).removeprefix("torch.")
-    return kernels, dtype, conv.channels_last, conv.kernel[-1], max(conv.stride[-2:])
+    dtype, (rows, columns) = str(conv.dtype).removeprefix("torch."), conv.kernel[-2:]
+    kernel = str(rows) if rows == columns else "x".join(map(str, sorted((rows, columns))))  # turned or not
+    return kernels, dtype, conv.channels_last, kernel, max(conv.stride[-2:])
 
 
 def sizes(conv: Conv) -> tuple[int, int, int, int]:

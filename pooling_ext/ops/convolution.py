@@ -1,4 +1,4 @@
-"""conv2d and conv3d of torch.nn.functional by our kernels of the CPU where they are faster."""
+"""conv1d, conv2d and conv3d of torch.nn.functional by our kernels of the CPU where they are faster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,53 @@ from ._library import suggests_channels_last
 from ._torch_function import public
 from .conv_choice import FORWARD, MOST_IMAGE_CHANNELS, PHASES, WHY_NOT, WINOGRAD, Conv, call_why_not
 from .conv_kernels import convolve, in_format, plan
+from .conv_shape import has_winograd_kernel
 from .winograd import winograd_conv
+
+
+@public
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution of sequences; a drop-in for :func:`torch.nn.functional.conv1d`.
+
+    On the CPU, kernels of 3 and 7 run by Winograd's F(4, 3) and F(4, 7), and those of 1 in float32 as matrix
+    products, where these are known to be faster. Other convolutions fall back to PyTorch. All are
+    differentiable any number of times.
+
+    Args:
+        input: a tensor, see Shape.
+        weight: the kernels.
+        bias: added to the output; None for none.
+        stride: the step between windows.
+        padding: zeros on both sides; "same" or "valid".
+        dilation: the step between the elements of a window.
+        groups: into how many groups the channels are divided.
+
+    Shape:
+        input: ``(N, C, L)`` or ``(C, L)``.
+        weight: ``(O, C / groups, k)``.
+        bias: ``(O,)``.
+        output: ``(N, O, L_out)`` or ``(O, L_out)``.
+
+    Returns:
+        A tensor, contiguous as PyTorch's.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        RuntimeError: the arguments do not go together.
+
+    Example:
+        >>> F.conv1d(torch.ones(1, 2, 4), torch.ones(1, 2, 3), padding=1)
+        tensor([[[4., 6., 6., 4.]]])
+    """
+    return _convolved("conv1d", F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups)
 
 
 @public
@@ -35,11 +81,12 @@ def conv2d(
 ) -> Tensor:
     """A convolution of images; a drop-in for :func:`torch.nn.functional.conv2d`.
 
-    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), depthwise kernels of 3x3, 5x5 and
-    7x7 and any kernels on images of up to 4 channels on kernels of their own, and 1x1 kernels in float32 as
-    matrix products, where these are known to be faster. Other convolutions fall back to PyTorch. All are
-    differentiable any number of times. In float32 Winograd's results are off by some 1e-5 of the largest
-    element.
+    On the CPU, 3x3 kernels of stride 1 or 2 run by Winograd's F(4x4, 3x3), those of 5x5, 1x3, 3x1, 1x7 and
+    7x1 by its like, depthwise kernels of 3x3, 5x5 and 7x7 and any kernels on images of up to 4 channels on
+    kernels of their own, and 1x1 kernels in float32 as matrix products, where these are known
+    to be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times.
+
+    In float32 Winograd's results are off by some 1e-5 of the largest element.
 
     Args:
         input: a tensor, see Shape.
@@ -141,11 +188,11 @@ def _convolved(
                 why_not[kernels] = "a compiled graph would transform the weight at every call"
             else:
                 backends.record(name, kernels, why_not)
-                return (
-                    _winograd(x, w, b, conv)
-                    if kernels == WINOGRAD and not grads
-                    else convolve(x, w, b, plan(kernels, conv))
-                )
+                if rank == 1:  # as an image of one row
+                    x, w = x.unsqueeze(2), w.unsqueeze(2)
+                keeps_weight = kernels == WINOGRAD and not grads
+                y = _winograd(x, w, b, conv) if keeps_weight else convolve(x, w, b, plan(kernels, conv))
+                return y.squeeze(2) if rank == 1 else y
     backends.record(name, backends.ATEN.name, why_not)
     return theirs(input, weight, bias, stride, padding, dilation, groups)
 
@@ -160,7 +207,7 @@ def _is_others(rank: int, input: Tensor, weight: Any, bias: Any, groups: Any) ->
         return True
     points = math.prod(weight.shape[2:])
     return input.numel() * weight.shape[0] * points < conv_choice.LEAST_WORK or (
-        points != 1 and weight.shape[-2:] != (3, 3) and weight.shape[1] > MOST_IMAGE_CHANNELS
+        points != 1 and weight.shape[1] > MOST_IMAGE_CHANNELS and not has_winograd_kernel(weight.shape[2:])
     )
 
 
@@ -168,7 +215,8 @@ def _winograd(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) ->
     step = conv.stride[-1]
     transformed_weight, bias = winograd_weights.transformed(weight, bias, None, conv.groups, step)
     x, rest = in_format(input, conv.channels_last), (conv.padding, conv.features, conv.groups)
-    return winograd_conv(x, transformed_weight, bias, None, *rest, 0, 0.0, conv.stride, conv.dilation)
+    geometry = conv.stride, conv.dilation, conv.kernel[-2:]
+    return winograd_conv(x, transformed_weight, bias, None, *rest, 0, 0.0, *geometry)
 
 
 def _describe(
@@ -189,8 +237,11 @@ def _describe(
         reason = f"the stride, padding or dilation is not {rank} numbers"
     if reason is not None:
         return dict.fromkeys(WHY_NOT, reason), None
-    channels_last = suggests_channels_last(input) or suggests_channels_last(weight)
+    channels_last = rank > 1 and (suggests_channels_last(input) or suggests_channels_last(weight))
     batch, channels, *size = input.shape
+    if rank == 1:
+        size, kernel, paddings = [1, *size], (1, *kernel), (0, *paddings)  # type: ignore[misc]
+        strides, dilations = (1, *strides), (1, *dilations)  # type: ignore[misc]
     conv = Conv(
         batch,
         channels,

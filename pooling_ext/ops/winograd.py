@@ -1,18 +1,21 @@
-"""Convolution with 3x3 kernels by Winograd's F(4x4, 3x3), on the CPU.
+"""Convolution by Winograd's F(4x4, 3x3), F(4x4, 5x5), F(4, 3) and F(4, 7), on the CPU.
 
 After Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): 36 multiplications where the
-direct way has 144. Of stride 2 a kernel is four smaller ones on the input's phases, with 81 multiplications
-for 144; of a dilation the phases are convolutions by themselves; a kernel of several planes ``(D, 3, 3)`` is
-a sum over them, with their stride and dilation free. Sums are float32 (float64 for float64), and the result
-is the same for any number of threads. It is not that of the direct way to the last bit: errors are some 1e-5
-of the largest element in float32. An infinity or a NaN in the input reaches every output of the tiles that
-read it, which are 4x4 pixels, as NaN; so do values within a factor of 100 of the largest float.
+direct way has 144 for a 3x3 kernel, 64 where it has 400 for 5x5, 6 where it has 12 for 1x3 and 3x1, 10 where
+it has 28 for 1x7 and 7x1. Of a dilation the phases of the input are convolutions by themselves. For 3x3
+alone, a kernel of stride 2 is four smaller ones on the phases, with 81 multiplications for 144, and one of
+several planes ``(D, 3, 3)`` is a sum over them, with their stride and dilation free. Sums are float32
+(float64 for float64), and the result is the same for any number of threads. It is not that of the direct way
+to the last bit: errors are some 1e-5 of the largest element in float32. An infinity or a NaN in the input
+reaches every output of the tiles that read it, which are 4x4 pixels, as NaN; so do values within a factor of
+100 of the largest float.
 
 Low-level operators, with which a convolution with bias, addition and activation, its gradients, and the
 statistics of the batch norm that follows it can be made.
 They take any strides, and give results in the input's memory format. Padding is ``(top, left, bottom,
 right)``, in 3-d ``(front, top, left, back, bottom, right)``; a negative one crops. Stride and dilation have
 a number per spatial axis: the last two strides are both 1 or both 2, and then the last two dilations are 1.
+``kernel_size`` is (rows, columns) of a transformed weight; another one tells itself.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from torch import Tensor
 
 from . import _library
 from .activations import ACTIVATIONS as ACTIVATIONS
+from .conv_shape import winograd_points
 
-_POINTS, _PADDED = 36, 16
+_PADDED = 16
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +42,8 @@ def _weight_fake(weight: Tensor, groups: int, transposed: bool, stride: int = 1)
     outs, channels = weight.shape[0] // groups, weight.shape[1]
     into, out = (outs, channels) if transposed else (channels, outs)
     padded = (out + _PADDED - 1) // _PADDED * _PADDED
-    return weight.new_empty((groups, _POINTS, _planes(weight), into, padded), dtype=_wide(weight.dtype))
+    size = groups, winograd_points(weight.shape), _planes(weight), into, padded
+    return weight.new_empty(size, dtype=_wide(weight.dtype))
 
 
 def _planes(weight: Tensor) -> int:
@@ -65,9 +70,11 @@ def _conv_fake(
     slope: float,
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
+    kernel_size: Sequence[int] = (3, 3),
 ) -> Tensor:
     rank = input.dim() - 2
-    kernel = (_planes(weight), 3, 3)[3 - rank :]
+    # Only a transformed weight, which has five dimensions, is not known by its own size.
+    kernel = weight.shape[2:] if weight.dim() == 4 else (_planes(weight), *kernel_size)[3 - rank :]
     spatial = [
         (input.shape[2 + i] + padding[i] + padding[rank + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i]
         + 1
@@ -85,8 +92,10 @@ def _stats_fake(
     groups: int,
     stride: Sequence[int] = (1, 1),
     dilation: Sequence[int] = (1, 1),
+    kernel_size: Sequence[int] = (3, 3),
 ) -> tuple[Tensor, Tensor]:
-    output = _conv_fake(input, weight, bias, None, padding, out_channels, groups, 0, 0.0, stride, dilation)
+    common = input, weight, bias, None, padding, out_channels, groups, 0, 0.0
+    output = _conv_fake(*common, stride, dilation, kernel_size)
     return output, input.new_empty((2, out_channels), dtype=torch.float64)
 
 
@@ -100,7 +109,8 @@ def _input_grad_fake(
     input_size: Sequence[int] = (),
 ) -> Tensor:
     if not input_size:
-        sides = [2 * dilation[i] - padding[i] - padding[2 + i] for i in range(2)]
+        spans = [gap * (size - 1) for gap, size in zip(dilation, weight.shape[2:], strict=True)]
+        sides = [span - padding[i] - padding[2 + i] for i, span in enumerate(spans)]
         spatial = [size + side for size, side in zip(grad.shape[2:], sides, strict=True)]
         input_size = (grad.shape[0], weight.shape[1] * groups, *spatial)
     return _like(grad, input_size)
@@ -119,8 +129,9 @@ def _weight_grad_fake(
 
 
 _GEOMETRY = "SymInt[] stride=[1, 1], SymInt[] dilation=[1, 1]"
+_KERNEL = "SymInt[] kernel_size=[3, 3]"
 
-#: The weight ``(out, in / groups, [planes,] 3, 3)`` for the operators below, in float32 or float64, and for
+#: The weight ``(out, in / groups, [planes,] kH, kW)`` for the operators below, in float32 or float64, and for
 #: rows and columns of one stride, 1 or 2. Its order is the instruction set's, so it is not to be kept beyond
 #: the process. With ``transposed`` it is that of the convolution which makes the gradient of an input.
 winograd_weight = _library.define(
@@ -131,12 +142,12 @@ winograd_weight = _library.define(
 )
 
 #: ``activation(conv(input, weight) + bias + residual)``, rounded once; without what is not given. ``weight``
-#: is a :data:`winograd_weight`, or ``(out, in / groups, [planes,] 3, 3)`` of the input's dtype, which is then
-#: transformed in memory that is used again: faster where a weight is used once, slower where it can be kept.
-#: ``activation`` is an index of :data:`ACTIVATIONS`, ``slope`` that of a leaky ReLU.
+#: is a :data:`winograd_weight`, or ``(out, in / groups, [planes,] kH, kW)`` of the input's dtype, which is
+#: then transformed in memory that is used again: faster where a weight is used once, slower where it can be
+#: kept. ``activation`` is an index of :data:`ACTIVATIONS`, ``slope`` that of a leaky ReLU.
 winograd_conv = _library.define(
     "winograd_conv(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] padding, "
-    f"SymInt out_channels, SymInt groups, int activation, float slope, {_GEOMETRY})",
+    f"SymInt out_channels, SymInt groups, int activation, float slope, {_GEOMETRY}, {_KERNEL})",
     "Tensor",
     _conv_fake,
     vmap=False,
@@ -145,13 +156,13 @@ winograd_conv = _library.define(
 #: ``conv(input, weight) + bias`` and its statistics, as ``batch_norm_stats`` has them; ``weight`` as above.
 winograd_conv_stats = _library.define(
     "winograd_conv_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[] padding, SymInt out_channels, "
-    f"SymInt groups, {_GEOMETRY})",
+    f"SymInt groups, {_GEOMETRY}, {_KERNEL})",
     "(Tensor, Tensor)",
     _stats_fake,
     vmap=False,
 )
 
-#: The gradient of the input from the weight ``(out, in / groups, [planes,] 3, 3)``; ``padding`` is the
+#: The gradient of the input from the weight ``(out, in / groups, [planes,] kH, kW)``; ``padding`` is the
 #: convolution's. With stride 2 padding before rows and columns has to be odd, and planes have stride 1.
 #: ``input_size`` may be left out where all strides are 1 and there are no planes.
 winograd_input_grad = _library.define(
@@ -163,7 +174,7 @@ winograd_input_grad = _library.define(
 )
 
 #: The gradient of the weight, contiguous and of the input's dtype. ``weight_size`` may be left out where it
-#: has no planes.
+#: is ``(out, in / groups, 3, 3)``.
 winograd_weight_grad = _library.define(
     f"winograd_weight_grad(Tensor input, Tensor grad, SymInt[] padding, SymInt groups, {_GEOMETRY}, "
     "SymInt[] weight_size=[])",

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions, the depthwise ones and those of images in torchvision's models."""
+"""The 3x3 convolutions, the depthwise ones and those of images in torchvision's models, and a few others."""
 
 from __future__ import annotations
 
@@ -59,8 +59,36 @@ STRIDED_LAYERS: tuple[tuple[int, int, int], ...] = (
     (288, 384, 35),
 )
 
-#: Every such layer at 224 pixels (inception_v3 at 299) whose groups have at least 16 channels each way,
-#: each under the name of one model that has it.
+#: Layers of stride 1 of other kernels: channels, features, kernel, and size of the input. Of AlexNet,
+#: GoogLeNet, Inception, and networks on sequences, which are images of one row.
+OTHER_KERNELS: tuple[tuple[int, int, tuple[int, int], tuple[int, int]], ...] = (
+    (16, 32, (5, 5), (28, 28)),
+    (24, 64, (5, 5), (14, 14)),
+    (48, 64, (5, 5), (35, 35)),
+    (48, 128, (5, 5), (7, 7)),
+    (64, 192, (5, 5), (27, 27)),
+    (128, 128, (5, 5), (14, 14)),
+    (256, 256, (5, 5), (14, 14)),
+    (384, 384, (1, 3), (8, 8)),
+    (448, 384, (1, 3), (8, 8)),
+    (32, 32, (1, 3), (1, 4096)),
+    (64, 64, (1, 3), (1, 1024)),
+    (64, 64, (1, 3), (1, 16384)),
+    (128, 128, (1, 3), (1, 512)),
+    (256, 256, (1, 3), (1, 256)),
+    (256, 512, (1, 3), (1, 1024)),
+    (512, 512, (1, 3), (1, 128)),
+    (128, 128, (1, 7), (17, 17)),
+    (160, 192, (1, 7), (17, 17)),
+    (192, 192, (1, 7), (17, 17)),
+    (64, 64, (1, 7), (1, 1024)),
+    (128, 128, (1, 7), (1, 4096)),
+    (256, 256, (1, 7), (1, 256)),
+    (512, 512, (1, 7), (1, 128)),
+)
+
+#: Every 3x3 layer of stride 1 at 224 pixels (inception_v3 at 299) whose groups have at least 16 channels each
+#: way, each under the name of one model that has it.
 TORCHVISION: tuple[ConvShape, ...] = (
     ConvShape(16, 32, 1, 28, 1, "googlenet"),
     ConvShape(16, 48, 1, 14, 1, "googlenet"),

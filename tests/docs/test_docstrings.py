@@ -66,7 +66,7 @@ def test_every_argument_is_described(name):
     doc = inspect.getdoc(public) or ""
     args = doc.partition("Args:\n")[2].partition("\n\n")[0]
     parameters = [p for p in inspect.signature(public).parameters if p not in ("self", "function")]
-    if name in ("Conv2d", "Conv3d"):
+    if name in ("Conv1d", "Conv2d", "Conv3d"):
         parameters = ["in_channels"]  # the others are PyTorch's, as it says
     assert [p for p in parameters if not re.search(rf"\b{p}\b", args)] == []
 

@@ -1,4 +1,4 @@
-"""Winograd's convolution beyond 3x3 kernels of stride 1: strides, dilation and planes."""
+"""Winograd's convolution beyond 3x3 kernels of stride 1: strides, dilation, planes, and other kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import pooling_ext
-from pooling_ext.functional import conv2d, conv3d
+from pooling_ext.functional import conv1d, conv2d, conv3d
 from pooling_ext.ops import conv_choice, conv_speeds, winograd
 from pooling_ext.ops.conv_choice import FORWARD, INPUT_GRAD, WEIGHT_GRAD, WINOGRAD, Conv, winograd_why_not
 
@@ -37,6 +37,21 @@ CASES = {
     "planes in groups": ((1, 32, 4, 6, 5), (34, 16, 3, 3, 3), {"padding": 1, "groups": 2}),
     "planes of stride 2": ((1, 16, 7, 9, 8), (20, 16, 3, 3, 3), {"padding": 1, "stride": 2}),
     "stride of planes alone": ((1, 16, 7, 6, 8), (20, 16, 3, 3, 3), {"padding": 1, "stride": (2, 1, 1)}),
+    "5x5": ((2, 20, 13, 10), (24, 20, 5, 5), {"padding": 2}),
+    "5x5 dilated in groups": (
+        (1, 32, 11, 9),
+        (34, 16, 5, 5),
+        {"padding": (3, 4), "dilation": 2, "groups": 2},
+    ),
+    "1x3": ((2, 20, 13, 10), (24, 20, 1, 3), {"padding": (0, 1)}),
+    "3x1": ((2, 20, 13, 10), (24, 20, 3, 1), {"padding": (1, 0)}),
+    "3x1 dilated": ((1, 16, 13, 10), (16, 16, 3, 1), {"padding": (2, 1), "dilation": (3, 1)}),
+    "1x7": ((2, 20, 9, 13), (24, 20, 1, 7), {"padding": (0, 3)}),
+    "7x1": ((2, 20, 13, 6), (24, 20, 7, 1), {"padding": (3, 0)}),
+    "7x1 in groups": ((1, 32, 9, 5), (48, 16, 7, 1), {"padding": (4, 1), "groups": 2}),
+    "sequence of 3": ((2, 20, 37), (24, 20, 3), {"padding": 1}),
+    "dilated sequence": ((2, 16, 40), (16, 16, 3), {"padding": 4, "dilation": 4}),
+    "sequence of 7": ((1, 34, 30), (32, 17, 7), {"padding": 3, "groups": 2}),
 }
 BY_CASE = pytest.mark.parametrize("case", CASES)
 IN_FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -59,15 +74,18 @@ def off(actual: Tensor, expected: Tensor) -> float:
 
 def sample(case: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Tensor, dict]:
     size, weight_size, options = CASES[case]
-    format = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+    format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(size))
     x, weight, bias = torch.randn(size), torch.randn(weight_size) / 13, torch.randn(weight_size[0])
     if channels_last:
+        if format is None:
+            pytest.skip("sequences have no channels_last")
         x = x.contiguous(memory_format=format)
     return x.to(dtype), weight.to(dtype), bias.to(dtype), options
 
 
 def ours_and_theirs(case: str):
-    return (conv2d, TF.conv2d) if len(CASES[case][0]) == 4 else (conv3d, TF.conv3d)
+    rank = len(CASES[case][0]) - 2
+    return ((conv1d, TF.conv1d), (conv2d, TF.conv2d), (conv3d, TF.conv3d))[rank - 1]
 
 
 def geometry(rank: int, options: dict) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -163,6 +181,8 @@ def facts(size=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), dil
             "the stride of planes is 2",
         ),
         (facts((4, 9, 9), (3, 1, 3), (1, 1, 1), (1,) * 6, (1, 1, 1)), FORWARD, "the kernel is 3x1x3"),
+        (facts(kernel=(5, 3)), FORWARD, "the kernel is 5x3"),
+        (facts(kernel=(5, 5), stride=(2, 2)), WEIGHT_GRAD, "the stride is 2x2 and the kernel 5x5, not 3x3"),
     ],
 )
 def test_reasons(conv, phase, reason):
@@ -172,11 +192,20 @@ def test_reasons(conv, phase, reason):
 
 
 @pytest.mark.parametrize("phase", [FORWARD, INPUT_GRAD, WEIGHT_GRAD])
-def test_strided_ones_are_ours_where_they_were_measured(phase, monkeypatch):
-    strided = facts(stride=(2, 2))
-    assert winograd_why_not(strided, phase) is None
+@pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"kernel": (5, 5)}, {"kernel": (7, 1)}])
+def test_all_but_3x3_of_stride_1_are_ours_where_they_were_measured(change, phase, monkeypatch):
+    conv = facts(**change)
+    assert winograd_why_not(conv, phase) is None
     monkeypatch.setattr(conv_speeds, "speedup", lambda *_: None)
-    assert "pooling-ext tune" in str(winograd_why_not(strided, phase))
+    assert "pooling-ext tune" in str(winograd_why_not(conv, phase))
+    assert winograd_why_not(facts(), phase) is None
+
+
+def test_what_was_measured_of_other_kernels():
+    """A file knows rows, which columns are as fast as, and squares by their side."""
+    kernels = ((3, 3), (5, 5), (1, 7), (7, 1))
+    names = [conv_speeds.kind(WINOGRAD, facts(kernel=kernel))[3] for kernel in kernels]
+    assert names == ["3", "5", "1x7", "1x7"]
 
 
 def test_tiles_of_a_dilation_are_those_of_its_phases():
@@ -192,7 +221,7 @@ def test_tiles_of_a_dilation_are_those_of_its_phases():
         ({"stride": (2, 2), "dilation": (2, 2)}, "a dilation must be at least 1, and 1 with a stride of 2"),
         ({"dilation": (0, 1)}, "a dilation must be at least 1"),
         ({"stride": (1,)}, "a number per spatial axis"),
-        ({"dilation": (9, 9)}, "must fit into input"),
+        ({"dilation": (9, 9)}, "the kernel must fit into input"),
     ],
 )
 def test_operators_refuse(change, message):
@@ -219,12 +248,14 @@ def test_gradients_refuse_what_does_not_fit():
 @BY_CASE
 def test_operators_are_registered_well(case):
     x, weight, bias, options = sample(case, torch.float32, True)
+    if x.dim() == 3:
+        pytest.skip("the operators take images")
     rank, groups = x.dim() - 2, options.get("groups", 1)
     sides, *steps = geometry(rank, options)
     transformed = winograd.winograd_weight(weight, groups, False, steps[0][-1])
     common = sides, weight.shape[0], groups
     opcheck(winograd.winograd_weight, (weight, groups, False, steps[0][-1]))
-    opcheck(winograd.winograd_conv, (x, transformed, bias, None, *common, 1, 0.0, *steps))
+    opcheck(winograd.winograd_conv, (x, transformed, bias, None, *common, 1, 0.0, *steps, weight.shape[-2:]))
     opcheck(winograd.winograd_conv_stats, (x, weight, bias, *common, *steps))
     grad = torch.randn_like(winograd.winograd_conv(x, weight, bias, None, *common, 0, 0.0, *steps))
     if rank == 2 or steps[0][0] == 1:
@@ -235,6 +266,8 @@ def test_operators_are_registered_well(case):
 @BY_CASE
 def test_statistics(case):
     x, weight, bias, options = sample(case, torch.float32, True)
+    if x.dim() == 3:
+        pytest.skip("the operators take images")
     groups, (sides, *steps) = options.get("groups", 1), geometry(x.dim() - 2, options)
     output, stats = winograd.winograd_conv_stats(x, weight, bias, sides, weight.shape[0], groups, *steps)
     over = (0, *range(2, x.dim()))

@@ -30,13 +30,24 @@ Ints transformed_size(const WinogradShape& s) {
     return {s.groups, s.tile().weight_points(), s.planes, s.channels, padded_features(s)};
 }
 
+Ints output_size(const WinogradShape& s, int64_t dims) {
+    Ints sizes = {s.batch, s.groups * s.features, s.out_height, s.out_width};
+    if (s.turned) std::swap(sizes[2], sizes[3]);
+    if (dims == 5) sizes.insert(sizes.begin() + 2, s.out_depth);
+    return sizes;
+}
+
+// Whether a weight is as PyTorch has it: kernels are smaller than the padded features of others.
+bool is_plain(const Tensor& weight) {
+    return weight.dim() == 4 || sizes_of(weight).back() < kWinogradChannels;
+}
+
 // The transformed weight of a convolution of stride 1 or 2: [groups, points, planes, channels,
 // features rounded up], inside which each instruction set has its own order.
 Tensor winograd_weight(const Tensor& weight, int64_t groups, bool transposed, int64_t stride) {
     const Ints sizes = sizes_of(weight);
     WinogradShape s;
-    s.kind = stride == 2 ? WinogradKind::Strided : WinogradKind::Dense;
-    s.planes = planes_of(sizes);
+    set_kernel(s, sizes, stride);
     STD_TORCH_CHECK(groups > 0 && sizes[0] % groups == 0 && weight.numel() > 0,
                     "pooling_ext: groups must divide the channels");
     const int64_t outs = sizes[0] / groups;
@@ -122,8 +133,7 @@ struct ForwardCall {
             kept.push_back(vector_like(empty({0}, wide, false), values.data(), features));
             job.bias = kept.back().data_ptr();
         }
-        Ints sizes = {s.batch, features, s.out_height, s.out_width};
-        if (x.dim() == 5) sizes.insert(sizes.begin() + 2, s.out_depth);
+        const Ints sizes = output_size(s, x.dim());
         if (residual) {
             STD_TORCH_CHECK(
                 sizes_of(*residual) == sizes && residual->scalar_type() == x.scalar_type(),
@@ -164,9 +174,7 @@ struct ForwardCall {
 
     void set_weight(const Tensor& weight, bool transposed) {
         const WinogradShape& s = job.shape;
-        const Ints sizes = sizes_of(weight);
-        const size_t dims = sizes.size();
-        plain = dims >= 4 && sizes[dims - 2] == 3 && sizes[dims - 1] == 3;
+        plain = is_plain(weight);
         if (plain) {
             STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(),
                             "pooling_ext: weight must be of input's dtype");
@@ -174,9 +182,9 @@ struct ForwardCall {
             return;
         }
         STD_TORCH_CHECK(!transposed && weight.scalar_type() == computed_in(input.scalar_type()) &&
-                            weight.is_contiguous() && sizes == transformed_size(s),
-                        "pooling_ext: weight must be a winograd_weight for these channels, planes "
-                        "and dtype");
+                            weight.is_contiguous() && sizes_of(weight) == transformed_size(s),
+                        "pooling_ext: weight must be a winograd_weight for this kernel, these "
+                        "channels, planes and dtype");
         job.weight = weight.data_ptr();
     }
 
@@ -212,19 +220,28 @@ struct ForwardCall {
     }
 };
 
-// The planes of a weight, transformed or not.
-int64_t given_planes(const Tensor& weight) {
+// The shape of a weight, transformed or not, of which that is known: `kernel` says (rows, columns)
+// of a transformed one.
+WinogradShape kernel_of(const Tensor& weight, const Ints& kernel, const Ints& stride) {
     const Ints sizes = sizes_of(weight);
-    const bool transformed = sizes.size() == 5 && sizes[4] != 3;
-    return transformed ? sizes[2] : planes_of(sizes);
+    STD_TORCH_CHECK(!stride.empty() && kernel.size() == 2,
+                    "pooling_ext: stride must have a number per spatial axis, and kernel two");
+    WinogradShape s;
+    if (is_plain(weight)) {
+        set_kernel(s, sizes, stride.back());
+    } else {
+        set_kernel(s, kernel[0], kernel[1], stride.back());
+        s.planes = sizes[2];
+    }
+    return s;
 }
 
 Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                      const MaybeTensor& residual, const Ints& padding, int64_t features,
                      int64_t groups, int64_t activation, double slope, const Ints& stride,
-                     const Ints& dilation) {
-    const WinogradShape s =
-        shape_of(input, features, groups, given_planes(weight), {padding, stride, dilation});
+                     const Ints& dilation, const Ints& kernel) {
+    const WinogradShape s = shape_of(input, kernel_of(weight, kernel, stride), features, groups,
+                                     {padding, stride, dilation});
     ForwardCall call(s, input, weight, bias, residual);
     call.job.activation = activation_of(activation);
     call.job.slope = slope;
@@ -235,9 +252,9 @@ Tensor winograd_conv(const Tensor& input, const Tensor& weight, const MaybeTenso
 std::tuple<Tensor, Tensor> winograd_conv_stats(const Tensor& input, const Tensor& weight,
                                                const MaybeTensor& bias, const Ints& padding,
                                                int64_t features, int64_t groups, const Ints& stride,
-                                               const Ints& dilation) {
-    const WinogradShape s =
-        shape_of(input, features, groups, given_planes(weight), {padding, stride, dilation});
+                                               const Ints& dilation, const Ints& kernel) {
+    const WinogradShape s = shape_of(input, kernel_of(weight, kernel, stride), features, groups,
+                                     {padding, stride, dilation});
     ForwardCall call(s, input, weight, bias, {});
     if (s.batch == 0) {
         Tensor stats = empty({2, features}, ScalarType::Double, false);
@@ -267,19 +284,21 @@ Tensor winograd_weight_grad(const Tensor& input, const Tensor& grad, const Ints&
                             const Ints& weight_size) {
     STD_TORCH_CHECK(grad.dim() == input.dim() && grad.dim() >= 4,
                     "pooling_ext: grad must have input's rank");
+    STD_TORCH_CHECK(stride.size() > 0, "pooling_ext: stride must have a number per spatial axis");
     const int64_t features = sizes_of(grad)[1];
-    const int64_t planes = weight_size.empty() ? 1 : planes_of(weight_size);
+    Ints result_size = weight_size;
+    if (result_size.empty())
+        result_size = {features, sizes_of(input)[1] / std::max<int64_t>(groups, 1), 3, 3};
     WinogradGradJob job;
-    job.shape = shape_of(input, features, groups, planes, {padding, stride, dilation});
+    set_kernel(job.shape, result_size, stride.back());
+    job.shape = shape_of(input, job.shape, features, groups, {padding, stride, dilation});
     const WinogradShape& s = job.shape;
-    Ints out = {s.batch, features, s.out_height, s.out_width};
-    if (input.dim() == 5) out.insert(out.begin() + 2, s.out_depth);
-    STD_TORCH_CHECK(sizes_of(grad) == out && grad.scalar_type() == input.scalar_type(),
-                    "pooling_ext: grad must have the output's shape and input's dtype");
+    STD_TORCH_CHECK(
+        sizes_of(grad) == output_size(s, input.dim()) && grad.scalar_type() == input.scalar_type(),
+        "pooling_ext: grad must have the output's shape and input's dtype");
     const Tensor x = dense(input, true), dy = dense(grad, true);
-    Ints result_size = {features, s.channels, 3, 3};
-    if (input.dim() == 5) result_size.insert(result_size.begin() + 2, planes);
-    STD_TORCH_CHECK(weight_size.empty() || weight_size == result_size,
+    STD_TORCH_CHECK(int64_t(result_size.size()) == input.dim() && result_size[0] == features &&
+                        result_size[1] == s.channels,
                     "pooling_ext: weight_size must fit input and grad");
     Tensor result = empty(result_size, input.scalar_type(), false);
     const WinogradWeightJob as_weight = weight_job(result, s, false);

@@ -47,6 +47,7 @@ struct WinogradGeometry {
     // Along the axis that is `from_last` before the last.
     int64_t pad(int64_t from_last) const { return at(padding, from_last, stride.size()); }
     int64_t pad_after(int64_t from_last) const { return at(padding, from_last, padding.size()); }
+    int64_t pads(int64_t from_last) const { return pad(from_last) + pad_after(from_last); }
     int64_t step(int64_t from_last) const { return at(stride, from_last, stride.size()); }
     int64_t spacing(int64_t from_last) const { return at(dilation, from_last, stride.size()); }
 
@@ -74,13 +75,28 @@ struct WinogradGeometry {
     }
 };
 
-// Of a weight (out, in, ..., 3, 3): how many planes it has.
-inline int64_t planes_of(const Ints& weight_size) {
-    const size_t dims = weight_size.size();
+// Sets the kind of a shape for kernels of so many rows and columns.
+inline void set_kernel(WinogradShape& s, int64_t rows, int64_t columns, int64_t stride) {
+    s.turned = columns == 1;
+    if (s.turned) std::swap(rows, columns);
+    const auto is = [&](int64_t a, int64_t b) { return rows == a && columns == b; };
+    s.kind = is(5, 5)   ? WinogradKind::Square5
+             : is(1, 3) ? WinogradKind::Row3
+             : is(1, 7) ? WinogradKind::Row7
+                        : WinogradKind::Dense;
     STD_TORCH_CHECK(
-        (dims == 4 || dims == 5) && weight_size[dims - 1] == 3 && weight_size[dims - 2] == 3,
-        "pooling_ext: weight must be (out, in, 3, 3) or (out, in, D, 3, 3)");
-    return dims == 5 ? weight_size[2] : 1;
+        is(3, 3) || (stride == 1 && s.kind != WinogradKind::Dense),
+        "pooling_ext: a kernel must be 3x3, or with a stride of 1 5x5, 1x3, 3x1, 1x7 or 7x1");
+    if (stride == 2) s.kind = WinogradKind::Strided;
+}
+
+// That of a weight (out, in, [planes,] rows, columns).
+inline void set_kernel(WinogradShape& s, const Ints& weight_size, int64_t stride) {
+    const size_t dims = weight_size.size();
+    STD_TORCH_CHECK(dims == 4 || dims == 5,
+                    "pooling_ext: weight must be (out, in, H, W) or (out, in, D, H, W)");
+    set_kernel(s, weight_size[dims - 2], weight_size[dims - 1], stride);
+    s.planes = dims == 5 ? weight_size[2] : 1;
 }
 
 inline void set_groups(WinogradShape& s, int64_t channels, int64_t features, int64_t groups) {
@@ -96,30 +112,38 @@ inline int64_t winograd_out(int64_t in, int64_t padding, int64_t kernel, int64_t
     return room < 0 ? 0 : room / stride + 1;
 }
 
-inline WinogradShape shape_of(const Tensor& input, int64_t features, int64_t groups, int64_t planes,
-                              const WinogradGeometry& g) {
+// Sets height, width and what goes with them, of which the output's are still to be set. Rows and
+// columns are those of the shape, which may be turned.
+inline void set_plane(WinogradShape& s, const Ints& sizes, const WinogradGeometry& g) {
+    const int64_t rows = s.turned ? 0 : 1, columns = 1 - rows;
+    s.batch = sizes[0];
+    s.height = sizes[sizes.size() - 1 - size_t(rows)];
+    s.width = sizes[sizes.size() - 1 - size_t(columns)];
+    s.pad_top = g.pad(rows), s.pad_left = g.pad(columns);
+    s.dilation_y = g.spacing(rows), s.dilation_x = g.spacing(columns);
+}
+
+// A shape of which kernel and planes are set, for an input.
+inline WinogradShape shape_of(const Tensor& input, WinogradShape s, int64_t features,
+                              int64_t groups, const WinogradGeometry& g) {
     g.check(input);
     const Ints sizes = sizes_of(input);
-    const size_t dims = sizes.size();
-    STD_TORCH_CHECK(dims == 5 || planes == 1, "pooling_ext: weight must have input's rank");
-    WinogradShape s;
-    s.kind = g.step(0) == 2 ? WinogradKind::Strided : WinogradKind::Dense;
+    const bool has_planes = sizes.size() == 5;
+    STD_TORCH_CHECK(has_planes || s.planes == 1, "pooling_ext: weight must have input's rank");
     set_groups(s, sizes[1], features, groups);
-    s.batch = sizes[0];
-    s.height = sizes[dims - 2], s.width = sizes[dims - 1];
-    s.pad_top = g.pad(1), s.pad_left = g.pad(0);
-    s.dilation_y = g.spacing(1), s.dilation_x = g.spacing(0);
-    s.out_height = winograd_out(s.height, g.pad(1) + g.pad_after(1), 3, g.step(1), s.dilation_y);
-    s.out_width = winograd_out(s.width, g.pad(0) + g.pad_after(0), 3, g.step(0), s.dilation_x);
-    s.planes = planes;
-    if (dims == 5) {
+    set_plane(s, sizes, g);
+    const int64_t rows = s.turned ? 0 : 1, columns = 1 - rows;
+    const WinogradTile& tile = s.tile();
+    s.out_height = winograd_out(s.height, g.pads(rows), tile.rows.taps, g.step(rows), s.dilation_y);
+    s.out_width =
+        winograd_out(s.width, g.pads(columns), tile.columns.taps, g.step(columns), s.dilation_x);
+    if (has_planes) {
         s.depth = sizes[2], s.pad_front = g.pad(2);
         s.plane_stride = g.step(2), s.plane_dilation = g.spacing(2);
-        s.out_depth = winograd_out(s.depth, g.pad(2) + g.pad_after(2), planes, s.plane_stride,
-                                   s.plane_dilation);
+        s.out_depth = winograd_out(s.depth, g.pads(2), s.planes, s.plane_stride, s.plane_dilation);
     }
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0 && s.out_depth > 0,
-                    "pooling_ext: a kernel of 3x3 must fit into input with its padding");
+                    "pooling_ext: the kernel must fit into input with its padding");
     return s;
 }
 
@@ -135,16 +159,17 @@ inline WinogradShape input_grad_shape(const Tensor& grad, const Ints& weight_siz
     STD_TORCH_CHECK(!input_size.empty() || (dims == 4 && g.step(0) == 1),
                     "pooling_ext: input_size is needed with a stride or planes");
     WinogradShape s;
-    s.planes = planes_of(weight_size);
+    set_kernel(s, weight_size, g.step(0));
     set_groups(s, sizes[1], weight_size[1] * groups, groups);
-    s.batch = sizes[0];
-    s.height = sizes[dims - 2], s.width = sizes[dims - 1];
-    s.dilation_y = g.spacing(1), s.dilation_x = g.spacing(0);
+    set_plane(s, sizes, g);
+    const int64_t rows = s.turned ? 0 : 1, columns = 1 - rows;
+    const int64_t kernel_rows = s.tile().rows.taps, kernel_columns = s.tile().columns.taps;
     if (input_size.empty()) {
-        s.out_height = s.height + 2 * s.dilation_y - g.pad(1) - g.pad_after(1);
-        s.out_width = s.width + 2 * s.dilation_x - g.pad(0) - g.pad_after(0);
+        s.out_height = s.height + (kernel_rows - 1) * s.dilation_y - g.pads(rows);
+        s.out_width = s.width + (kernel_columns - 1) * s.dilation_x - g.pads(columns);
     } else {
-        s.out_height = input_size[dims - 2], s.out_width = input_size[dims - 1];
+        s.out_height = input_size[dims - 1 - size_t(rows)];
+        s.out_width = input_size[dims - 1 - size_t(columns)];
         STD_TORCH_CHECK(input_size[0] == s.batch && input_size[1] == s.groups * s.features,
                         "pooling_ext: input_size must fit grad and weight");
     }
@@ -154,7 +179,8 @@ inline WinogradShape input_grad_shape(const Tensor& grad, const Ints& weight_siz
                         "pooling_ext: with a stride of 2 the padding must be odd");
         s.pad_top = -(g.pad(1) - 1) / 2, s.pad_left = -(g.pad(0) - 1) / 2;
     } else {
-        s.pad_top = 2 * s.dilation_y - g.pad(1), s.pad_left = 2 * s.dilation_x - g.pad(0);
+        s.pad_top = (kernel_rows - 1) * s.dilation_y - g.pad(rows);
+        s.pad_left = (kernel_columns - 1) * s.dilation_x - g.pad(columns);
     }
     if (dims == 5) {
         STD_TORCH_CHECK(g.step(2) == 1,
@@ -163,22 +189,22 @@ inline WinogradShape input_grad_shape(const Tensor& grad, const Ints& weight_siz
         s.pad_front = s.plane_dilation * (s.planes - 1) - g.pad(2);
     }
     const auto fits = [&](int64_t from_last, int64_t in, int64_t kernel, int64_t out) {
-        return winograd_out(in, g.pad(from_last) + g.pad_after(from_last), kernel,
-                            g.step(from_last), g.spacing(from_last)) == out;
+        return winograd_out(in, g.pads(from_last), kernel, g.step(from_last),
+                            g.spacing(from_last)) == out;
     };
     STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0 && s.out_depth > 0 &&
-                        fits(0, s.out_width, 3, s.width) && fits(1, s.out_height, 3, s.height) &&
+                        fits(columns, s.out_width, kernel_columns, s.width) &&
+                        fits(rows, s.out_height, kernel_rows, s.height) &&
                         (dims == 4 || fits(2, s.out_depth, s.planes, s.depth)),
                     "pooling_ext: grad must have the size of the output");
     return s;
 }
 
-// The transform of a weight (out, in, 3, 3) or (out, in, D, 3, 3) of any strides, for a
-// convolution of these channels; `result` is still to be set.
+// The transform of a weight of any strides, for a convolution of these channels and this kernel;
+// `result` is still to be set.
 inline WinogradWeightJob weight_job(const Tensor& weight, const WinogradShape& s, bool transposed) {
     const Ints sizes = sizes_of(weight);
-    STD_TORCH_CHECK(planes_of(sizes) == s.planes &&
-                        sizes[0] == s.groups * (transposed ? s.channels : s.features) &&
+    STD_TORCH_CHECK(sizes[0] == s.groups * (transposed ? s.channels : s.features) &&
                         sizes[1] == (transposed ? s.features : s.channels),
                     "pooling_ext: weight must fit the channels");
     WinogradWeightJob job;
@@ -188,7 +214,9 @@ inline WinogradWeightJob weight_job(const Tensor& weight, const WinogradShape& s
     const auto strides = weight.strides();
     job.strides[0] = strides[0], job.strides[1] = strides[1];
     if (sizes.size() == 5) job.strides[2] = strides[2];
-    job.strides[3] = strides[sizes.size() - 2], job.strides[4] = strides[sizes.size() - 1];
+    const size_t last = sizes.size() - 1;
+    job.strides[3] = strides[s.turned ? last : last - 1];
+    job.strides[4] = strides[s.turned ? last - 1 : last];
     return job;
 }
 

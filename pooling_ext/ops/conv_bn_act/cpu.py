@@ -28,6 +28,7 @@ from ..conv_choice import (
     call_why_not,
 )
 from ..conv_kernels import Plan, convolve, convolve_with_stats, in_format, plan
+from ..conv_shape import WINOGRAD_KERNELS
 from ..depthwise_conv import depthwise_conv
 from ..image_conv import image_conv
 from ..winograd import winograd_conv
@@ -84,8 +85,8 @@ def winograd_why_not(call: Call) -> str | None:
     conv = call.conv
     if conv is None:
         return NO_CONVOLUTION
-    if conv.kernel_size != (3, 3):
-        return "the kernel is not 3x3"
+    if conv.kernel_size not in WINOGRAD_KERNELS:
+        return "the kernel is not 3x3, 5x5 or a row of 3 or 7"
     if call.exact:
         return "exact results are asked for"
     return _own_why_not(call, WINOGRAD)
@@ -184,6 +185,7 @@ def run_winograd(call: Call, prepared: Prepared) -> Any:
         *call.activation.arguments,
         geometry.stride,
         geometry.dilation,
+        geometry.kernel,
     )
 
 

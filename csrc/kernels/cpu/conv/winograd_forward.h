@@ -106,9 +106,10 @@ struct Epilogue {
     POOLING_EXT_INLINE void finish(const WinogradPlace& place, X* tile, const Seen& seen) const {
         const WinogradShape& s = job.shape;
         const int64_t all = s.groups * s.features;
-        const int64_t pixel = s.dilation_x * all, line = s.dilation_y * s.out_width * all;
-        const int64_t start =
-            ((place.image * s.out_height + place.y) * s.out_width + place.x) * all + channel;
+        const WinogradSteps steps = s.out_steps();
+        const int64_t pixel = s.dilation_x * steps.column * all;
+        const int64_t line = s.dilation_y * steps.row * all;
+        const int64_t start = s.out_pixel(place) * all + channel;
         const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
 #pragma GCC unroll 64
         for (int i = 0; i < kPixels; ++i) tile[i] += bias;
@@ -160,10 +161,10 @@ POOLING_EXT_INLINE void transform_back(const T* from, int64_t points, typename L
     using X = typename L::X;
     constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
     X half[kRows.out][kColumns.points];
-#pragma GCC unroll 9
+#pragma GCC unroll 10
     for (int b = 0; b < kColumns.points; ++b) {
         X m[kRows.points], column[kRows.out];
-#pragma GCC unroll 9
+#pragma GCC unroll 10
         for (int a = 0; a < kRows.points; ++a)
             m[a] = L::own(from + (a * kColumns.points + b) * points);
         Tile::Rows::output(m, column, T(0));

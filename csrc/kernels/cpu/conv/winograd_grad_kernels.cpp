@@ -22,12 +22,12 @@ void transform_grads(const WinogradShape& s, const In* grad, int64_t first, int6
                      int64_t from, int64_t features, Accumulator<In>* d, int64_t row, int64_t point,
                      const In* zeros) {
     const int64_t all = s.groups * s.features;
-    const int64_t pixel = s.dilation_x * all, line = s.dilation_y * s.out_width * all;
+    const WinogradSteps steps = s.out_steps();
+    const int64_t pixel = s.dilation_x * steps.column * all, line = s.dilation_y * steps.row * all;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), d += row) {
         const WinogradPlace place = walk.place();
-        const In* const corner =
-            grad + ((place.image * s.out_height + place.y) * s.out_width + place.x) * all + from;
+        const In* const corner = grad + s.out_pixel(place) * all + from;
         const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
         if (rows == Tile::kSizes.rows.out && columns == Tile::kSizes.columns.out) {
             const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
@@ -96,8 +96,11 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
     const WinogradShape& s = job.shape;
     const int64_t* const strides = job.strides;
     const int64_t size = region.size(s, m.lanes);
-    const bool dense = s.planes == 1 && strides[1] == 9 && strides[3] == 3 && strides[4] == 1;
-    alignas(64) T taps[kTogether * 9][L::kSize];
+    constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
+    constexpr int64_t kTaps = Tile::kSizes.taps();
+    const bool dense = s.planes == 1 && strides[1] == kTaps && strides[4] == 1 &&
+                       (kRows.taps == 1 || strides[3] == kColumns.taps);
+    alignas(64) T taps[kTogether * kTaps][L::kSize];
     for (int64_t some = 0; some < channels; some += kTogether)
         for (int64_t vector = 0; vector < region.vectors(); ++vector) {
             const int64_t feature = (region.first_vector + vector) * m.lanes;
@@ -106,26 +109,28 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
             for (int64_t k = 0; k < count; ++k) {
                 const T* const from =
                     static_cast<const T*>(sums) + (some + k) * wide + vector * m.lanes;
-                X half[3][6];
-#pragma GCC unroll 6
-                for (int b = 0; b < 6; ++b) {
-                    X u[6], column[3];
-#pragma GCC unroll 6
-                    for (int a = 0; a < 6; ++a) {
-                        const T* const point = from + (a * 6 + b) * channels * wide;
+                X half[kRows.taps][kColumns.weight_points];
+#pragma GCC unroll 10
+                for (int b = 0; b < kColumns.weight_points; ++b) {
+                    X u[kRows.weight_points], column[kRows.taps];
+#pragma GCC unroll 10
+                    for (int a = 0; a < kRows.weight_points; ++a) {
+                        const T* const point =
+                            from + (a * kColumns.weight_points + b) * channels * wide;
                         u[a] = L::own(point);
                         for (int64_t i = 1; i < splits; ++i) u[a] += L::own(point + i * size);
                     }
                     Tile::Rows::weight_grad(u, column, T(0));
-#pragma GCC unroll 3
-                    for (int a = 0; a < 3; ++a) half[a][b] = column[a];
+#pragma GCC unroll 7
+                    for (int a = 0; a < kRows.taps; ++a) half[a][b] = column[a];
                 }
-#pragma GCC unroll 3
-                for (int a = 0; a < 3; ++a) {
-                    X row[3];
+#pragma GCC unroll 7
+                for (int a = 0; a < kRows.taps; ++a) {
+                    X row[kColumns.taps];
                     Tile::Columns::weight_grad(half[a], row, T(0));
-#pragma GCC unroll 3
-                    for (int b = 0; b < 3; ++b) L::keep(taps[k * 9 + a * 3 + b], row[b]);
+#pragma GCC unroll 7
+                    for (int b = 0; b < kColumns.taps; ++b)
+                        L::keep(taps[k * kTaps + a * kColumns.taps + b], row[b]);
                 }
             }
             In* const of_features =
@@ -133,7 +138,7 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
             if (dense && count == kTogether) {
                 // A feature's channels and their taps lie together.
                 In* const to = of_features + (region.first_channel + some) * strides[1];
-                for (int64_t piece = 0; piece < 9; ++piece) {
+                for (int64_t piece = 0; piece < kTaps; ++piece) {
                     X rows[L::kSize];
 #pragma GCC unroll 16
                     for (int64_t i = 0; i < L::kSize; ++i)
@@ -148,11 +153,13 @@ void finish(const WinogradGradJob& job, const WinogradRegion& region, const void
                 const int64_t channel = region.first_channel + some + k;
                 In* const to = of_features + channel / s.channels * strides[2] +
                                channel % s.channels * strides[1];
-                for (int64_t tap = 0; tap < 9; ++tap)
+                for (int64_t tap = 0; tap < kTaps; ++tap) {
+                    const int64_t at =
+                        tap / kColumns.taps * strides[3] + tap % kColumns.taps * strides[4];
                     for (int64_t lane = 0; lane < lanes; ++lane)
-                        POOLING_EXT_ISA::put(
-                            to, lane * strides[0] + tap / 3 * strides[3] + tap % 3 * strides[4],
-                            narrow<In>(taps[k * 9 + tap][lane]));
+                        POOLING_EXT_ISA::put(to, lane * strides[0] + at,
+                                             narrow<In>(taps[k * kTaps + tap][lane]));
+                }
             }
         }
 }
@@ -176,17 +183,13 @@ auto grad_end_of(DType dtype) {
 
 void (*winograd_grad(DType dtype, WinogradKind kind))(const WinogradGradJob&, const WinogradRegion&,
                                                       int64_t, int64_t, void*, void*) {
-    return kind == WinogradKind::Dense     ? conv::grad_of<conv::DenseTile>(dtype)
-           : kind == WinogradKind::Strided ? conv::grad_of<conv::StridedTile>(dtype)
-                                           : nullptr;
+    return conv::of_kind(kind, [&](auto tile) { return conv::grad_of<decltype(tile)>(dtype); });
 }
 
 void (*winograd_grad_end(DType dtype, WinogradKind kind))(const WinogradGradJob&,
                                                           const WinogradRegion&, const void*,
                                                           int64_t) {
-    return kind == WinogradKind::Dense     ? conv::grad_end_of<conv::DenseTile>(dtype)
-           : kind == WinogradKind::Strided ? conv::grad_end_of<conv::StridedTile>(dtype)
-                                           : nullptr;
+    return conv::of_kind(kind, [&](auto tile) { return conv::grad_end_of<decltype(tile)>(dtype); });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

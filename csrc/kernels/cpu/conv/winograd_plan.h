@@ -29,8 +29,12 @@ struct WinogradCosts {
     double rows = 14, tile = 0.2;  // a tile of registers, and what it costs beside its products
 };
 constexpr WinogradCosts kWinogradCosts{};
-// Tiles that may be taken at a time.
+// Tiles of 36 points that may be taken at a time; of those with fewer points as many more.
 constexpr int64_t kWinogradBlocks[] = {8, 16, 24, 32, 40, 56, 80, 112, 168, 224, 336, 448};
+
+inline int64_t winograd_block_scale(const WinogradShape& s) {
+    return std::max<int64_t>(1, 36 / s.tile().points());
+}
 
 // Part `part` of `count` things in `parts`, each as large as the next or larger by one.
 inline int64_t part_begin(int64_t part, int64_t parts, int64_t count) {
@@ -111,7 +115,8 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
 
     WinogradBlock best{std::min<int64_t>(kWinogradUnit, tiles), std::min<int64_t>(2, vectors)};
     double least = -1;
-    for (const int64_t some : kWinogradBlocks) {
+    for (const int64_t of_36 : kWinogradBlocks) {
+        const int64_t some = of_36 * winograd_block_scale(s);
         for (int64_t wide = 2;; wide *= 2) {
             const WinogradBlock block{even_block(tiles, some), std::min(wide, vectors)};
             const WinogradScratch parts(s, m, block);
@@ -240,7 +245,8 @@ inline WinogradGradGrid winograd_grad_grid(const WinogradShape& s, const Winogra
                 continue;
             const int64_t tasks = best.splits * s.groups * c * v;
             const double turns = double(ceil_div(tasks, workers));
-            for (const int64_t some : kWinogradBlocks) {
+            for (const int64_t of_36 : kWinogradBlocks) {
+                const int64_t some = of_36 * winograd_block_scale(s);
                 const int64_t block = even_block(tiles, some);
                 const double cost =
                     turns * winograd_grad_cost(s, m, tiles, ceil_div(in, c), ceil_div(out, v),

@@ -33,6 +33,11 @@ constexpr WinogradAxis kWinogradStrided{3, 9, 9, 4, 8, 6};
 // Its transpose, from which the gradient of its input comes: pixels of the output are in turn a
 // product with the middle tap and a sum of two with the outer ones.
 constexpr WinogradAxis kWinogradSpread{3, 5, 9, 8, 4, 6};
+// F(4, 5) and F(4, 7): eight products where the direct way has twenty, and ten for twenty-eight.
+constexpr WinogradAxis kWinogradFive{5, 8, 8, 4, 4, 8};
+constexpr WinogradAxis kWinogradSeven{7, 10, 10, 4, 4, 10};
+// An axis along which the kernel is one pixel.
+constexpr WinogradAxis kWinogradSingle{1, 1, 1, 1, 1, 1};
 
 struct WinogradTile {
     WinogradAxis rows, columns;
@@ -44,11 +49,13 @@ struct WinogradTile {
     constexpr POOLING_EXT_INLINE int64_t taps() const { return rows.taps * columns.taps; }
 };
 
-// Kernels of 3x3: 36 products where the direct way has 144; strided ones 81.
-enum class WinogradKind { Dense, Strided, Spread };
-constexpr WinogradTile kWinogradTiles[] = {{kWinogradDense, kWinogradDense},
-                                           {kWinogradStrided, kWinogradStrided},
-                                           {kWinogradSpread, kWinogradSpread}};
+// Kernels of 3x3: 36 products where the direct way has 144; strided ones 81. Of 5x5: 64 for 400. Of
+// 1x3: 6 for 12, of 1x7: 10 for 28.
+enum class WinogradKind { Dense, Strided, Spread, Square5, Row3, Row7 };
+constexpr WinogradTile kWinogradTiles[] = {
+    {kWinogradDense, kWinogradDense},   {kWinogradStrided, kWinogradStrided},
+    {kWinogradSpread, kWinogradSpread}, {kWinogradFive, kWinogradFive},
+    {kWinogradSingle, kWinogradDense},  {kWinogradSingle, kWinogradSeven}};
 
 // A tile by its image and its first pixels.
 struct WinogradPlace {
@@ -56,17 +63,27 @@ struct WinogradPlace {
     int64_t in_y, in_x;   // of the input with its padding
 };
 
+// How far one pixel and the next lie from each other, in pixels.
+struct WinogradSteps {
+    int64_t row, column;
+};
+
 // A convolution's sizes; activations lie channels-last. Channels are those of one group.
 struct WinogradShape {
     WinogradKind kind = WinogradKind::Dense;
+    // Rows are columns in memory, for a kernel of 3x1 as one of 1x3: all sizes are as if the planes
+    // were turned.
+    bool turned = false;
     int64_t batch = 1, groups = 1, channels = 1, features = 1;
     int64_t height = 1, width = 1, out_height = 1, out_width = 1;
     int64_t pad_top = 0, pad_left = 0;       // below 0 the input is cropped
-    int64_t dilation_y = 1, dilation_x = 1;  // 1 unless the kind is Dense
+    int64_t dilation_y = 1, dilation_x = 1;  // 1 where the stride is 2
     // A kernel of several planes is a sum over them, as over channels.
     int64_t planes = 1, depth = 1, out_depth = 1;
     int64_t pad_front = 0, plane_stride = 1, plane_dilation = 1;
 
+    POOLING_EXT_INLINE WinogradSteps in_steps() const { return steps(height, width); }
+    POOLING_EXT_INLINE WinogradSteps out_steps() const { return steps(out_height, out_width); }
     POOLING_EXT_INLINE const WinogradTile& tile() const { return kWinogradTiles[int(kind)]; }
     // What is summed over in the transformed domain: channels, plane after plane.
     POOLING_EXT_INLINE int64_t inner() const { return planes * channels; }
@@ -97,6 +114,11 @@ struct WinogradShape {
         along(column, t.columns, out_width, dilation_x, found.x, found.in_x);
         return found;
     }
+    // A tile's first pixel among all of the output.
+    POOLING_EXT_INLINE int64_t out_pixel(const WinogradPlace& at) const {
+        const WinogradSteps by = out_steps();
+        return at.image * out_height * out_width + at.y * by.row + at.x * by.column;
+    }
     // Pixels of a tile that lie in the output.
     POOLING_EXT_INLINE int64_t rows_of(const WinogradPlace& at) const {
         return within(out_height - at.y, dilation_y, tile().rows.out);
@@ -106,6 +128,9 @@ struct WinogradShape {
     }
 
   private:
+    POOLING_EXT_INLINE WinogradSteps steps(int64_t rows, int64_t columns) const {
+        return turned ? WinogradSteps{1, rows} : WinogradSteps{columns, 1};
+    }
     static POOLING_EXT_INLINE int64_t phase(int64_t size, int64_t dilation, int64_t out) {
         return ceil_div(ceil_div(size, dilation), out);
     }

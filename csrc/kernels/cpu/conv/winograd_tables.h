@@ -11,6 +11,9 @@ void (*winograd_weight(DType dtype, WinogradKind kind))(const WinogradWeightJob&
 void (*winograd_forward(DType dtype, WinogradKind kind))(const WinogradJob&, void* scratch);
 void (*winograd_strided(DType dtype))(const WinogradJob&, void* scratch);
 void (*winograd_spread(DType dtype))(const WinogradJob&, void* scratch);
+void (*winograd_square5(DType dtype))(const WinogradJob&, void* scratch);
+void (*winograd_row3(DType dtype))(const WinogradJob&, void* scratch);
+void (*winograd_row7(DType dtype))(const WinogradJob&, void* scratch);
 void (*winograd_grad(DType dtype, WinogradKind kind))(const WinogradGradJob&, const WinogradRegion&,
                                                       int64_t first, int64_t last, void* sums,
                                                       void* scratch);

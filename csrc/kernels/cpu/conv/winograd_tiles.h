@@ -67,21 +67,21 @@ POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
     constexpr int kRowPoints = Rows::kSizes.points, kColumnPoints = Columns::kSizes.points;
     const auto one = [&](int64_t c, const auto& get) POOLING_EXT_INLINE_LAMBDA {
         X half[kRows][kColumnPoints];
-#pragma GCC unroll 9
+#pragma GCC unroll 10
         for (int a = 0; a < kRows; ++a) {
             const auto row = at(a, c);
             X pixels[kColumns];
-#pragma GCC unroll 9
+#pragma GCC unroll 10
             for (int b = 0; b < kColumns; ++b) pixels[b] = get(row(b));
             Way::template along<Columns>(pixels, half[a], T(0));
         }
-#pragma GCC unroll 9
+#pragma GCC unroll 10
         for (int b = 0; b < kColumnPoints; ++b) {
             X pixels[kRows], column[kRowPoints];
-#pragma GCC unroll 9
+#pragma GCC unroll 10
             for (int a = 0; a < kRows; ++a) pixels[a] = half[a][b];
             Way::template along<Rows>(pixels, column, T(0));
-#pragma GCC unroll 9
+#pragma GCC unroll 10
             for (int a = 0; a < kRowPoints; ++a)
                 L::keep(to + (a * kColumnPoints + b) * points + c, column[a]);
         }
@@ -139,8 +139,10 @@ struct PixelRow {
                 return from + 2 * three;
             case 7:
                 return from + seven;
-            default:
+            case 8:
                 return from + 8 * one;
+            default:
+                return from + one + 8 * one;
         }
     }
 };
@@ -167,7 +169,8 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
     using T = Accumulator<In>;
     constexpr int64_t kRows = Tile::kSizes.rows.in, kColumns = Tile::kSizes.columns.in;
     const int64_t all = s.groups * s.channels;
-    const int64_t pixel = s.dilation_x * all, line = s.dilation_y * s.width * all;
+    const WinogradSteps steps = s.in_steps();
+    const int64_t pixel = s.dilation_x * steps.column * all, line = s.dilation_y * steps.row * all;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), v += row) {
         const WinogradPlace place = walk.place();
@@ -184,9 +187,9 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
                     std::memset(to + p * point, 0, size_t(count) * sizeof(T));
                 return;
             }
-            const In* const corner = x +
-                                     (((image * s.depth + z) * s.height + y) * s.width + x0) * all +
-                                     group * s.channels + channel;
+            const int64_t pixels =
+                (image * s.depth + z) * s.height * s.width + y * steps.row + x0 * steps.column;
+            const In* const corner = x + pixels * all + group * s.channels + channel;
             if (whole) {
                 const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                     return PixelRow<In>(made_anew(corner + c) + a * line, pixel);

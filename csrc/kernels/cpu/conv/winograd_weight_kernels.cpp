@@ -10,14 +10,23 @@ namespace pooling_ext::POOLING_EXT_ISA {
 namespace conv {
 namespace {
 
+// The most of a feature's taps that a vector holds, so that equal parts make all.
+constexpr int64_t taps_together(int64_t taps, int64_t lanes) {
+    int64_t most = taps < lanes ? taps : lanes;
+    while (taps % most != 0) --most;
+    return most;
+}
+
 // Reads a kernel's taps, in any strides, into vectors of features.
-template <class In>
+template <class In, class Tile>
 class Taps {
   public:
     using L = Lanes<In>;
     using T = Accumulator<In>;
     using X = typename L::X;
     static constexpr int64_t kChannels = L::kSize;  // read at once
+    static constexpr int64_t kTaps = Tile::kSizes.taps(), kColumns = Tile::kSizes.columns.taps;
+    static constexpr int64_t kRead = taps_together(kTaps, L::kSize);
 
     explicit Taps(const WinogradWeightJob& job)
         : job_(job),
@@ -38,7 +47,7 @@ class Taps {
         const In* const from = static_cast<const In*>(job_.weight) +
                                group * outs * job_.strides[0] + first * feature_ +
                                channel * channel_ + given * plane_;
-        const bool together = row_ == 3 && column_ == 1;
+        const bool together = (kTaps == kColumns || row_ == kColumns) && column_ == 1;
         if (lanes < L::kSize)
             one_by_one(from, lanes, count);
         else if (feature_ == 1)
@@ -47,9 +56,9 @@ class Taps {
             one_by_one(from, lanes, count);
         else if (channel_ == 1)
             along_channels(from);
-        else if (together && channel_ == 9)
+        else if (together && channel_ == kTaps)
             along_both(from);
-        else if (together && feature_ == 9 && L::kSize > 2)
+        else if (together && feature_ == kTaps && kRead > 1)
             along_taps(from);
         else
             one_by_one(from, lanes, count);
@@ -60,14 +69,16 @@ class Taps {
 
   private:
     // The gradient of an input is a convolution with the turned kernel.
-    POOLING_EXT_INLINE int64_t turned(int64_t tap) const { return job_.transposed ? 8 - tap : tap; }
+    POOLING_EXT_INLINE int64_t turned(int64_t tap) const {
+        return job_.transposed ? kTaps - 1 - tap : tap;
+    }
     POOLING_EXT_INLINE int64_t offset(int64_t tap) const {
-        return tap / 3 * row_ + tap % 3 * column_;
+        return tap / kColumns * row_ + tap % kColumns * column_;
     }
 
     void one_by_one(const In* from, int64_t lanes, int64_t count) {
         for (int64_t k = 0; k < count; ++k)
-            for (int64_t tap = 0; tap < 9; ++tap)
+            for (int64_t tap = 0; tap < kTaps; ++tap)
                 for (int64_t lane = 0; lane < L::kSize; ++lane)
                     taps_[k][turned(tap)][lane] =
                         lane < lanes ? widen(from[lane * feature_ + k * channel_ + offset(tap)])
@@ -76,37 +87,38 @@ class Taps {
 
     void along_features(const In* from, int64_t count) {
         for (int64_t k = 0; k < count; ++k)
-            for (int64_t tap = 0; tap < 9; ++tap)
+            for (int64_t tap = 0; tap < kTaps; ++tap)
                 L::keep(taps_[k][turned(tap)], L::get(from + k * channel_ + offset(tap)));
     }
 
     void along_channels(const In* from) {
-        for (int64_t tap = 0; tap < 9; ++tap)
+        for (int64_t tap = 0; tap < kTaps; ++tap)
             transposed(from + offset(tap), feature_,
                        [&](int64_t k) { return taps_[k][turned(tap)]; });
     }
 
     // A feature's channels and their taps lie together.
     void along_both(const In* from) {
-        for (int64_t piece = 0; piece < 9; ++piece)
+        for (int64_t piece = 0; piece < kTaps; ++piece)
             transposed(from + piece * kChannels, feature_, [&](int64_t i) {
                 const int64_t at = piece * kChannels + i;
-                return taps_[at / 9][turned(at % 9)];
+                return taps_[at / kTaps][turned(at % kTaps)];
             });
     }
 
     // A channel's features and their taps lie together. What is read beyond the taps of a feature
-    // are others, but for those of the last, which may be the end of the weight.
+    // are others, but for those of the last ones, which may be the end of the weight.
     void along_taps(const In* from) {
-        constexpr int64_t kRead = L::kSize > 9 ? 9 : L::kSize > 3 ? 3 : 1, kPieces = 9 / kRead;
+        constexpr int64_t kWhole = L::kSize - (L::kSize - kRead + kTaps - 1) / kTaps;
         alignas(64) T beyond[L::kSize];
         for (int64_t k = 0; k < kChannels; ++k)
-            for (int64_t piece = 0; piece < kPieces; ++piece) {
+            for (int64_t piece = 0; piece < kTaps / kRead; ++piece) {
                 const In* const taps = from + k * channel_ + piece * kRead;
                 X rows[L::kSize];
 #pragma GCC unroll 16
-                for (int64_t i = 0; i < L::kSize - 1; ++i) rows[i] = L::get(taps + i * 9);
-                rows[L::kSize - 1] = L::get(taps + (L::kSize - 1) * 9, kRead);
+                for (int64_t i = 0; i < L::kSize; ++i)
+                    rows[i] =
+                        i < kWhole ? L::get(taps + i * kTaps) : L::get(taps + i * kTaps, kRead);
                 L::transpose(rows);
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < L::kSize; ++i)
@@ -127,29 +139,32 @@ class Taps {
 
     const WinogradWeightJob& job_;
     const int64_t feature_, channel_, plane_, row_, column_;  // strides
-    alignas(64) T taps_[kChannels][9][L::kSize];
+    alignas(64) T taps_[kChannels][kTaps][L::kSize];
 };
 
 // Calls keep(point, vector) for the transform of a channel's taps.
 template <class Tile, class In, class Keep>
-POOLING_EXT_INLINE void transform_weight(const Taps<In>& taps, int64_t k, const Keep& keep) {
+POOLING_EXT_INLINE void transform_weight(const Taps<In, Tile>& taps, int64_t k, const Keep& keep) {
     using T = Accumulator<In>;
     using X = typename Lanes<In>::X;
-    X half[6][3];
-#pragma GCC unroll 3
-    for (int b = 0; b < 3; ++b) {
-        const X column[] = {taps.at(k, b), taps.at(k, 3 + b), taps.at(k, 6 + b)};
-        X points[6];
+    constexpr WinogradAxis kRows = Tile::Rows::kSizes, kColumns = Tile::Columns::kSizes;
+    X half[kRows.weight_points][kColumns.taps];
+#pragma GCC unroll 7
+    for (int b = 0; b < kColumns.taps; ++b) {
+        X column[kRows.taps], points[kRows.weight_points];
+#pragma GCC unroll 7
+        for (int a = 0; a < kRows.taps; ++a) column[a] = taps.at(k, a * kColumns.taps + b);
         Tile::Rows::weight(column, points, T(0));
-#pragma GCC unroll 6
-        for (int a = 0; a < 6; ++a) half[a][b] = points[a];
+#pragma GCC unroll 10
+        for (int a = 0; a < kRows.weight_points; ++a) half[a][b] = points[a];
     }
-#pragma GCC unroll 6
-    for (int a = 0; a < 6; ++a) {
-        X row[6];
+#pragma GCC unroll 10
+    for (int a = 0; a < kRows.weight_points; ++a) {
+        X row[kColumns.weight_points];
         Tile::Columns::weight(half[a], row, T(0));
-#pragma GCC unroll 6
-        for (int b = 0; b < 6; ++b) keep(a * 6 + b, row[b]);
+#pragma GCC unroll 10
+        for (int b = 0; b < kColumns.weight_points; ++b)
+            keep(a * kColumns.weight_points + b, row[b]);
     }
 }
 
@@ -159,11 +174,11 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
     using T = Accumulator<In>;
     using X = typename L::X;
     constexpr WinogradMachine m = machine_of<In>();
-    constexpr int64_t kChannels = Taps<In>::kChannels;
+    constexpr int64_t kChannels = Taps<In, Tile>::kChannels;
     constexpr int64_t kPoints = Tile::kSizes.weight_points();
     const WinogradShape& s = job.shape;
     const int64_t vectors = winograd_vectors(s.features, m);
-    Taps<In> taps(job);
+    Taps<In, Tile> taps(job);
     // A vector more for each point, so that points do not all fall on the same places of a cache.
     alignas(64) T buffer[kPoints][2 * kChannels + 1][L::kSize];
     for (int64_t index = begin; index < end;) {
@@ -212,9 +227,8 @@ auto transform_of(DType dtype) {
 
 void (*winograd_weight(DType dtype, WinogradKind kind))(const WinogradWeightJob&, int64_t,
                                                         int64_t) {
-    // Of stride 2, the same for both ways.
-    return kind == WinogradKind::Dense ? conv::transform_of<conv::DenseTile>(dtype)
-                                       : conv::transform_of<conv::StridedTile>(dtype);
+    return conv::of_kind(kind == WinogradKind::Spread ? WinogradKind::Strided : kind,
+                         [&](auto tile) { return conv::transform_of<decltype(tile)>(dtype); });
 }
 
 WinogradKernels winograd(DType dtype, WinogradKind kind) {
