@@ -149,12 +149,13 @@ def test_tune(monkeypatch, tmp_path, capsys):
 
 def test_every_kind_is_measured():
     kinds = {
-        (kernels, c.kernel[0], c.stride[0], c.channels_last)
+        (kernels, c.kernel[-1], c.stride[0], c.channels_last)
         for kernels, c in conv_tuning.problems(torch.float32, False)
     }
     assert kinds == {
         (WINOGRAD, 3, 1, True),
         (WINOGRAD, 3, 2, True),
+        *((WINOGRAD, k, 1, last) for k in (3, 5, 7) for last in (True, False)),
         (POINTWISE, 1, 1, True),
         (POINTWISE, 1, 1, False),
         *(
