@@ -31,10 +31,6 @@ struct RowTiles {
     }
 };
 
-// Loops of products fall behind by a third where they begin in the middle of a line of
-// instructions, as they do by chance.
-#define POOLING_EXT_ALIGNED __attribute__((aligned(64)))
-
 // One column after the other of some rows of a matrix. Addresses are made out of two pointers and
 // odd multiples of the stride in bytes, which processors multiply by 2, 4 or 8 for nothing:
 // compilers run out of registers with a pointer for each row, and with a register for each multiple
@@ -88,8 +84,8 @@ struct Ahead {
 
 // c[i][:] = sum over k of a[i][k] * b[k][:]
 template <class T, int kRows, int kVectors>
-POOLING_EXT_ALIGNED void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b,
-                                      int64_t b_stride, T* c, int64_t c_stride, Ahead ahead) {
+void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                  int64_t c_stride, Ahead ahead) {
     using L = Lanes<T>;
     using X = typename L::X;
     RowPointers<T> rows(a, a_stride);
@@ -117,8 +113,8 @@ POOLING_EXT_ALIGNED void product_tile(int64_t depth, const T* a, int64_t a_strid
 
 // c[i][:] = sum over k of a[k][i] * b[k][:], to which what was there is added if asked for.
 template <class T, int kRows, int kVectors>
-POOLING_EXT_ALIGNED void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b,
-                                    int64_t b_stride, T* c, int64_t c_stride, bool add) {
+void outer_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                int64_t c_stride, bool add) {
     using L = Lanes<T>;
     using X = typename L::X;
     X sums[kRows][kVectors] = {};
