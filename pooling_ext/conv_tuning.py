@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BATCHES = (1, 16)
 #: Seconds for both rivals of a phase, and turns at most.
 BUDGET, TURNS = 0.08, 25
+#: What lies outside is measured again.
+USUAL = 1.15, 5.0
 
 
 def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
@@ -48,20 +51,22 @@ def problems(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Conv]]:
         dense += tuple(shape for shape in TORCHVISION if shape.side < 112)
     seen = set()
     for batch in BATCHES:
-        for shape in dense:
+        for shape, channels_last in product(dense, (True, False)):
             side = shape.padding
             padding = side, side, side, side
             conv = Conv(
                 batch, shape.channels, (shape.side, shape.side), shape.features, (3, 3), (1, 1), padding,
-                (1, 1), shape.groups, dtype, True,
+                (1, 1), shape.groups, dtype, channels_last,
             )  # fmt: skip
             if conv not in seen:
                 seen.add(conv)
                 yield WINOGRAD, conv
-        for channels, features, side in STRIDED_LAYERS[:: 3 if quick else 1]:
+        for (channels, features, side), channels_last in product(
+            STRIDED_LAYERS[:: 3 if quick else 1], (True, False)
+        ):
             yield WINOGRAD, Conv(
                 batch, channels, (side, side), features, (3, 3), (2, 2), (1, 1, 1, 1),
-                (1, 1), 1, dtype, True,
+                (1, 1), 1, dtype, channels_last,
             )  # fmt: skip
         for channels, features, (rows, columns), size in OTHER_KERNELS[:: 5 if quick else 1]:
             for channels_last in (True, False):
@@ -151,6 +156,14 @@ def ratio(theirs: Callable[[], Any], ours: Callable[[], Any]) -> float:
     return statistics.median(times[0]) / statistics.median(times[1])
 
 
+def settled_ratio(theirs: Callable[[], Any], ours: Callable[[], Any]) -> float:
+    """:func:`ratio`, and where it is surprising the median of three: other processes disturb it."""
+    found = [ratio(theirs, ours)]
+    if not USUAL[0] <= found[0] <= USUAL[1]:
+        found += [ratio(theirs, ours), ratio(theirs, ours)]
+    return statistics.median(found)
+
+
 @torch.no_grad()
 def measure(
     dtypes: Sequence[str], quick: bool, tell: Callable[[str], None], kernels: str | None = None
@@ -161,7 +174,7 @@ def measure(
         for way, conv in problems(DTYPES[name], quick):
             if kernels is not None and way != kernels:
                 continue
-            ratios = [round(ratio(*pair), 2) for pair in rivals(way, conv)]
+            ratios = [round(settled_ratio(*pair), 2) for pair in rivals(way, conv)]
             kind = conv_speeds.kind(way, conv)
             text = " ".join(map(str, (*kind[:2], "channels_last" if kind[2] else "contiguous", *kind[3:])))
             sizes = conv_speeds.sizes(conv)

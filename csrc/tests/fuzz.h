@@ -105,7 +105,7 @@ struct Array {
         std::memcpy(&bits, &data[i * size], size);
         return bits;
     }
-    void set(int64_t i, uint64_t bits) { std::memcpy(&data[i * size], &bits, size); }
+    void set(int64_t i, uint64_t bits) const { std::memcpy(&data[i * size], &bits, size); }
     bool written(int64_t i) const {
         const auto* const from = &data[i * size];
         return std::any_of(from, from + size, [](int byte) { return byte != kPoison; });

@@ -23,8 +23,8 @@ enum Counter {
     kGroups,
     kStrided,
     kDilated,
-    kPlanes,
-    kOtherKernels
+    kOtherKernels,
+    kPlanar
 };
 enum class Kind { Forward, InputGrad, WeightGrad };
 
@@ -55,12 +55,13 @@ struct Case {
              << format.name << " batch=" << s.batch << " groups=" << s.groups
              << " channels=" << s.channels << " features=" << s.features << " in=" << s.height
              << "x" << s.width << " out=" << s.out_height << "x" << s.out_width
-             << " kernel=" << rows() << "x" << columns() << " turned=" << s.turned
-             << " pad=" << s.pad_top << "," << s.pad_left << " stride=" << stride()
-             << " dilation=" << s.dilation_y << "," << s.dilation_x << " planes=" << s.planes
-             << " depth=" << s.depth << "->" << s.out_depth << " front=" << s.pad_front << " by "
-             << s.plane_stride << "," << s.plane_dilation << " bias=" << bias
-             << " residual=" << residual << " stats=" << stats << " activation=" << int(activation);
+             << " planar=" << s.planar << " kernel=" << rows() << "x" << columns()
+             << " turned=" << s.turned << " pad=" << s.pad_top << "," << s.pad_left
+             << " stride=" << stride() << " dilation=" << s.dilation_y << "," << s.dilation_x
+             << " planes=" << s.planes << " depth=" << s.depth << "->" << s.out_depth
+             << " front=" << s.pad_front << " by " << s.plane_stride << "," << s.plane_dilation
+             << " bias=" << bias << " residual=" << residual << " stats=" << stats
+             << " activation=" << int(activation);
         return text.str();
     }
 };
@@ -100,7 +101,9 @@ Case make_case(Random& r) {
         s.out_depth = s.out_depth < 0 ? 0 : s.out_depth / s.plane_stride + 1;
     } while (s.out_height < 1 || s.out_width < 1 || s.out_depth < 1 ||
              s.pixels() * s.groups * s.inner() * s.features > 400000);
-    c.bias = r.chance(2), c.residual = r.chance(3), c.stats = r.chance(3);
+    s.planar = s.groups == 1 && s.dilation_y * s.dilation_x * s.planes * s.depth == 1 &&
+               !s.turned && s.pad_front == 0 && s.out_depth == 1 && r.chance(2);
+    c.bias = r.chance(2), c.residual = !s.planar && r.chance(3), c.stats = r.chance(3);
     if (r.chance(2)) c.activation = Activation(r.pick(0, kActivations - 1));
     return c;
 }
@@ -121,11 +124,11 @@ struct Elements {
 // Calls use(output, input, weight) with the indices of each product of the convolution.
 template <class Use>
 void each_product(const WinogradShape& s, const Use& use) {
-    const int64_t into = s.groups * s.channels, out = s.groups * s.features;
+    const int64_t out = s.groups * s.features;
     const int64_t stride = s.kind == WinogradKind::Strided ? 2 : 1;
     const int64_t columns = s.tile().columns.taps, plane_taps = s.tile().taps();
     const int64_t taps = s.planes * plane_taps;
-    const WinogradSteps in = s.in_steps(), by = s.out_steps();
+    const WinogradStrides in = s.in_strides(), by = s.out_strides();
     for (int64_t pixel = 0; pixel < s.pixels(); ++pixel) {
         const int64_t x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
         const int64_t image = pixel / s.out_width / s.out_height;
@@ -139,11 +142,8 @@ void each_product(const WinogradShape& s, const Use& use) {
             if (plane < 0 || plane >= s.depth || row < 0 || row >= s.height || column < 0 ||
                 column >= s.width)
                 continue;
-            const int64_t from =
-                ((n * s.depth + plane) * s.height * s.width + row * in.row + column * in.column) *
-                into;
-            const int64_t to =
-                (image * s.out_height * s.out_width + y * by.row + x * by.column) * out;
+            const int64_t from = in.offset(n * s.depth + plane, row, column);
+            const int64_t to = by.offset(image, y, x);
             for (int64_t f = 0; f < out; ++f)
                 for (int64_t k = 0; k < s.channels; ++k)
                     use(to + f, from + f / s.features * s.channels + k,
@@ -151,6 +151,28 @@ void each_product(const WinogradShape& s, const Use& use) {
         }
     }
 }
+
+// Elements of pixels in channels-last as planes, or the other way round.
+void change_layout(const Elements& from, int64_t images, int64_t pixels, int64_t channels,
+                   bool to_planes, const Elements& to) {
+    for (int64_t i = 0; i < images * pixels * channels; ++i) {
+        const int64_t n = i / channels / pixels, p = i / channels % pixels, c = i % channels;
+        const int64_t planar = (n * channels + c) * pixels + p;
+        to.array.set(to_planes ? planar : i, from.array.get(to_planes ? i : planar));
+    }
+}
+
+// Activations as the kernels get them.
+struct Given {
+    Elements planes;
+    const void* data;
+
+    Given(const WinogradShape& s, const Elements& x, int64_t pixels, int64_t channels)
+        : planes(x.format, s.planar ? s.batch * pixels * channels : 1),
+          data(s.planar ? planes.data() : x.data()) {
+        if (s.planar) change_layout(x, s.batch, pixels, channels, true, planes);
+    }
+};
 
 void check(const char* what, int64_t at, double found, double expected, double slack) {
     if (!(std::abs(found - expected) <= slack)) fail(what, at, found, {expected, slack});
@@ -209,7 +231,8 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     const Elements bias(wide, channels, r), residual(c.format, n, r), y(c.format, n);
     std::vector<double> stats(size_t(c.stats ? s.units() * 2 * channels : 0), NAN);
     WinogradJob job;
-    job.shape = s, job.x = x.data(), job.y = y.data();
+    const Given given(s, x, s.height * s.width, s.channels);
+    job.shape = s, job.x = given.data, job.y = y.data();
     if (c.bias) job.bias = bias.data();
     if (c.residual) job.residual = residual.data();
     if (c.stats) job.stats = stats.data();
@@ -246,6 +269,11 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         if (middle < share.last_vector) some(middle, share.last_vector);
         job.input_is_there = false;
     }
+    if (s.planar) {
+        Elements found(c.format, n);
+        std::memcpy(found.data(), y.data(), size_t(n * c.format.bytes));
+        change_layout(found, s.batch, s.out_height * s.out_width, channels, false, y);
+    }
     std::vector<double> counts(size_t(s.units()), 0.0);
     std::vector<int64_t> unit_of(size_t(s.pixels()), -1);
     for (int64_t t = 0; t < s.tiles(); ++t) {
@@ -254,7 +282,8 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
         for (int64_t a = 0; a < s.rows_of(at); ++a)
             for (int64_t b = 0; b < s.columns_of(at); ++b) {
                 const int64_t row = at.y + a * s.dilation_y, column = at.x + b * s.dilation_x;
-                unit_of[s.out_pixel({at.image, row, column, 0, 0})] = t / kWinogradUnit;
+                unit_of[s.out_strides().offset(at.image, row, column) / channels] =
+                    t / kWinogradUnit;
             }
     }
     Numbers mean(stats.size()), square(stats.size()), largest(stats.size());
@@ -290,7 +319,9 @@ void check_grad(const Case& c, const Elements& x, const Elements& grad, const Nu
     const int64_t taps = c.taps(), n = s.groups * s.features * s.channels * taps;
     const Elements result(c.format, n);
     WinogradGradJob job;
-    job.shape = s, job.x = x.data(), job.grad = grad.data(), job.result = result.data();
+    const Given inputs(s, x, s.height * s.width, s.channels);
+    const Given grads(s, grad, s.out_height * s.out_width, s.features);
+    job.shape = s, job.x = inputs.data, job.grad = grads.data, job.result = result.data();
     const int64_t strides[] = {s.channels * taps, taps, c.rows() * c.columns(), c.columns(), 1};
     std::copy(strides, strides + 5, job.strides);
     WinogradGradGrid grid;
@@ -323,13 +354,14 @@ void check_job(const Case& c, Random& r) {
     const int64_t weights = s.groups * s.features * s.channels * c.taps();
     progress->counted[kStrided] += c.stride() == 2;
     progress->counted[kDilated] += s.dilation_y * s.dilation_x > 1;
-    progress->counted[kPlanes] += s.planes > 1;
+    progress->counted[kPlanar] += s.planar;
     progress->counted[kOtherKernels] += c.rows() != 3 || c.columns() != 3;
     progress->counted[kForward] += c.kind == Kind::Forward;
     progress->counted[kGroups] += s.groups > 1;
     const Elements x(c.format, x_size, r), weight(c.format, weights, r), grad(c.format, y_size, r);
-    // Elements are at most 4; a tile's largest product of transforms is some 100 times theirs.
-    const double product = 16;
+    // Elements are at most 4; a tile's largest product of transforms is some 100 times theirs, and
+    // more with more points.
+    const double product = s.tile().points() == 36 ? 16 : 64;
     if (c.kind == Kind::WeightGrad) {
         Numbers sums(size_t(weights), 0.0);
         each_product(s, [&](int64_t o, int64_t i, int64_t w) { sums[w] += grad[o] * x[i]; });
@@ -371,8 +403,8 @@ int main(int argc, char** argv) {
                                              "in groups",
                                              "strided",
                                              "dilated",
-                                             "of several planes",
-                                             "of other kernels than 3x3"};
+                                             "of other kernels than 3x3",
+                                             "planar"};
     return fuzz(argc, argv, "fuzz_winograd", kDefaultJobs, counters,
                 [](Random& random, const auto& describe) {
                     const Case c = make_case(random);

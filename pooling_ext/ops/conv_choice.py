@@ -322,7 +322,11 @@ def _why_slower(kernels: str, conv: Conv, phase: str, elsewhere: float = 0.0) ->
 
 def _why_not_measured(conv: Conv, phase: str) -> str | None:
     """All but 3x3 kernels of stride 1 gain too little to be left to rules."""
-    return None if _speedup(WINOGRAD, conv, phase) is not None else _NOT_MEASURED
+    if _speedup(WINOGRAD, conv, phase) is not None:
+        return None
+    return _because(
+        "its kernel is {} and its stride {}, and {}", *map(_by, (conv.kernel, conv.stride)), _NOT_MEASURED
+    )
 
 
 _NOT_MEASURED = "nothing like it was measured on such a processor (pooling-ext tune)"

@@ -317,7 +317,8 @@ def facts(batch: int, channels: int, side: int, **changes) -> conv_choice.Conv:
     [
         (facts(2, 32, 8), None),
         (facts(2, 32, 8, dtype=torch.int32), "torch.int32"),
-        (facts(2, 32, 8, kernel=(5, 5)), "5x5"),
+        (facts(2, 32, 8, kernel=(4, 4)), "4x4"),
+        (facts(2, 32, 8, kernel=(5, 5)), "its kernel is 5x5"),
         (facts(2, 32, 8, stride=(2, 2)), "stride"),
         (facts(2, 32, 8, dilation=(1, 2)), None),
         (facts(2, 32, 8, dilation=(6, 6), padding=(6, 6, 6, 6)), "8x8 leave so much"),

@@ -108,6 +108,12 @@ Tensor merged(const WinogradShape& s, const std::vector<double>& units) {
     return stats;
 }
 
+// Whether the kernels read and write planes as they lie.
+bool can_be_planar(const WinogradShape& s, const Tensor& input) {
+    return is_dense(input, false) && !suggests_channels_last(input, input.dim() - 2) &&
+           input.dim() == 4 && s.groups == 1 && s.dilation_y == 1 && s.dilation_x == 1 && !s.turned;
+}
+
 struct ForwardCall {
     bool channels_last;
     Tensor input, output;
@@ -120,8 +126,11 @@ struct ForwardCall {
     // `weight` is transformed, or as PyTorch has it, and then `transposed` says for what.
     ForwardCall(const WinogradShape& s, const Tensor& x, const Tensor& weight,
                 const MaybeTensor& bias, const MaybeTensor& residual, bool transposed = false)
-        : channels_last(suggests_channels_last(x, x.dim() - 2)), input(dense(x, true)), output(x) {
+        : channels_last(suggests_channels_last(x, x.dim() - 2)), input(x), output(x) {
         job.shape = s;
+        // A residual would have to be turned too.
+        job.shape.planar = !residual && can_be_planar(s, x);
+        if (!job.shape.planar) input = dense(x, true);
         const int64_t features = s.groups * s.features;
         const ScalarType wide = computed_in(x.scalar_type());
         job.x = input.data_ptr();
@@ -141,7 +150,7 @@ struct ForwardCall {
             kept.push_back(dense(*residual, true));
             job.residual = kept.back().data_ptr();
         }
-        output = empty(sizes, x.scalar_type(), true);
+        output = empty(sizes, x.scalar_type(), !job.shape.planar);
         job.y = output.data_ptr();
     }
 
@@ -169,7 +178,7 @@ struct ForwardCall {
     bool streams() const {
         const WinogradShape& s = job.shape;
         const int64_t run = s.features * input.element_size();  // of a group's pixel
-        return goes_past_cache(job.y, s.pixels() * s.groups * run, run);
+        return !s.planar && goes_past_cache(job.y, s.pixels() * s.groups * run, run);
     }
 
     void set_weight(const Tensor& weight, bool transposed) {
@@ -296,7 +305,8 @@ Tensor winograd_weight_grad(const Tensor& input, const Tensor& grad, const Ints&
     STD_TORCH_CHECK(
         sizes_of(grad) == output_size(s, input.dim()) && grad.scalar_type() == input.scalar_type(),
         "pooling_ext: grad must have the output's shape and input's dtype");
-    const Tensor x = dense(input, true), dy = dense(grad, true);
+    job.shape.planar = can_be_planar(s, input) && can_be_planar(s, grad);
+    const Tensor x = dense(input, !s.planar), dy = dense(grad, !s.planar);
     STD_TORCH_CHECK(int64_t(result_size.size()) == input.dim() && result_size[0] == features &&
                         result_size[1] == s.channels,
                     "pooling_ext: weight_size must fit input and grad");

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/activation_kind.h"
-#include "kernels/cpu/conv/winograd_shape.h"
+#include "kernels/cpu/conv/winograd_bands.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace pooling_ext {
@@ -161,10 +161,10 @@ struct WinogradPanels {
     }
 };
 
-// The scratch memory of the forward pass: a block's transformed input, its products, and a row of
-// zeros for what lies outside the input.
+// The scratch memory of the forward pass: a block's transformed input, its products, a row of zeros
+// for what lies outside the input, and the bands of planar activations.
 struct WinogradScratch {
-    int64_t points, v_row, v_point, m_row, m_point;
+    int64_t points, v_row, v_point, m_row, m_point, x_size, y_pixel, y_size;
 
     POOLING_EXT_INLINE WinogradScratch(const WinogradShape& s, const WinogradMachine& m,
                                        const WinogradBlock& block)
@@ -172,18 +172,26 @@ struct WinogradScratch {
           v_row(winograd_input_row(s, s.inner(), m)),
           v_point(winograd_point(block.tiles, v_row, m)),
           m_row(ceil_div(block.vectors * m.lanes * m.element, 64) * 64 / m.element),
-          m_point(winograd_point(block.tiles, m_row, m)) {}
+          m_point(winograd_point(block.tiles, m_row, m)),
+          x_size(0),
+          y_pixel(block.vectors * m.lanes),
+          y_size(0) {
+        const WinogradBandSizes bands(s, block.tiles);
+        x_size = ceil_div(bands.input * s.channels, 64) * 64;
+        y_size = ceil_div(bands.output * y_pixel, 64) * 64;
+    }
 
     POOLING_EXT_INLINE int64_t v_size() const { return points * v_point; }
     POOLING_EXT_INLINE int64_t m_size() const { return points * m_point; }
     POOLING_EXT_INLINE int64_t bytes(const WinogradMachine& m) const {
-        return (v_size() + m_size() + v_row) * m.element;
+        return (v_size() + m_size() + v_row + x_size + y_size) * m.element;
     }
 };
 
-// That of a weight's gradient: a block's transformed input and gradient, and zeros for both.
+// That of a weight's gradient: a block's transformed input and gradient, zeros for both, and the
+// bands of planar ones.
 struct WinogradGradScratch {
-    int64_t points, v_row, v_point, d_row, d_point;
+    int64_t points, v_row, v_point, d_row, d_point, x_size, y_size;
 
     POOLING_EXT_INLINE WinogradGradScratch(const WinogradShape& s, const WinogradRegion& region,
                                            const WinogradMachine& m, int64_t tiles)
@@ -191,12 +199,18 @@ struct WinogradGradScratch {
           v_row(winograd_input_row(s, region.channels(), m)),
           v_point(winograd_point(tiles, v_row, m)),
           d_row(winograd_row(region.vectors() * m.lanes, m)),
-          d_point(winograd_point(tiles, d_row, m)) {}
+          d_point(winograd_point(tiles, d_row, m)),
+          x_size(0),
+          y_size(0) {
+        const WinogradBandSizes bands(s, tiles);
+        x_size = ceil_div(bands.input * region.channels(), 64) * 64;
+        y_size = ceil_div(bands.output * region.vectors() * m.lanes, 64) * 64;
+    }
 
     POOLING_EXT_INLINE int64_t v_size() const { return points * v_point; }
     POOLING_EXT_INLINE int64_t d_size() const { return points * d_point; }
     POOLING_EXT_INLINE int64_t bytes(const WinogradMachine& m) const {
-        return (v_size() + d_size() + larger(v_row, d_row)) * m.element;
+        return (v_size() + d_size() + larger(v_row, d_row) + x_size + y_size) * m.element;
     }
 };
 

@@ -91,11 +91,12 @@ struct Epilogue {
     static constexpr bool kWholeLines = std::is_same_v<In, T> && kVectorBytes == 64;
 
     const WinogradJob& job;
+    const Pixels<In>& y;
     int64_t channel, lanes;  // of all groups; how many
     X bias;
 
-    Epilogue(const WinogradJob& job, int64_t channel, int64_t lanes)
-        : job(job), channel(channel), lanes(lanes), bias{} {
+    Epilogue(const WinogradJob& job, const Pixels<In>& y, int64_t channel, int64_t lanes)
+        : job(job), y(y), channel(channel), lanes(lanes), bias{} {
         if (job.bias == nullptr) return;
         const T* const from = static_cast<const T*>(job.bias) + channel;
         bias = lanes == L::kSize ? L::own(from) : Lanes<T>::get(from, lanes);
@@ -105,11 +106,8 @@ struct Epilogue {
     template <class Seen>
     POOLING_EXT_INLINE void finish(const WinogradPlace& place, X* tile, const Seen& seen) const {
         const WinogradShape& s = job.shape;
-        const int64_t all = s.groups * s.features;
-        const WinogradSteps steps = s.out_steps();
-        const int64_t pixel = s.dilation_x * steps.column * all;
-        const int64_t line = s.dilation_y * steps.row * all;
-        const int64_t start = s.out_pixel(place) * all + channel;
+        const int64_t pixel = s.dilation_x * y.strides.column, line = s.dilation_y * y.strides.row;
+        const int64_t start = y.strides.offset(place.image, place.y, place.x) + channel;
         const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
 #pragma GCC unroll 64
         for (int i = 0; i < kPixels; ++i) tile[i] += bias;
@@ -120,7 +118,7 @@ struct Epilogue {
             });
         }
         activate<T>(tile, kPixels, job.activation, T(job.slope));
-        In* const to = static_cast<In*>(job.y) + start;
+        In* const to = y.first + start;
         if (kWholeLines && job.streams && lanes == L::kSize)
             each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
                 stream_register(to + at, tile[i]);
@@ -208,8 +206,8 @@ struct UnitSums {
 
 // Transforms a block's products back, for vectors of one group.
 template <class In, class Tile>
-void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t group,
-                  int64_t first_tile, int64_t last_tile, int64_t first, int64_t last,
+void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const Pixels<In>& y,
+                  int64_t group, int64_t first_tile, int64_t last_tile, int64_t first, int64_t last,
                   const Accumulator<In>* products) {
     using L = Lanes<In>;
     using X = typename L::X;
@@ -222,7 +220,7 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t
         for (int64_t vector = first; vector < last; ++vector) {
             const int64_t within = vector * L::kSize;
             const int64_t channel = group * s.features + within;
-            const Finish epilogue(job, channel, smaller(L::kSize, s.features - within));
+            const Finish epilogue(job, y, channel, smaller(L::kSize, s.features - within));
             const auto* from =
                 products + (start - first_tile) * blocks.m_row + (vector - first) * L::kSize;
             TileWalk walk(s, start);
@@ -248,6 +246,40 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, int64_t
     }
 }
 
+// The tiles of a block, from a band in channels-last to planes: of rows of tiles that are whole all
+// pixels at once.
+template <class In>
+void write_band(const WinogradShape& s, const Pixels<In>& band, int64_t first_tile,
+                int64_t last_tile, int64_t first_channel, int64_t last_channel, In* planes) {
+    const int64_t columns = s.columns(), plane = s.out_height * s.out_width;
+    for (int64_t tile = first_tile; tile < last_tile;) {
+        const WinogradPlace at = s.tile_at(tile);
+        const int64_t row_end = (tile / columns + 1) * columns;
+        int64_t end = smaller(row_end, last_tile), rows = s.rows_of(at);
+        const bool whole = tile % columns == 0 && end == row_end;
+        if (whole) {
+            const int64_t image_end = (at.image + 1) * columns * s.rows();
+            end = smaller(last_tile / columns * columns, image_end);
+            const WinogradPlace last = s.tile_at(end - 1);
+            rows = last.y + s.rows_of(last) - at.y;
+        }
+        const WinogradPlace last = s.tile_at(end - 1);
+        const int64_t pixels = whole ? rows * s.out_width : last.x + s.columns_of(last) - at.x;
+        for (int64_t row = 0; row < (whole ? 1 : rows); ++row) {
+            const In* const from = band.at(at.image, at.y + row, at.x) + first_channel;
+            In* const to = planes + (at.image * s.features + first_channel) * plane +
+                           (at.y + row) * s.out_width + at.x;
+            each_block<In>(last_channel - first_channel, pixels,
+                           [&](int64_t c, int64_t channels, int64_t p, int64_t some) {
+                               transpose_block(from + p * band.strides.column + c,
+                                               band.strides.column, some, channels,
+                                               to + c * plane + p, plane);
+                           });
+        }
+        tile = end;
+    }
+}
+
 template <class In, class Tile>
 void forward(const WinogradJob& job, void* scratch) {
     using T = Accumulator<In>;
@@ -258,6 +290,8 @@ void forward(const WinogradJob& job, void* scratch) {
     T* const v = static_cast<T*>(scratch);
     T* const products = v + blocks.v_size();
     In* const zeros = reinterpret_cast<In*>(products + blocks.m_size());
+    In* const x_band = zeros + blocks.v_row;
+    In* const y_band = x_band + blocks.x_size;
     std::memset(zeros, 0, size_t(s.channels) * sizeof(In));
     const int64_t vectors = winograd_vectors(s.features, m), tiles = s.tiles();
     const int64_t x_size = s.in_pixels() * s.groups * s.channels * int64_t(sizeof(In));
@@ -267,23 +301,43 @@ void forward(const WinogradJob& job, void* scratch) {
         const int64_t begin = larger(share.first_vector - group * vectors, 0);
         const int64_t end = smaller(share.last_vector - group * vectors, vectors);
         const T* const weight = static_cast<const T*>(job.weight) + group * s.weight_size();
-        for (int64_t tile = share.first_tile; tile < share.last_tile; tile += job.block.tiles) {
-            const int64_t last_tile = smaller(tile + job.block.tiles, share.last_tile);
-            if (!job.input_is_there)
-                transform_inputs<In, Tile>(s, static_cast<const In*>(job.x), tile, last_tile, group,
-                                           0, s.inner(), v, blocks.v_row, blocks.v_point, zeros);
+        for (int64_t tile = share.first_tile, last_tile; tile < share.last_tile; tile = last_tile) {
+            last_tile = winograd_block_end(s, tile, job.block.tiles, share.last_tile);
+            if (!job.input_is_there) {
+                const In* const given = static_cast<const In*>(job.x);
+                const Pixels<const In> x =
+                    s.planar
+                        ? read_band(given, s.height, s.width, s.channels,
+                                    winograd_input_band(s, tile, last_tile), 0, s.channels, x_band)
+                        : Pixels<const In>{given + group * s.channels, s.in_strides()};
+                transform_inputs<In, Tile>(s, x, tile, last_tile, 0, s.inner(), v, blocks.v_row,
+                                           blocks.v_point, zeros);
+            }
             for (int64_t vector = begin; vector < end; vector += job.block.vectors) {
                 const int64_t last = smaller(vector + job.block.vectors, end);
                 // Once for a block: where it is written, and what the next one reads.
                 const bool first_pass = vector == begin && s.groups == 1;
                 const int64_t next = smaller(last_tile + job.block.tiles, share.last_tile);
                 const bool streams = Epilogue<In, Tile>::kWholeLines && job.streams;
-                const Stretch written(first_pass && !streams ? job.y : nullptr, y_size, tile,
-                                      last_tile, tiles);
+                const bool in_place = first_pass && !streams && !s.planar;
+                const Stretch written(in_place ? job.y : nullptr, y_size, tile, last_tile, tiles);
                 const Stretch read(first_pass ? job.x : nullptr, x_size, last_tile, next, tiles);
                 multiply(s, blocks, last_tile - tile, v, weight, vector, last, products, written,
                          read);
-                finish_block<In, Tile>(job, blocks, group, tile, last_tile, vector, last, products);
+                In* const y = static_cast<In*>(job.y);
+                if (!s.planar) {
+                    finish_block<In, Tile>(job, blocks, {y, s.out_strides()}, group, tile,
+                                           last_tile, vector, last, products);
+                    continue;
+                }
+                const WinogradBand to = winograd_output_band(s, tile, last_tile);
+                const int64_t line = to.columns * blocks.y_pixel, channel = vector * m.lanes;
+                const Pixels<In> band{y_band - to.first * line - to.x * blocks.y_pixel - channel,
+                                      {s.out_height * line, line, blocks.y_pixel}};
+                finish_block<In, Tile>(job, blocks, band, group, tile, last_tile, vector, last,
+                                       products);
+                write_band(s, band, tile, last_tile, channel, smaller(last * m.lanes, s.features),
+                           y);
             }
         }
     }

@@ -16,18 +16,17 @@ struct OfGrad {
     }
 };
 
-// Tiles [first, last) of features [from, from + features) of all.
+// Tiles [first, last) of features [from, from + features) of a group.
 template <class In, class Tile>
-void transform_grads(const WinogradShape& s, const In* grad, int64_t first, int64_t last,
-                     int64_t from, int64_t features, Accumulator<In>* d, int64_t row, int64_t point,
-                     const In* zeros) {
-    const int64_t all = s.groups * s.features;
-    const WinogradSteps steps = s.out_steps();
-    const int64_t pixel = s.dilation_x * steps.column * all, line = s.dilation_y * steps.row * all;
+void transform_grads(const WinogradShape& s, const Pixels<const In>& grad, int64_t first,
+                     int64_t last, int64_t from, int64_t features, Accumulator<In>* d, int64_t row,
+                     int64_t point, const In* zeros) {
+    const int64_t pixel = s.dilation_x * grad.strides.column;
+    const int64_t line = s.dilation_y * grad.strides.row;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), d += row) {
         const WinogradPlace place = walk.place();
-        const In* const corner = grad + s.out_pixel(place) * all + from;
+        const In* const corner = grad.at(place.image, place.y, place.x) + from;
         const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
         if (rows == Tile::kSizes.rows.out && columns == Tile::kSizes.columns.out) {
             const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
@@ -55,19 +54,31 @@ void sum_products(const WinogradGradJob& job, const WinogradRegion& region, int6
     T* const v = static_cast<T*>(scratch);
     T* const d = v + parts.v_size();
     In* const zeros = reinterpret_cast<In*>(d + parts.d_size());
-    std::memset(zeros, 0, size_t(larger(parts.v_row, parts.d_row)) * sizeof(In));
+    const int64_t zero_row = larger(parts.v_row, parts.d_row);
+    std::memset(zeros, 0, size_t(zero_row) * sizeof(In));
+    In* const x_band = zeros + zero_row;
+    In* const grad_band = x_band + parts.x_size;
+    const In* const x = static_cast<const In*>(job.x);
+    const In* const grad = static_cast<const In*>(job.grad);
+    Pixels<const In> inputs{x + region.group * s.channels, s.in_strides()};
+    Pixels<const In> grads{grad + region.group * s.features, s.out_strides()};
     const int64_t channels = region.channels(), wide = region.vectors() * m.lanes;
     const int64_t feature = region.first_vector * m.lanes;
     const int64_t features = smaller(wide, s.features - feature);
     T* const to = static_cast<T*>(sums);
     const RowTiles row_tiles(channels);
-    for (int64_t tile = first; tile < last; tile += job.block) {
-        const int64_t end = smaller(tile + job.block, last);
-        transform_inputs<In, Tile>(s, static_cast<const In*>(job.x), tile, end, region.group,
-                                   region.first_channel, region.last_channel, v, parts.v_row,
-                                   parts.v_point, zeros);
-        transform_grads<In, Tile>(s, static_cast<const In*>(job.grad), tile, end,
-                                  region.group * s.features + feature, features, d, parts.d_row,
+    for (int64_t tile = first, end; tile < last; tile = end) {
+        end = winograd_block_end(s, tile, job.block, last);
+        if (s.planar) {
+            inputs = read_band(x, s.height, s.width, s.channels, winograd_input_band(s, tile, end),
+                               region.first_channel, region.last_channel, x_band);
+            grads = read_band(grad, s.out_height, s.out_width, s.features,
+                              winograd_output_band(s, tile, end), feature, feature + features,
+                              grad_band);
+        }
+        transform_inputs<In, Tile>(s, inputs, tile, end, region.first_channel, region.last_channel,
+                                   v, parts.v_row, parts.v_point, zeros);
+        transform_grads<In, Tile>(s, grads, tile, end, feature, features, d, parts.d_row,
                                   parts.d_point, zeros);
         each_point(Tile::kSizes, [&](int64_t point, int64_t weight_point, bool again) {
             for (int64_t vector = 0; vector < region.vectors(); vector += 2) {

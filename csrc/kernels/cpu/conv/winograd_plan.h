@@ -126,17 +126,18 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double passes = double(ceil_div(vectors, block.vectors));
             // What does not fit is written to the far cache and read back: transformed inputs row
             // by row, which the processor foresees, products at 36 places at a time.
-            const double over = std::clamp((v + p + 2 * panel) / near - 1, 0.0, 1.0);
+            const double bands = double((parts.x_size + parts.y_size) * m.element);
+            const double over = std::clamp((v + p + bands + 2 * panel) / near - 1, 0.0, 1.0);
             const double beside = std::clamp(p / near - 0.2, 0.0, 1.0);
             const double spilled = blocks * (v * (c.write_byte + passes * c.row_byte) +
                                              p * passes * beside * c.product_byte);
-            const double read = v + p + weight <= near ? weight : weight * blocks;
+            const double read = v + p + bands + weight <= near ? weight : weight * blocks;
             const double rows = double(block.tiles) / std::ceil(double(block.tiles) / c.rows);
             const double work = products * c.step * (1 + c.tile / rows);
             const double fetched = read * c.fetched_byte * (weight > 2 * double(m.far) ? 3 : 1);
             const double cost = std::max(work, read * c.byte) + fetched +
                                 weight * blocks * c.near_byte + over * spilled;
-            if ((over == 0 || v + p <= double(m.far)) && (least < 0 || cost < least)) {
+            if ((over == 0 || v + p + bands <= double(m.far)) && (least < 0 || cost < least)) {
                 least = cost;
                 best = block;
             }
@@ -210,7 +211,8 @@ inline double winograd_grad_cost(const WinogradShape& s, const WinogradMachine& 
     const WinogradCosts& c = kWinogradCosts;
     const WinogradRegion region{0, 0, std::min(in * m.lanes, s.inner()), 0, out};
     const WinogradGradScratch parts(s, region, m, block);
-    const double v = double((parts.v_size() + parts.d_size()) * m.element);
+    const double v =
+        double((parts.v_size() + parts.d_size() + parts.x_size + parts.y_size) * m.element);
     const double sums = double(region.size(s, m.lanes) * m.element);
     const double blocks = double(ceil_div(tiles, block));
     const double bytes = splits > 1 ? 2 * sums : 0, near = double(m.near);

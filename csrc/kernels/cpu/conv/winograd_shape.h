@@ -63,17 +63,29 @@ struct WinogradPlace {
     int64_t in_y, in_x;   // of the input with its padding
 };
 
-// How far one pixel and the next lie from each other, in pixels.
-struct WinogradSteps {
-    int64_t row, column;
+// How far images, rows and columns of pixels lie from each other.
+struct WinogradStrides {
+    int64_t image, row, column;
+
+    POOLING_EXT_INLINE int64_t offset(int64_t n, int64_t y, int64_t x) const {
+        return n * image + y * row + x * column;
+    }
 };
 
-// A convolution's sizes; activations lie channels-last. Channels are those of one group.
+// Columns [x, x + columns) of `rows` rows, counted over the images.
+struct WinogradBand {
+    int64_t first, rows, x, columns;
+};
+
+// A convolution's sizes. Channels are those of one group.
 struct WinogradShape {
     WinogradKind kind = WinogradKind::Dense;
     // Rows are columns in memory, for a kernel of 3x1 as one of 1x3: all sizes are as if the planes
     // were turned.
     bool turned = false;
+    // Activations lie plane after plane, and not channels-last. Then there is one group, no
+    // dilation, a kernel of one plane, and nothing is turned.
+    bool planar = false;
     int64_t batch = 1, groups = 1, channels = 1, features = 1;
     int64_t height = 1, width = 1, out_height = 1, out_width = 1;
     int64_t pad_top = 0, pad_left = 0;       // below 0 the input is cropped
@@ -82,8 +94,13 @@ struct WinogradShape {
     int64_t planes = 1, depth = 1, out_depth = 1;
     int64_t pad_front = 0, plane_stride = 1, plane_dilation = 1;
 
-    POOLING_EXT_INLINE WinogradSteps in_steps() const { return steps(height, width); }
-    POOLING_EXT_INLINE WinogradSteps out_steps() const { return steps(out_height, out_width); }
+    // Of activations in channels-last.
+    POOLING_EXT_INLINE WinogradStrides in_strides() const {
+        return strides(height, width, groups * channels);
+    }
+    POOLING_EXT_INLINE WinogradStrides out_strides() const {
+        return strides(out_height, out_width, groups * features);
+    }
     POOLING_EXT_INLINE const WinogradTile& tile() const { return kWinogradTiles[int(kind)]; }
     // What is summed over in the transformed domain: channels, plane after plane.
     POOLING_EXT_INLINE int64_t inner() const { return planes * channels; }
@@ -114,10 +131,8 @@ struct WinogradShape {
         along(column, t.columns, out_width, dilation_x, found.x, found.in_x);
         return found;
     }
-    // A tile's first pixel among all of the output.
-    POOLING_EXT_INLINE int64_t out_pixel(const WinogradPlace& at) const {
-        const WinogradSteps by = out_steps();
-        return at.image * out_height * out_width + at.y * by.row + at.x * by.column;
+    POOLING_EXT_INLINE WinogradPlace tile_at(int64_t tile) const {
+        return place(tile / columns() / rows(), tile / columns() % rows(), tile % columns());
     }
     // Pixels of a tile that lie in the output.
     POOLING_EXT_INLINE int64_t rows_of(const WinogradPlace& at) const {
@@ -128,8 +143,10 @@ struct WinogradShape {
     }
 
   private:
-    POOLING_EXT_INLINE WinogradSteps steps(int64_t rows, int64_t columns) const {
-        return turned ? WinogradSteps{1, rows} : WinogradSteps{columns, 1};
+    POOLING_EXT_INLINE WinogradStrides strides(int64_t rows, int64_t columns, int64_t all) const {
+        const int64_t image = rows * columns * all;
+        return turned ? WinogradStrides{image, all, rows * all}
+                      : WinogradStrides{image, columns * all, all};
     }
     static POOLING_EXT_INLINE int64_t phase(int64_t size, int64_t dilation, int64_t out) {
         return ceil_div(ceil_div(size, dilation), out);

@@ -160,17 +160,88 @@ POOLING_EXT_INLINE void each_plane(const WinogradShape& s, int64_t begin, int64_
     }
 }
 
+// Activations of a group: the first channel of the first pixel, which may lie outside of what is
+// there.
+template <class In>
+struct Pixels {
+    In* first;
+    WinogradStrides strides;
+
+    POOLING_EXT_INLINE In* at(int64_t image, int64_t y, int64_t x) const {
+        return first + strides.offset(image, y, x);
+    }
+};
+
+// Calls use(channel, channels, pixel, pixels) for blocks of a matrix that a register's lanes
+// transpose.
+template <class In, class Use>
+POOLING_EXT_INLINE void each_block(int64_t channels, int64_t pixels, const Use& use) {
+    constexpr int64_t kSize = Lanes<In>::kSize;
+    for (int64_t c = 0; c < channels; c += kSize)
+        for (int64_t p = 0; p < pixels; p += kSize)
+            use(c, smaller(kSize, channels - c), p, smaller(kSize, pixels - p));
+}
+
+// A register for each of `rows` runs that lie `stride` apart, of `lanes` elements each, transposed
+// to runs of the other matrix.
+template <class In>
+POOLING_EXT_INLINE void transpose_block(const In* from, int64_t stride, int64_t rows, int64_t lanes,
+                                        In* to, int64_t to_stride) {
+    using L = Lanes<In>;
+    typename L::X block[L::kSize];
+    if (rows == L::kSize && lanes == L::kSize) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L::kSize; ++i) block[i] = L::get(from + i * stride);
+        L::transpose(block);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L::kSize; ++i) L::put(to + i * to_stride, block[i]);
+        return;
+    }
+    for (int64_t i = 0; i < L::kSize; ++i)
+        block[i] = i >= rows           ? typename L::X{}
+                   : lanes == L::kSize ? L::get(from + i * stride)
+                                       : L::get(from + i * stride, lanes);
+    L::transpose(block);
+    for (int64_t i = 0; i < lanes; ++i) {
+        if (rows == L::kSize)
+            L::put(to + i * to_stride, block[i]);
+        else
+            L::put(to + i * to_stride, block[i], rows);
+    }
+}
+
+// Channels [begin, end) of a band of planes of `all` channels, to memory for it in channels-last.
+template <class In>
+Pixels<const In> read_band(const In* planes, int64_t height, int64_t width, int64_t all,
+                           const WinogradBand& band, int64_t begin, int64_t end, In* to) {
+    const int64_t channels = end - begin, line = band.columns * channels, plane = height * width;
+    for (int64_t row = band.first; row < band.first + band.rows;) {
+        const int64_t image = row / height, y = row % height;
+        // Whole rows of an image lie together.
+        const bool whole = band.columns == width;
+        const int64_t rows = whole ? smaller(height - y, band.first + band.rows - row) : 1;
+        const In* const from = planes + (image * all + begin) * plane + y * width + band.x;
+        In* const first = to + (row - band.first) * line;
+        each_block<In>(channels, rows * band.columns,
+                       [&](int64_t c, int64_t some, int64_t p, int64_t pixels) {
+                           transpose_block(from + c * plane + p, plane, some, pixels,
+                                           first + p * channels + c, channels);
+                       });
+        row += rows;
+    }
+    const WinogradStrides strides{height * line, line, channels};
+    return {to - begin - band.first * line - band.x * channels, strides};
+}
+
 // Tiles [first, last) of a group's channels [begin, end), counted over the planes, into `v` with
 // its strides. `zeros` is a row of elements for pixels outside the input.
 template <class In, class Tile>
-void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_t last,
-                      int64_t group, int64_t begin, int64_t end, Accumulator<In>* v, int64_t row,
+void transform_inputs(const WinogradShape& s, const Pixels<const In>& x, int64_t first,
+                      int64_t last, int64_t begin, int64_t end, Accumulator<In>* v, int64_t row,
                       int64_t point, const In* zeros) {
     using T = Accumulator<In>;
     constexpr int64_t kRows = Tile::kSizes.rows.in, kColumns = Tile::kSizes.columns.in;
-    const int64_t all = s.groups * s.channels;
-    const WinogradSteps steps = s.in_steps();
-    const int64_t pixel = s.dilation_x * steps.column * all, line = s.dilation_y * steps.row * all;
+    const int64_t pixel = s.dilation_x * x.strides.column, line = s.dilation_y * x.strides.row;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), v += row) {
         const WinogradPlace place = walk.place();
@@ -187,9 +258,7 @@ void transform_inputs(const WinogradShape& s, const In* x, int64_t first, int64_
                     std::memset(to + p * point, 0, size_t(count) * sizeof(T));
                 return;
             }
-            const int64_t pixels =
-                (image * s.depth + z) * s.height * s.width + y * steps.row + x0 * steps.column;
-            const In* const corner = x + pixels * all + group * s.channels + channel;
+            const In* const corner = x.at(image * s.depth + z, y, x0) + channel;
             if (whole) {
                 const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                     return PixelRow<In>(made_anew(corner + c) + a * line, pixel);
