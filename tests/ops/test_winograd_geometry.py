@@ -16,6 +16,7 @@ import pooling_ext
 from pooling_ext.functional import conv1d, conv2d, conv3d
 from pooling_ext.ops import conv_choice, conv_speeds, winograd
 from pooling_ext.ops.conv_choice import FORWARD, INPUT_GRAD, WEIGHT_GRAD, WINOGRAD, Conv, winograd_why_not
+from pooling_ext.testing.conv_shapes import OTHER_KERNELS
 
 pytestmark = pytest.mark.native
 
@@ -53,6 +54,7 @@ CASES = {
     "dilated sequence": ((2, 16, 40), (16, 16, 3), {"padding": 4, "dilation": 4}),
     "sequence of 7": ((1, 34, 30), (32, 17, 7), {"padding": 3, "groups": 2}),
 }
+FORMATS = torch.contiguous_format, torch.channels_last
 BY_CASE = pytest.mark.parametrize("case", CASES)
 IN_FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
@@ -274,6 +276,29 @@ def test_statistics(case):
     var, mean = torch.var_mean(output.double(), over, correction=0)
     torch.testing.assert_close(stats[0], mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(stats[1], var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", OTHER_KERNELS, ids=lambda shape: "-".join(map(str, (*shape[:2], *shape[2])))
+)
+def test_accuracy_at_the_layers_of_models(shape):
+    """Of the output and of both gradients in float32, as the contract for 3x3 layers says."""
+    channels, features, kernel, size = shape
+    x, weight = torch.randn(1, channels, *size), torch.randn(features, channels, *kernel) / channels**0.5
+    options = {"padding": (kernel[0] // 2, kernel[1] // 2)}
+    found = gradients(conv2d, x, weight, **options)
+    expected = gradients(TF.conv2d, x.double(), weight.double(), **options)
+    assert [off(one, exact) <= 5e-5 for one, exact in zip(found, expected, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("case", [case for case, (size, *_) in CASES.items() if len(size) == 4])
+def test_planes_give_the_same_bits_as_channels_last(case):
+    """Contiguous activations are turned block by block; nothing else changes."""
+    x, weight, bias, options = sample(case, torch.float32, False)
+    x = torch.cat((x, x.flip(0) * 2, x[:1]))  # several images in a block
+    both = [gradients(conv2d, x.contiguous(memory_format=f), weight, bias, **options) for f in FORMATS]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("grad", [False, True])
