@@ -79,7 +79,7 @@ def test_every_low_level_operator_has_a_sample():
         for name in torch._C._dispatch_get_all_op_names()
         if "pooling_ext::" in name
     }
-    # Those of GPUs alone are checked where Triton's interpreter runs them, in test_conv.py.
+    # Those of GPUs alone are checked where Triton's interpreter runs them, in test_conv_corners.py.
     names = {
         name
         for name in names
