@@ -24,14 +24,14 @@ CHANNELS = 67
 def digest(threads: int, compare: bool) -> str:
     """Of every operator's outputs, indices and gradients, compared with their references if asked."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     bits = hashlib.sha256()
-    for case in cases(SPECS):
-        batch, channels, *sides = case.spec.wide
-        shape = (batch, channels if case.spec.autocast else CHANNELS, *sides)
+    # Convolutions have tests of their own: test_winograd.py, test_depthwise_conv.py and test_image_conv.py.
+    for case in cases(spec for spec in SPECS if not spec.autocast):
+        batch, _, *sides = case.spec.wide
         for layout in LAYOUTS:
             for dtype in case.spec.dtypes:
-                tensors = case.tensors(shape, dtype, layout)
+                torch.manual_seed(0)
+                tensors = case.tensors((batch, CHANNELS, *sides), dtype, layout)
                 found = (
                     checks.check_values(case, tensors) if compare else checks.results(case.ours, tensors)[0]
                 )
