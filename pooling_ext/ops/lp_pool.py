@@ -160,14 +160,19 @@ def _composed_lp_pool(input: Tensor, p: Any, windows: Windows, safe: bool) -> Te
     magnitude = wide.abs()
     zero = magnitude == 0
     # The zeros are taken out before the powers, so that no infinite slope meets a zero gradient.
-    power = magnitude.masked_fill(zero, 1).pow(p)
-    if isinstance(p, Tensor):
-        power = torch.where(zero, torch.where(p > 0, 0.0, math.inf).to(power.dtype), power)
-    else:
-        power = power.masked_fill(zero, 0 if p > 0 else math.inf)
+    # By where(): masked_fill() makes its result contiguous.
+    power = torch.where(zero, 1.0, magnitude).pow(p)
+    of_zero = (
+        torch.where(p > 0, 0.0, math.inf).to(power.dtype)
+        if isinstance(p, Tensor)
+        else 0.0
+        if p > 0
+        else math.inf
+    )
+    power = torch.where(zero, of_zero, power)
     total = avg_pool(power, windows) * size
     flat = (total == 0) | total.isinf()
-    root = total.masked_fill(flat, 1).pow(1 / p)
+    root = torch.where(flat, 1.0, total).pow(1 / p)
     limit = total.detach().pow(1 / p)
     return torch.where(flat, limit, root).to(input.dtype)
 

@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: reference implementations, tolerances and named shapes."""
+"""What tests, benchmarks and plugins share: operators' specs and checks, references, shapes, tolerances."""

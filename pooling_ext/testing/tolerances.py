@@ -36,7 +36,12 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def assert_close(
-    actual: Tensor, expected: Tensor, exact: bool = False, scale: float = 1.0, what: str = ""
+    actual: Tensor,
+    expected: Tensor,
+    exact: bool = False,
+    scale: float = 1.0,
+    what: str = "",
+    slack: float = 0.0,
 ) -> None:
     """Compare ``actual`` with a reference of the same shape, which is first rounded to ``actual``'s dtype.
 
@@ -46,6 +51,7 @@ def assert_close(
         exact: allow no difference at all. NaNs are equal to each other either way.
         scale: multiplies the tolerance, for sums of large magnitude.
         what: named in the error.
+        slack: allowed beyond the tolerance, where terms of a sum were rounded before.
 
     Raises:
         AssertionError: the shapes differ, or the values differ by more than the tolerance.
@@ -55,7 +61,7 @@ def assert_close(
         actual,
         expected.to(actual.dtype),
         rtol=rtol * scale,
-        atol=atol * scale,
+        atol=atol * scale + slack,
         equal_nan=True,
         check_stride=False,
         msg=(lambda text: f"{what}: {text}") if what else None,

@@ -59,31 +59,66 @@ def median_pool(*args):
     return op.medians("triton", *args)
 """
 
+#: As pooling_ext/testing/specs/median_pool.py would be.
+SPEC = """
+import torch
+import median_pool as op
+from pooling_ext.testing.opspec import OpSpec, levels
+
+WINDOWS = (1, 1), (2, 2), (2, 2), (0,) * 4, (1, 1)
+CALL = "median_pool", torch.ops.pooling_ext.median_pool, (torch.rand(1, 2, 2, 3), *WINDOWS)
+SPECS = (
+    OpSpec(
+        "median_pool2d",
+        op.median_pool2d,
+        lambda input, kernel_size: op.medians("reference", input, None, (kernel_size,) * 2, (), None, None),
+        lambda shape, dtype: {"input": levels(shape, dtype)},
+        wide=(2, 37, 5, 38),
+        small=(2, 2, 5, 4),
+        options={"2": {"kernel_size": 2}, "3": {"kernel_size": 3}},
+        dtypes=(torch.float32, torch.float64),
+        exact=True,
+        keeps_format=False,
+        low_level=lambda: [CALL],
+    ),
+)
+"""
+
 USE = """
 import sys
 import pytest
 import torch
 import pooling_ext
 from pooling_ext import backends
+from pooling_ext.testing import checks
+from pooling_ext.testing.opspec import LAYOUTS, cases
 
 sys.path.insert(0, FOLDER)
 import median_pool as op
+from median_spec import SPECS
 
 x = torch.randn(1, 2, 6, 6)
-expected = op.medians("test", x, (2, 2), (3, 3), (3, 3), (0,) * 4, (1, 1))
-for name in ("cpu", "triton", "aten"):
-    op.calls.clear()
-    with pooling_ext.use_backend(name):
-        assert pooling_ext.explain(op.median_pool2d, x, 3).backend == name
-        assert torch.equal(op.median_pool2d(x, 3), expected)
-    assert op.calls == [name, name], op.calls
+torch.set_grad_enabled(False)  # it has no derivative
+for case in cases(SPECS):
+    for name in ("cpu", "triton", "aten"):
+        op.calls.clear()
+        with pooling_ext.use_backend(name):
+            assert pooling_ext.explain(op.median_pool2d, x, 3).backend == name
+            for layout in LAYOUTS:
+                checks.check_values(case, case.tensors(case.spec.wide, torch.float32, layout))
+        assert set(op.calls) == {name, "reference"}, op.calls
+    small = case.tensors(case.spec.small, torch.float64)
+    one_by_one = torch.stack([case.ours(input=x) for x in (small["input"], -small["input"])])
+    both = torch.stack([small["input"], -small["input"]])
+    assert torch.equal(torch.vmap(lambda x: case.ours(input=x))(both), one_by_one)
+    checks.check_compiled(case, [case.spec.small])
+    checks.check_fake(case, small)
+for call in SPECS[0].low_level():
+    checks.check_low_level(call)
 assert pooling_ext.explain(op.median_pool2d, x.double(), 3).backend == "cpu"
 explained = pooling_ext.explain(op.median_pool2d, x.half(), 3)
 assert explained.backend == "aten" and "median_pool has no CPU kernel for torch.float16" in str(explained)
 assert torch._C._dispatch_has_kernel_for_dispatch_key("pooling_ext::median_pool", "CUDA")
-assert torch.equal(torch.compile(op.median_pool2d, backend="eager", fullgraph=True)(x, 3), expected)
-windows = (2, 2), (3, 3), (3, 3), (0,) * 4, (1, 1)
-assert torch.equal(torch.vmap(lambda x: op._forward(x, *windows))(x[None])[0], expected)
 with pytest.raises(pooling_ext.ArgumentError, match="'median_pool' is registered"):
     backends.register("median_pool")
 """
@@ -94,6 +129,7 @@ def test_an_operator_registers_itself(tmp_path):
     """Beside its definition: then every backend that it names takes it; what falls back has a reason."""
     (tmp_path / "median_pool.py").write_text(OPERATOR)
     (tmp_path / "median_triton.py").write_text(TRITON)
+    (tmp_path / "median_spec.py").write_text(SPEC)
     result = run_python(USE.replace("FOLDER", repr(str(tmp_path))), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
 

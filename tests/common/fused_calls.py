@@ -1,13 +1,11 @@
-"""The fused operators on batch norm as functions of their tensors alone, beside PyTorch's."""
+"""Batch norm with a residual and an activation as a function of its tensors alone, beside PyTorch's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-import torch.nn.functional as TF
 from batch_norm_cases import arguments, composition
 from torch import Tensor
 
@@ -31,52 +29,6 @@ def norm_as_torch(input, weight, bias, residual=None, training=True, activation=
         mean = torch.linspace(-1, 1, input.shape[1], dtype=weight.dtype)
         var = torch.linspace(0.5, 2, input.shape[1], dtype=weight.dtype)
     return composition(input, mean, var, weight, bias, training, residual=residual, activation=activation)
-
-
-def stem(input, weight, bias, training=True):
-    mean = var = None
-    if not training:
-        mean = torch.linspace(-1, 1, input.shape[1], dtype=weight.dtype)
-        var = torch.linspace(0.5, 2, input.shape[1], dtype=weight.dtype)
-    return F.batch_norm_relu_max_pool(input, mean, var, weight, bias, training)
-
-
-def stem_as_torch(input, weight, bias, training=True):
-    return TF.max_pool2d(norm_as_torch(input, weight, bias, None, training), 3, 2, 1)
-
-
-def tail(input, residual):
-    return F.add_relu_global_avg_pool(input, residual)
-
-
-def tail_as_torch(input, residual):
-    return TF.relu(input + residual).mean((2, 3), keepdim=True)
-
-
-def _cases():
-    """Name, function, PyTorch's, and which arguments it takes."""
-    for training in (True, False):
-        label = "training" if training else "eval"
-        for residual in (True, False):
-            names = ("input", "weight", "bias", *(("residual",) if residual else ()))
-            for activation in ("relu", "silu") if training else ("relu",):
-                yield pytest.param(
-                    lambda *args, t=training, a=activation: norm(*args, training=t, activation=a),
-                    lambda *args, t=training, a=activation: norm_as_torch(*args, training=t, activation=a),
-                    names,
-                    id=f"norm-{activation}-{label}-{'residual' if residual else 'plain'}",
-                )
-        yield pytest.param(
-            lambda *args, t=training: stem(*args, training=t),
-            lambda *args, t=training: stem_as_torch(*args, training=t),
-            ("input", "weight", "bias"),
-            id=f"stem-{label}",
-        )
-    yield pytest.param(tail, tail_as_torch, ("input", "residual"), id="tail")
-
-
-CASES = list(_cases())
-EACH = pytest.mark.parametrize("ours, theirs, names", CASES)
 
 
 def tensors_of(names, shape=(3, 2, 4, 3), dtype=torch.float64, layout="contiguous", requires_grad=True):

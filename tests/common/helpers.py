@@ -19,6 +19,7 @@ from torch._prims_common import suggest_memory_format
 
 import pooling_ext.functional as F
 from pooling_ext.backends import cpu_library
+from pooling_ext.testing.opspec import FLOATS, INTEGERS, LAYOUTS, with_layout  # noqa: F401 for the tests
 from pooling_ext.testing.reference import axis_places
 from pooling_ext.windows import Windows, fixed_windows
 
@@ -39,9 +40,6 @@ ROOT = COMMON.parents[1]
 RANKS = (1, 2, 3)
 NATIVE = cpu_library.module is not None
 NO_NATIVE = os.environ.get("POOLING_EXT_NO_NATIVE", "0") not in ("", "0")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expanded")
 
 
 def require_native() -> None:
@@ -119,30 +117,6 @@ def integers(shape: Sequence[int], dtype: torch.dtype, low: int = -8, high: int 
     if dtype == torch.uint8:
         low, high = 0, high - low
     return torch.randint(low, high + 1, tuple(shape)).to(dtype)
-
-
-def with_layout(x: Tensor, layout: str) -> Tensor:
-    """A tensor equal to ``x`` (batched) with other strides.
-
-    "channels_last" is PyTorch's memory format of that name in 2-d and 3-d, and ``(N, L, C)`` in 1-d.
-    "expanded" repeats the first sample with stride 0, so its values differ from ``x``'s.
-    """
-    if layout == "contiguous":
-        return x.contiguous()
-    if layout == "channels_last":
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "permuted":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "sliced":
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
-    if layout == "offset":
-        # One element past an aligned address, where a vector load must not assume alignment.
-        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
-    if layout == "expanded":
-        return x[:1].expand(x.shape)
-    raise AssertionError(layout)
 
 
 def in_format_of(x: Tensor, output: Tensor) -> Tensor:

@@ -16,14 +16,19 @@ import torch
 from pooling_ext import backends
 from pooling_ext.backends import cuda_library
 from pooling_ext.ops.activations import ACTIVATIONS
+from pooling_ext.testing import checks
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, PHASES, LaunchCase
+from pooling_ext.testing.opspec import cases
+from pooling_ext.testing.specs import SPECS
 
 # Every activation; one kernel does them all, so that one of its cases is enough.
-EVERY_CASE = CASES + tuple(
+ACTIVATED = tuple(
     replace(case, name=f"{case.name}-{name}", kwargs={"activation": name})
     for case in ACTIVATION_CASES[-1:]
     for name in ACTIVATIONS
 )
+#: Every other operator and set of options that GPUs have kernels for.
+POOLS_AND_NORMS = tuple(case for case in cases(SPECS) if not case.spec.autocast)
 DTYPES = (torch.float32, torch.bfloat16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -36,6 +41,18 @@ def run(case: LaunchCase, device: str, backend: str, batch: int = 1) -> None:
             with backends.use_backend(backend):
                 for phase in PHASES:
                     case.run(phase, tensors)()
+
+
+def run_specs(device: str, backend: str) -> None:
+    """Every operator with and without gradients, on sizes that fit for vectors and on some that do not."""
+    for case, dtype, layout in product(POOLS_AND_NORMS, DTYPES, ("contiguous", "channels_last")):
+        spec = case.spec
+        for shape in (spec.wide, (2, 48, *(16, 8, 8)[: len(spec.wide) - 2])):
+            with torch.device(device), backends.use_backend(backend):
+                tensors = case.tensors(shape, dtype, layout)
+                checks.results(case.ours, tensors)
+                with torch.no_grad():
+                    case.ours(**tensors)
 
 
 def run_convolutions(device: str) -> None:
@@ -61,22 +78,22 @@ def main() -> int:
         if not cuda_library.on_cpu():
             print("POOLING_EXT_CUDA_ON_CPU names no library.", file=sys.stderr)
             return 2
-        for case in EVERY_CASE:
-            for channels, size in ((48, 16), (37, 13)):
-                shape = (min(case.shape[0], channels), *(min(side, size) for side in case.shape[1:]))
-                run(replace(case, shape=shape), "cpu", "cuda", batch=2)
+        for case in ACTIVATED:
+            run(replace(case, shape=(37, 13, 13)), "cpu", "cuda", batch=2)
+        run_specs("cpu", "cuda")
         run_convolutions("cpu")
     elif torch.cuda.is_available():
-        for case in EVERY_CASE:
-            for backend in args.backends:
+        for backend in args.backends:
+            for case in CASES + ACTIVATED:
                 run(case, "cuda", backend)
+            run_specs("cuda", backend)
         if "cuda" in args.backends and cuda_library.why_not() is None:
             run_convolutions("cuda")
         torch.cuda.synchronize()
     else:
         print("There is no GPU that PyTorch can use.", file=sys.stderr)
         return 2
-    print(f"{len(EVERY_CASE)} operators ran.")
+    print(f"{len(POOLS_AND_NORMS) + len(ACTIVATED)} operators ran.")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import BACKENDS, FLOATS, assert_same, dtype_id, integers, with_layout
+from helpers import BACKENDS, assert_same, dtype_id, integers, with_layout
 
 import pooling_ext
 import pooling_ext.functional as F
@@ -41,10 +41,10 @@ def test_table(backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last"])
-def test_layouts_and_dtypes(backend, residual_layout, layout, dtype):
+def test_residuals_in_other_layouts(backend, residual_layout, layout, dtype):
     """Small integers, whose sums are exact in every dtype; 64 pixels, so that means are too."""
     x = with_layout(integers((3, 37, 4, 16), dtype), layout)
     residual = with_layout(integers((3, 37, 4, 16), dtype), residual_layout)

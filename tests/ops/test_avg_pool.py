@@ -6,23 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import (
-    FLOATS,
-    LAYOUTS,
-    NATIVE,
     POOLING_BACKENDS,
     RANKS,
     assert_same,
     dtype_id,
     gradient,
     here,
-    in_format_of,
     integers,
     our_op,
-    require_native,
     shape_of,
-    strides,
     sweep,
-    with_layout,
 )
 
 import pooling_ext.functional as F
@@ -89,27 +82,6 @@ def test_table_backward(backend):
     incoming = torch.tensor([[[4.0, 8.0], [12.0, 16.0]]])
     _, grad = gradient(lambda x: F.avg_pool2d(x, 2, 1), here(PLANE), incoming)
     assert grad.tolist() == [[[1, 3, 2], [4, 10, 6], [3, 7, 4]]]
-
-
-@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS)
-def test_layouts_and_dtypes(backend, rank, layout, dtype):
-    if dtype in (torch.bfloat16, torch.float16) and backend == "default":
-        # PyTorch sums these gradients in 16 bits, and has no 3-d operator for them on the CPU.
-        require_native()
-    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
-    name = f"avg_pool{rank}d"
-    windows = fixed_windows(rank, x.shape, 3, 2, 1, 1, False)
-    output = our_op(name)(x, 3, 2, 1)
-    assert output.dtype == dtype
-    assert_close(output, reference.avg_pool(x, windows))
-    # PyTorch itself loses the memory format in 3-d.
-    if rank == 2 or (rank == 3 and (NATIVE or backend != "default")):
-        assert strides(output) == strides(in_format_of(x, output))
-    for grad_layout in ("contiguous", "channels_last", "expanded"):
-        grad = with_layout(integers(output.shape, dtype), grad_layout)
-        _, actual = gradient(lambda x: our_op(name)(x, 3, 2, 1), x, grad)
-        assert_close(actual, reference.avg_pool_backward(grad, x.shape[2:], windows), what=grad_layout)
-        assert actual.dtype == dtype
 
 
 @POOLING_BACKENDS

@@ -19,10 +19,7 @@ from batch_norm_cases import (
 )
 from helpers import (
     BACKENDS,
-    FLOATS,
     dtype_id,
-    in_format_of,
-    strides,
     with_layout,
 )
 from torch import Tensor
@@ -32,24 +29,6 @@ from pooling_ext.ops.activations import ACTIVATIONS
 from pooling_ext.testing.tolerances import assert_close
 
 # --- values and gradients -------------------------------------------------------------------------
-
-
-@BACKENDS
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced", "offset"])
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-@RESIDUAL
-@TRAINING
-def test_layouts_and_dtypes(backend, training, residual, activation, layout, dtype):
-    tensors = arguments((3, 37, 5, 9), dtype, layout, residual)
-    x = tensors["input"]
-    grad = torch.randn(x.shape).to(dtype)
-    options = {"training": training, "activation": activation}
-    actual = results(F.batch_norm_act, tensors, grad, **options)
-    assert_results(actual, expected(tensors, grad, **options))
-    assert strides(actual["output"]) == strides(in_format_of(x, actual["output"]))
-    for name in ("output", "input"):
-        assert actual[name].dtype == dtype and actual[name].shape == x.shape
 
 
 CURVED = [name for name in ACTIVATIONS if name not in ("relu", "identity")]

@@ -1,4 +1,4 @@
-"""Fused batch norm under autograd and torch.func: derivatives of both orders and modes, checkpoints."""
+"""Fused batch norm under autograd and torch.func, beyond test_opspec_derivatives.py."""
 
 from __future__ import annotations
 
@@ -6,76 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from batch_norm_cases import arguments, composition, copies
-from fused_calls import CASES, EACH, close, norm, norm_as_torch, tensors_of, with_gradients
-from helpers import assert_same
+from fused_calls import norm, norm_as_torch
 from torch import nn
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, vmap
 
 import pooling_ext.functional as F
-
-
-@EACH
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck(layout, ours, theirs, names):
-    assert gradcheck(ours, tensors_of(names, layout=layout), nondet_tol=0.0)
-
-
-@EACH
-def test_gradgradcheck(ours, theirs, names):
-    assert gradgradcheck(ours, tensors_of(names), atol=1e-4)
-
-
-@pytest.mark.parametrize("ours, theirs, names", CASES[:-1])  # the tail has none
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_second_derivatives_as_torchs(dtype, ours, theirs, names):
-    def penalty(function):
-        leaves = tensors_of(names, (3, 4, 6, 5), dtype)
-        torch.manual_seed(1)
-        output = function(*leaves)
-        first = torch.autograd.grad(output, leaves, torch.randn(output.shape).to(dtype), create_graph=True)
-        total = sum(x.float().square().sum() for x in first)
-        second = torch.autograd.grad(total, leaves, allow_unused=True)
-        missing = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, second, strict=True)]
-        return [x.detach() for x in first], missing
-
-    torch.manual_seed(0)
-    actual = penalty(ours)
-    torch.manual_seed(0)
-    wanted = penalty(theirs)
-    scale = 10.0 if dtype == torch.float32 else 2000.0
-    close(actual[0], wanted[0], scale)
-    close(actual[1], wanted[1], scale * 5)
-
-
-@EACH
-def test_gradients_with_create_graph_are_those_without(ours, theirs, names):
-    leaves = tensors_of(names, (3, 4, 6, 5))
-    plain = torch.autograd.grad(ours(*leaves).sum(), leaves)
-    graph = torch.autograd.grad(ours(*leaves).sum(), leaves, create_graph=True)
-    for one, other in zip(plain, graph, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-
-
-@EACH
-def test_forward_mode(ours, theirs, names):
-    primals = tensors_of(names, requires_grad=False)
-    tangents = tuple(torch.randn_like(x) for x in primals)
-    wanted = jvp(theirs, primals, tangents)
-    close(jvp(ours, primals, tangents), wanted)
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
-        output = forward_ad.unpack_dual(ours(*duals))
-        assert output.tangent is not None
-        close((output.primal, output.tangent), wanted)
-
-
-@EACH
-def test_vmap_and_jacobians(ours, theirs, names):
-    first, *rest = tensors_of(names, requires_grad=False)
-    stacked = torch.stack((first, 2 * first + 1, -first))
-    close((vmap(lambda x: ours(x, *rest))(stacked),), (vmap(lambda x: theirs(x, *rest))(stacked),))
-    close((jacrev(ours)(first, *rest),), (jacrev(theirs)(first, *rest),))
 
 
 def test_per_sample_gradients():
@@ -107,29 +42,6 @@ def test_functional_call_of_a_module_that_uses_it():
     )
     with torch.no_grad():
         torch.testing.assert_close(functional_call(block, values, (x,)), wanted, rtol=1e-4, atol=1e-5)
-
-
-@EACH
-def test_checkpointing(ours, theirs, names):
-    from torch.utils.checkpoint import checkpoint
-
-    tensors = tensors_of(names, (2, 3, 6, 5))
-    actual = with_gradients(lambda *args: checkpoint(ours, *args, use_reentrant=False), tensors)
-    for one, other in zip(actual, with_gradients(ours, tensors), strict=True):
-        assert_same(one, other)
-
-
-@EACH
-def test_backward_twice(ours, theirs, names):
-    leaves = tensors_of(names, (2, 3, 6, 5))
-    output = ours(*leaves).sum()
-    output.backward(retain_graph=True)
-    first = [x.grad.clone() for x in leaves]
-    output.backward()
-    for leaf, once in zip(leaves, first, strict=True):
-        assert_same(leaf.grad, 2 * once)
-    with pytest.raises(RuntimeError, match="second time"):
-        output.backward()
 
 
 def test_a_residual_changed_in_place_is_noticed():

@@ -1,4 +1,4 @@
-"""Fused batch norm under torch.compile, torch.export, fake tensors and autocast."""
+"""Fused batch norm under torch.compile, torch.export and autocast, beyond test_opspec_compile.py."""
 
 from __future__ import annotations
 
@@ -6,33 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from batch_norm_cases import RESIDUAL, TRAINING
-from fused_calls import EACH, close, norm, tensors_of, with_gradients
-from helpers import assert_same, strides, with_layout
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from fused_calls import close, norm, tensors_of, with_gradients
+from helpers import with_layout
+from torch import nn
 
 import pooling_ext.functional as F
 
 # --- compilation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@EACH
-def test_compiled_forward_and_backward(ours, theirs, names):
-    tensors = tensors_of(names, (2, 3, 9, 7), torch.float32)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    close(with_gradients(compiled, tensors), with_gradients(ours, tensors), 0.1)
-    with torch.no_grad():
-        close((compiled(*tensors),), (ours(*tensors),), 0.1)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.native
-def test_compiled_with_dynamic_shapes():
-    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager", dynamic=True)
-    for shape in ((2, 3, 9, 11), (4, 3, 13, 15)):
-        tensors = tensors_of(("input", "weight", "bias"), shape, torch.float32)
-        close(with_gradients(compiled, tensors), with_gradients(norm, tensors), 0.1)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -101,37 +81,6 @@ def test_export(training):
         torch.testing.assert_close(program.module()(x), wanted)
 
 
-def metadata(x: Tensor):
-    return tuple(x.shape), strides(x), x.dtype
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])
-@EACH
-def test_meta_and_fake_tensors(ours, theirs, names, layout, dtype):
-    """Described as the real ones are, gradients too."""
-    for shape in ((2, 3, 9, 7), (2, 3, 1, 1), (0, 3, 9, 7)):
-        tensors = tensors_of(names, shape, dtype, layout)
-        wanted = [metadata(x) for x in with_gradients(ours, tensors)]
-        meta = with_gradients_on_meta(ours, tensors)
-        assert [metadata(x) for x in meta] == wanted
-        with FakeTensorMode() as mode:
-            fake = tuple(mode.from_tensor(x) for x in tensors)
-            assert [metadata(x) for x in with_gradients_on_meta(ours, fake)] == wanted
-
-
-def with_gradients_on_meta(function, tensors):
-    if not isinstance(tensors[0], torch._subclasses.FakeTensor):
-        tensors = tuple(x.detach().to("meta") for x in tensors)
-        for old, new in zip(tensors, tensors, strict=True):
-            assert old.stride() == new.stride()
-    leaves = tuple(x.detach().requires_grad_() for x in tensors)
-    with torch.device("meta") if leaves[0].device.type == "meta" else torch.device("cpu"):
-        output = function(*leaves)
-    return output.detach(), *torch.autograd.grad(output, leaves, torch.empty_like(output))
-
-
 # --- autocast -------------------------------------------------------------------------------------
 
 
@@ -170,13 +119,3 @@ def test_autocast(training, residual, layout):
         torch.testing.assert_close(
             one.float(), other.float(), rtol=2e-2, atol=1e-2 * size, check_stride=False
         )
-
-
-@EACH
-def test_autocast_leaves_the_dtype_alone(ours, theirs, names):
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = tensors_of(names, (2, 3, 9, 7), dtype)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = with_gradients(ours, tensors)
-        for one, other in zip(actual, with_gradients(ours, tensors), strict=True):
-            assert_same(one, other)

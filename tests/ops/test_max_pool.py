@@ -6,10 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import (
-    FLOATS,
-    INTEGERS,
-    LAYOUTS,
-    NATIVE,
     POOLING_BACKENDS,
     RANKS,
     assert_same,
@@ -20,7 +16,6 @@ from helpers import (
     shape_of,
     sweep,
     torch_op,
-    with_layout,
 )
 
 import pooling_ext.functional as F
@@ -90,36 +85,6 @@ def test_table_1d_and_3d(backend):
     cube = torch.arange(8.0).reshape(1, 2, 2, 2)
     output, indices = F.max_pool3d(cube, 2, return_indices=True)
     assert (output.item(), indices.item()) == (7, 7)
-
-
-@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS + INTEGERS)
-def test_layouts_and_dtypes(backend, rank, layout, dtype):
-    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
-    name = f"max_pool{rank}d"
-    # PyTorch lacks some integer dtypes here, so it pools the same numbers in float64.
-    expected, places = torch_op(name)(x.double(), 3, 2, 1, return_indices=True)
-    expected = expected.to(dtype)
-    # The memory format of 2-d and 3-d is PyTorch's; in 1-d there is none to keep. Without the
-    # compiled kernels integers lose it.
-    check_strides = rank > 1 and (NATIVE or dtype.is_floating_point)
-    assert_same(our_op(name)(x, 3, 2, 1), expected, "values", check_strides)
-    both = our_op(name)(x, 3, 2, 1, return_indices=True)
-    assert_same(both, (expected, places), "with indices", check_strides)
-
-
-@sweep(rank=RANKS, layout=LAYOUTS, dtype=FLOATS)
-def test_backward_layouts_and_dtypes(backend, rank, layout, dtype):
-    x = with_layout(integers(shape_of(backend, rank), dtype), layout)
-    name = f"max_pool{rank}d"
-    output = our_op(name)(x, 3, 2, 1)
-    for grad_layout in ("contiguous", "channels_last", "expanded"):
-        grad = with_layout(integers(output.shape, dtype), grad_layout)
-        _, actual = gradient(lambda x: our_op(name)(x, 3, 2, 1), x, grad)
-        indices = reference.max_pool(x, fixed_windows(rank, x.shape, 3, 2, 1, 1, False))[1]
-        assert_close(
-            actual, reference.max_pool_backward(grad, indices, x.shape[2:]), exact=True, what=grad_layout
-        )
-        assert actual.dtype == dtype
 
 
 @pytest.mark.parametrize("kernel", [(15, 17), (16, 16), (1, 255), (20, 20)], ids=str)
