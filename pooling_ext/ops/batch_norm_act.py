@@ -70,7 +70,7 @@ _forward = _library.define(
 # The gradient of what the activation was given (of no size unless something is kept), and its sums over
 # each channel: of itself, and of its products with `input - mean`. `kept` is given where a residual went
 # into the output: for ReLU the output, for the other activations the residual.
-_sums = _library.define(
+batch_norm_act_sums = _library.define(
     "batch_norm_act_sums(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     f"Tensor? kept, float eps, {_ACTIVATION})",
     "(Tensor, Tensor)",
@@ -153,7 +153,9 @@ class _BatchNormAct(Function):
         inner = grad  # that of what the activation was given, if it is known
         sums: Any = None
         if kept is not None or count is not None or needs_weight or needs_bias:
-            found, sums = _sums(grad, input, stats, weight, bias, kept, eps, *activation.arguments)
+            found, sums = batch_norm_act_sums(
+                grad, input, stats, weight, bias, kept, eps, *activation.arguments
+            )
             if kept is not None:
                 inner, activation = found, IDENTITY
         grad_input = None

@@ -123,10 +123,10 @@ void max_pool(const PoolJob& job, DType dtype, Places kind, StreamHandle handle)
     const auto run = [&](auto zero) {
         using In = decltype(zero);
         if (kind == Places::None) {
-            if (!launch_max_pool_rows<In, false>(job, kind, stream))
+            if (!launch_max_pool_rows<false>(AsTheyAre<In>(), job, kind, stream))
                 launch_forward(MaxOp<In, void>(), job, kind, stream);
         } else {
-            if (!launch_max_pool_rows<In, true>(job, kind, stream))
+            if (!launch_max_pool_rows<true>(AsTheyAre<In>(), job, kind, stream))
                 launch_forward(MaxOp<In, int>(), job, kind, stream);
         }
     };

@@ -8,6 +8,7 @@
 //     Acc merge(Acc, Acc)           of two parts of a window
 //     In finish(Acc)                or, with kAverages,
 //     In finish(Acc, T count, T places)    of the elements that count, and that a full window has
+//     void keep(to, Acc[N])         writes more of N outputs (default: nothing)
 //
 // One without merge() takes no windows that are the whole plane by themselves. OwnOp may be
 // specialised for one that treats each channel in its own way.
@@ -150,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, od, oh, ow);
         store<N>(static_cast<In*>(call.dst) + to, out);
         if constexpr (Op::kPlaces) store_places(call, g, to, acc, od, oh, ow, Int(0));
+        if constexpr (requires { op.keep(to, acc); }) op.keep(to, acc);
     }
 }
 
