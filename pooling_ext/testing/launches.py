@@ -115,7 +115,8 @@ _NORM: dict[str, Minimum] = {
     TRAINING: lambda y, places: 3,
     BACKWARD: lambda y, places: 5,
 }
-# The sums read ReLU's output too, or the residual, and write the residual's gradient.
+# The sums read ReLU's output too, or the residual, and write the residual's gradient. (CUDA's read a mask of
+# the output in its place: tests/gpu/test_cuda_mask.py.)
 _NORM_ADD: dict[str, Minimum] = {
     FORWARD: lambda y, places: 3,
     TRAINING: lambda y, places: 4,

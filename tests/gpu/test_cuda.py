@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 IN_TRITONS_PLACE = sorted(
     op.name
     for op in REGISTRY.operators.values()
-    if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels["triton"]
+    if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels.get("triton")
 )
 OURS = [
     case
