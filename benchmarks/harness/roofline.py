@@ -77,9 +77,15 @@ class Kernel:
             return self.asked + self.written
         inputs_of_an_output = int(window[1]) ** 2
         if self.name.startswith("max_pool_rows"):
-            return self.written + self.stores[16] * 16 * inputs_of_an_output
+            # The stem writes the winners' elements in training, as large as the output.
+            outputs = self.stores[16] / (
+                2 if self.name.endswith("true>") and "Normalised" in self.name else 1
+            )
+            return self.written + outputs * 16 * inputs_of_an_output
         element = 2 if "__nv_bfloat16" in self.name else 4
-        return self.written * (1 + (1 + 1 / element) / inputs_of_an_output)
+        # The stem reads its input, of the gradient's size.
+        input = 1 if "ThroughNorm" in self.name else 0
+        return self.written * (1 + input + (1 + 1 / element) / inputs_of_an_output)
 
     def threads(self, card: Card) -> int:
         """Resident on a multiprocessor, in blocks of 256."""

@@ -3,6 +3,7 @@
 
 #include "common/pool_call.h"
 #ifdef POOLING_EXT_CUDA
+#include "kernels/cuda/pool/whole.h"
 #include "launchers/cuda/device.h"
 #else
 #include "launchers/cpu/device.h"
@@ -29,6 +30,19 @@ struct Forward {
 
     // Whether there is anything to compute.
     bool any() const { return output.numel() > 0; }
+
+#ifdef POOLING_EXT_CUDA
+    // Memory for the parts of windows that several blocks share, or none.
+    void* allocate_parts() {
+        const int64_t n = cuda::whole_parts_bytes(job.p, int64_t(input.element_size()));
+        if (n == 0) return nullptr;
+        parts_ = device.empty({n}, ScalarType::Byte, false);
+        return parts_->data_ptr();
+    }
+
+  private:
+    std::optional<Tensor> parts_;
+#endif
 };
 
 }  // namespace pooling_ext

@@ -11,12 +11,12 @@ namespace pooling_ext {
 namespace {
 
 #ifdef POOLING_EXT_CUDA
-void run(const Device& device, const PoolJob& job, DType dtype) {
-    cuda::lp_pool(job, dtype, device.stream());
+void run(Forward& call, DType dtype) {
+    cuda::lp_pool(call.job, dtype, call.allocate_parts(), call.device.stream());
 }
 #else
-void run(const Device&, const PoolJob& job, DType dtype) {
-    run_forward(kernels::lp_pool(dtype), job, dtype, false);
+void run(Forward& call, DType dtype) {
+    run_forward(kernels::lp_pool(dtype), call.job, dtype, false);
 }
 #endif
 
@@ -26,7 +26,7 @@ Tensor lp_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints str
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     call.job.norm = static_cast<int>(norm_type);
     call.job.magnitude = safe;
-    if (call.any()) run(call.device, call.job, dtype_of(input));
+    if (call.any()) run(call, dtype_of(input));
     return call.output;
 }
 

@@ -12,8 +12,8 @@ namespace pooling_ext {
 namespace {
 
 #ifdef POOLING_EXT_CUDA
-void run(const Device& device, const PoolJob& job, DType dtype, Places kind) {
-    cuda::max_pool(job, dtype, kind, device.stream());
+void run(Forward& call, DType dtype, Places kind) {
+    cuda::max_pool(call.job, dtype, kind, call.allocate_parts(), call.device.stream());
 }
 
 void run_backward(const Device& device, const PoolJob& job, DType dtype, Places kind) {
@@ -24,8 +24,8 @@ void run_gather(const Device& device, const PoolJob& job, DType dtype, Places ki
     cuda::max_pool_gather(job, dtype, kind, device.stream());
 }
 #else
-void run(const Device&, const PoolJob& job, DType dtype, Places kind) {
-    run_forward(kernels::max_pool(dtype, kind), job, dtype, false);
+void run(Forward& call, DType dtype, Places kind) {
+    run_forward(kernels::max_pool(dtype, kind), call.job, dtype, false);
 }
 
 void run_backward(const Device&, const PoolJob& call, DType dtype, Places kind) {
@@ -53,7 +53,7 @@ Tensor max_pool(const Tensor& input, Ints output_size, Ints kernel_size, Ints st
                 Ints dilation) {
     Forward call(input, {output_size, kernel_size, stride, padding, dilation});
     leave_outside_out(call.job.p);
-    if (call.any()) run(call.device, call.job, dtype_of(input), Places::None);
+    if (call.any()) run(call, dtype_of(input), Places::None);
     return call.output;
 }
 
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> max_pool_places(const Tensor& input, Ints output_size
                                                     : ScalarType::Int;
     Tensor places = call.device.empty(sizes_of(call.output), dtype, call.channels_last);
     call.job.places_out = places.data_ptr();
-    if (call.any()) run(call.device, call.job, dtype_of(input), kind);
+    if (call.any()) run(call, dtype_of(input), kind);
     return {call.output, places};
 }
 

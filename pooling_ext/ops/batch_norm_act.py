@@ -23,6 +23,7 @@ from .batch_norm_arguments import alike, check
 from .batch_norm_running import normalise
 from .batch_norm_statistics import (
     batch_count,
+    batch_stats,
     channel_sums,
     means_of_all,
     statistics,
@@ -47,6 +48,8 @@ backends.register(
         "batch_norm_update_running",
     ),
 )
+# CUDA's alone: ReLU's mask in the place of its output.
+backends.register("batch_norm_relu_mask", cuda=FLOATS - {torch.float64})
 
 
 def like(input: Tensor) -> Tensor:
@@ -69,8 +72,8 @@ _forward = _library.define(
 
 # The gradient of what the activation was given (of no size unless something is kept), and its sums over
 # each channel: of itself, and of its products with `input - mean`. `kept` is given where a residual went
-# into the output: for ReLU the output, for the other activations the residual.
-_sums = _library.define(
+# into the output: for ReLU the output or its mask, for the other activations the residual.
+batch_norm_act_sums = _library.define(
     "batch_norm_act_sums(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     f"Tensor? kept, float eps, {_ACTIVATION})",
     "(Tensor, Tensor)",
@@ -99,6 +102,19 @@ _training = _library.define(
     vmap=False,
 )
 
+# ReLU's output with a residual, and its mask: a bit for each element in the order of memory, and a byte for
+# each 16 bytes of them.
+_masked = _library.define(
+    "batch_norm_relu_mask(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor residual, "
+    "float eps)",
+    "(Tensor, Tensor)",
+    lambda input, *_: (
+        like(input),
+        input.new_empty(-(-input.numel() // (16 // input.element_size())), dtype=torch.uint8),
+    ),
+    vmap=False,
+)
+
 # The gradients of input, residual, weight and bias: batch_norm_act_sums and batch_norm_act_backward.
 # Gradients of what there is not have no size.
 _training_backward = _library.define(
@@ -120,6 +136,22 @@ def _kept(activation: Activation, residual: Tensor | None, output: Tensor) -> Te
     if residual is None or activation == IDENTITY:
         return None
     return output if activation == RELU else residual
+
+
+def _makes_mask(input: Tensor, residual: Tensor | None, activation: Activation) -> bool:
+    """Whether there are kernels that keep a mask of ReLU's output with a residual in its place."""
+    if residual is None or activation != RELU:
+        return False
+    return backends.REGISTRY.offers(backends.CUDA, "batch_norm_relu_mask", input)
+
+
+def _unpacked(mask: Tensor, input: Tensor) -> Tensor:
+    """One where a mask lets the gradient through, zero elsewhere, in the input's layout."""
+    bits = (mask[:, None] >> torch.arange(16 // input.element_size(), device=mask.device)) & 1
+    result = like(input)
+    flat = result.as_strided((result.numel(),), (1,))
+    flat.copy_(bits.flatten()[: result.numel()])
+    return result
 
 
 class _BatchNormAct(Function):
@@ -153,7 +185,9 @@ class _BatchNormAct(Function):
         inner = grad  # that of what the activation was given, if it is known
         sums: Any = None
         if kept is not None or count is not None or needs_weight or needs_bias:
-            found, sums = _sums(grad, input, stats, weight, bias, kept, eps, *activation.arguments)
+            found, sums = batch_norm_act_sums(
+                grad, input, stats, weight, bias, kept, eps, *activation.arguments
+            )
             if kept is not None:
                 inner, activation = found, IDENTITY
         grad_input = None
@@ -184,10 +218,15 @@ class _BatchNormActTraining(Function):
         running_var: Tensor | None,
         momentum: float,
     ) -> Tensor:
-        output, stats = _normalize(input, weight, bias, residual, eps, activation, known)
+        if residual is not None and _makes_mask(input, residual, activation):
+            stats = batch_stats(input) if known is None else known
+            output, kept = _masked(input, stats, weight, bias, residual, eps)
+        else:
+            output, stats = _normalize(input, weight, bias, residual, eps, activation, known)
+            kept = _kept(activation, residual, output)
         # Before anything is saved: torch.utils.checkpoint, which runs this twice, may end there.
         update_running(input, stats, running_mean, running_var, momentum)
-        ctx.save_for_backward(input, weight, bias, stats, _kept(activation, residual, output))
+        ctx.save_for_backward(input, weight, bias, stats, kept)
         ctx.options = eps, activation
         return output
 
@@ -258,6 +297,8 @@ def _differentiable_backward(
         if kept is None:
             kept = _forward(input.detach(), stats, weight, bias, None, eps, *RELU.arguments)
             grad = with_zero_gradient(grad, bias)
+        elif kept.dtype == torch.uint8:
+            kept = _unpacked(kept, input)
         # That of what decides here is zeros, as PyTorch has it, and not none.
         grad = torch.ops.aten.threshold_backward(grad, kept, 0)
     elif activation != IDENTITY:

@@ -1,7 +1,8 @@
 """Batch normalisation, ReLU and max pooling as one operator: the stem of a ResNet.
 
 What is pooled is made a part at a time and never written as a whole; backward makes its gradient in the
-same way from the places of the maxima.
+same way from the places of the maxima. Its sums need only the elements that won. On a GPU these are kept, of
+the output's size: reading them by their places would move the whole input.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..autograd import distinct, loses_grad, needs_grad, transformed
 from ..windows import Windows, fixed_windows
 from . import _library
 from ._torch_function import public
-from .batch_norm_act import FLOATS, batch_norm_act, bias_grad, like, weight_grad
+from .activations import RELU
+from .batch_norm_act import FLOATS, batch_norm_act, batch_norm_act_sums, bias_grad, like, weight_grad
 from .batch_norm_arguments import check
 from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
@@ -30,8 +32,7 @@ backends.register(
     triton=FLOATS,
     kernels=(
         "batch_norm_relu_max_pool",
-        "batch_norm_relu_max_pool_places",
-        "batch_norm_relu_max_pool_sums",
+        "batch_norm_relu_max_pool_winners",
         "batch_norm_relu_max_pool_backward",
     ),
 )
@@ -48,6 +49,7 @@ _forward = _library.define(
     vmap=False,
 )
 
+# The CPU's, of which caches hold what the sums read.
 _places = _library.define(
     f"batch_norm_relu_max_pool_places({_NORM}, float eps, {{windows}})",
     "(Tensor, Tensor)",
@@ -62,6 +64,18 @@ _sums = _library.define(
     f"batch_norm_relu_max_pool_sums(Tensor grad, Tensor places, {_NORM}, float eps, {{windows}})",
     "Tensor",
     lambda grad, places, input, *_: channel_sums(input),
+    vmap=False,
+)
+
+# A GPU's: the output, the places of the maxima and the input there.
+_winners = _library.define(
+    f"batch_norm_relu_max_pool_winners({_NORM}, float eps, {{windows}})",
+    "(Tensor, Tensor, Tensor)",
+    lambda input, stats, weight, bias, eps, output_size, *_: (
+        _library.empty(input, output_size),
+        _library.empty(input, output_size, torch.uint8),
+        _library.empty(input, output_size),
+    ),
     vmap=False,
 )
 
@@ -86,24 +100,32 @@ class _BatchNormReluMaxPool(Function):
         count: float | None,
         group: Any,
         windows: Windows,
+        keeps: bool,
     ) -> Tensor:
-        output, places = _places(input, stats, weight, bias, eps, *windows)
-        ctx.save_for_backward(input, weight, bias, stats, places)
+        winners = None
+        if keeps:
+            output, places, winners = _winners(input, stats, weight, bias, eps, *windows)
+        else:
+            output, places = _places(input, stats, weight, bias, eps, *windows)
+        ctx.save_for_backward(input, weight, bias, stats, places, winners)
         ctx.options = eps, count, group, windows
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, stats, places = ctx.saved_tensors
+        input, weight, bias, stats, places, winners = ctx.saved_tensors
         eps, count, group, windows = ctx.options
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not is_compiling():
             wanted = _differentiable_backward(ctx, grads[0])
-            return *wanted, None, None, None, None, None
+            return *wanted, *(None,) * 6
         grad_input = None
         sums: Any = None
+        if not is_compiling():
+            ctx.maybe_clear_saved_tensors()  # unless backward is to come again
         if count is not None or needs_weight or needs_bias:
-            sums = _sums(grads[0], places, input, stats, weight, bias, eps, *windows)
+            sums = _sums_of(grads[0], places, winners, input, (stats, weight, bias, eps), windows)
+        del winners  # whose memory the gradient may take
         grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
         grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
@@ -111,12 +133,22 @@ class _BatchNormReluMaxPool(Function):
             grad_input = _input_grad(
                 grads[0], places, input, stats, weight, bias, through, count, eps, *windows
             )
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, *(None,) * 6
+
+
+def _sums_of(
+    grad: Tensor, places: Tensor, winners: Tensor | None, input: Tensor, norm: tuple, windows: Windows
+) -> Tensor:
+    if winners is None:
+        return _sums(grad, places, input, *norm, *windows)
+    stats, weight, bias, eps = norm
+    # Those of a batch norm and ReLU of what won.
+    return batch_norm_act_sums(grad, winners, stats, weight, bias, None, eps, *RELU.arguments)[1]
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients out of operators that can be differentiated again."""
-    input, weight, bias, stats, _ = ctx.saved_tensors
+    input, weight, bias, stats, *_ = ctx.saved_tensors
     eps, count, group, windows = ctx.options
     if group is not None:
         raise RuntimeError("batch_norm_relu_max_pool(): there is no double backward across processes")
@@ -190,7 +222,8 @@ def batch_norm_relu_max_pool(
     parameters = {"weight": weight, "bias": bias}
     momentum, eps = check(input, None, parameters, running_mean, running_var, training, momentum, eps)
     windows = fixed_windows(2, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    aten = backends.choose("batch_norm_relu_max_pool", input) is backends.ATEN
+    backend = backends.choose("batch_norm_relu_max_pool", input)
+    aten = backend is backends.ATEN
     if aten or transformed() or input.dim() != 4 or not _usual(windows) or loses_grad(input, weight, bias):
         output = batch_norm_act(
             input,
@@ -209,5 +242,6 @@ def batch_norm_relu_max_pool(
         input, weight, bias = distinct(input, weight, bias)
     if needs_grad(input, weight, bias):
         group = process_group if training else None
-        return _BatchNormReluMaxPool.apply(input, weight, bias, stats, eps, count, group, windows)
+        keeps = backend is not backends.CPU
+        return _BatchNormReluMaxPool.apply(input, weight, bias, stats, eps, count, group, windows, keeps)
     return _forward(input, stats, weight, bias, eps, *windows)

@@ -115,16 +115,17 @@ _NORM: dict[str, Minimum] = {
     TRAINING: lambda y, places: 3,
     BACKWARD: lambda y, places: 5,
 }
-# The sums read ReLU's output too, or the residual, and write the residual's gradient.
+# The sums read ReLU's output too, or the residual, and write the residual's gradient. (CUDA's read a mask of
+# the output in its place: tests/gpu/test_cuda_mask.py.)
 _NORM_ADD: dict[str, Minimum] = {
     FORWARD: lambda y, places: 3,
     TRAINING: lambda y, places: 4,
     BACKWARD: lambda y, places: 7,
 }
-# The sums need only what was pooled and its gradient.
+# The sums need only the elements that won, which are kept for them, and their gradient.
 _STEM: dict[str, Minimum] = {
     FORWARD: lambda y, places: 1 + y,
-    TRAINING: lambda y, places: 2 + y + places,
+    TRAINING: lambda y, places: 2 + 2 * y + places,
     BACKWARD: lambda y, places: 2 * y + (2 + y + places),
 }
 _TAIL: dict[str, Minimum] = {

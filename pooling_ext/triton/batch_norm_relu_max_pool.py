@@ -4,8 +4,9 @@
 """Batch normalisation, ReLU and max pooling in Triton: the stem of a ResNet.
 
 Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share
-it finds in the first-level cache. Backward, the sums need only what the windows picked, and each input
-gathers the gradients of the windows that picked it. Windows with many places take the operators in turn.
+it finds in the first-level cache. In training the winners' elements are kept: with them backward's sums are
+those of a batch norm of the output's size. Backward, each input gathers the gradients of the windows that
+picked it. Windows with many places take the operators in turn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..ops import _library
 from ..ops.activations import RELU
-from .batch_norm import Parts, affine, slopes, through, vector
+from .batch_norm import affine, slopes, through, vector
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .geometry import (
     STRIP,
@@ -37,7 +38,7 @@ from .geometry import (
     within,
 )
 from .launching import launch
-from .max_pool import max_pool, max_pool_backward, max_pool_places
+from .max_pool import max_pool, max_pool_backward, max_pool_gather, max_pool_places
 from .reductions import wins
 
 Ints = Sequence[int]
@@ -62,6 +63,7 @@ def _pool_kernel(
     x,
     y,
     places,
+    winners,
     stats,
     weight,
     bias,
@@ -90,6 +92,7 @@ def _pool_kernel(
     y += first_item.to(tl.int64) * out_h * out_w * channels
     if places is not None:
         places += first_item.to(tl.int64) * out_h * out_w * channels
+        winners += first_item.to(tl.int64) * out_h * out_w * channels
     item_ok = first_item + item_at < items
     c = first_c + tl.arange(0, TILE[3])[None, :]
     c_ok = c < channels
@@ -109,6 +112,7 @@ def _pool_kernel(
         origin = ((item_at * in_h + h_start) * in_w + w_start)[:, None] * channels + c
         best = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), float("-inf"), acc)
         where = tl.full((1, 1), 0, tl.int32)
+        winner = best
         if places is not None:
             # Until something larger comes along, the first place in the input wins.
             first_kh = (tl.maximum(-h_start, 0) + (DILATION[1] - 1)) // DILATION[1]
@@ -132,6 +136,7 @@ def _pool_kernel(
                     better = wins(z, best)
                     best = tl.where(better, z, best)
                     where = tl.where(better, kh * KERNEL[2] + kw, where)
+                    winner = tl.where(better, v, winner)
                 else:
                     best = tl.maximum(best, z, propagate_nan=tl.PropagateNan.ALL)
         # ReLU changes the winner only among elements that it makes zero, which get no gradient.
@@ -141,86 +146,7 @@ def _pool_kernel(
         tl.store(y + to, best.to(y.dtype.element_ty), mask=ok)
         if places is not None:
             tl.store(places + to, where.to(places.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _sums_kernel(
-    grad,
-    places,
-    x,
-    parts,
-    stats,
-    weight,
-    bias,
-    items,
-    planes,
-    channels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    splits,
-    eps: tl.float64,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    INSIDE: tl.constexpr,
-    WIDE: tl.constexpr,
-    LAST: tl.constexpr,
-    TILE: tl.constexpr,
-    STRIP: tl.constexpr,
-):
-    acc: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    first_item, first_h, first_w, first_c = program_tile(out_h, out_w, channels, TILE, STRIP)
-    item_at, h_at, w_at = tile_pixels(TILE)
-    x += first_item.to(tl.int64) * in_h * in_w * channels
-    grad += first_item.to(tl.int64) * out_h * out_w * channels
-    places += first_item.to(tl.int64) * out_h * out_w * channels
-    c = first_c + tl.arange(0, TILE[3])[None, :]
-    c_ok = c < channels
-    channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
-    center, scale, shift, _rest, _inverse = affine(
-        stats, weight, bias, planes, channel, channel < planes, eps, acc
-    )
-    w = first_w + w_at
-    w_start = w * STRIDE[2] - PADDING[2]
-    pixel_ok = (first_item + item_at < items) & (w < out_w)
-    if WIDE:
-        item_at = item_at.to(tl.int64)
-    gradients = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
-    products = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), 0.0, acc)
-    for tile in tl.range(STRIP):
-        h = first_h + tile * TILE[1] + h_at
-        h_start = h * STRIDE[1] - PADDING[1]
-        ok = (pixel_ok & (h < out_h))[:, None] & c_ok
-        at = ((item_at * out_h + h) * out_w + w)[:, None] * channels + c
-        place = tl.load(places + at, mask=ok, other=0).to(tl.int32)
-        g = tl.load(grad + at, mask=ok, other=0.0).to(acc)
-        step = place // KERNEL[2] * DILATION[1] * in_w + place % KERNEL[2] * DILATION[2]
-        origin = ((item_at * in_h + h_start) * in_w + w_start)[:, None] + step
-        d = tl.load(x + (origin * channels + c), mask=ok, other=0.0).to(acc) - center
-        g = through(tl.fma(d, scale, shift), g)
-        gradients += g
-        products += tl.where(ok, g * d, 0.0)
-    first = gradients.to(tl.float64)
-    second = products.to(tl.float64)
-    if LAST:
-        first = tl.sum(first, 0, keep_dims=True)
-        second = tl.sum(second, 0, keep_dims=True)
-        split = tl.program_id(0) // tl.cdiv(channels, TILE[3])
-        row = parts + split.to(tl.int64) * 2 * planes + channel
-        ok = c_ok
-    else:
-        # The programs of a plane, one image after the other.
-        first = tl.sum(tl.reshape(first, (TILE[0], TILE[1] * TILE[2])), 1)
-        second = tl.sum(tl.reshape(second, (TILE[0], TILE[1] * TILE[2])), 1)
-        item = first_item + tl.arange(0, TILE[0])
-        split = item // planes * splits + tl.program_id(0) % splits
-        row = parts + split.to(tl.int64) * 2 * planes + item % planes
-        ok = item < items
-    tl.store(row, first, mask=ok)
-    tl.store(row + planes, second, mask=ok)
+            tl.store(winners + to, winner.to(winners.dtype.element_ty), mask=ok)
 
 
 @triton.constexpr_function
@@ -332,28 +258,17 @@ class _Stem:
         after: tuple,
         h: int,
         w: int,
-        parts_of: int = 0,
         tile_bytes: int = TILE_BYTES,
-    ) -> Parts | None:
+    ) -> None:
         """Launch a kernel whose programs have tiles of ``[items, h, w, channels]``.
 
         Args:
-            tensors: the kernel's; with ``parts_of``, the index at which its sums go.
             after: numbers after the sizes.
         """
         g = self.g
         item_size = max(math.prod(g.size), math.prod(g.out)) * g.channels
         size = self.input.element_size()
-        cut = tiling(g.outer, h, w, g.channels, size, item_size, STRIP, tile_bytes)
-        tile, strip, programs, warps = cut
-        parts = None
-        if parts_of:
-            blocks = triton.cdiv(g.channels, tile[3])
-            images = triton.cdiv(g.outer, tile[0])
-            each = programs // blocks // images
-            parts = Parts(self.input, programs // blocks if self.last else each * self.input.shape[0])
-            tensors = (*tensors[:parts_of], parts.sums, *tensors[parts_of:])
-            after = (each, *after)
+        tile, strip, programs, warps = tiling(g.outer, h, w, g.channels, size, item_size, STRIP, tile_bytes)
         launch(
             kernel,
             (programs,),
@@ -376,7 +291,6 @@ class _Stem:
             num_warps=warps,
             num_stages=1,
         )
-        return parts
 
 
 def _pool(
@@ -386,24 +300,26 @@ def _pool(
     bias: Tensor | None,
     eps: float,
     windows: tuple[Ints, ...],
-    with_places: bool,
-) -> tuple[Tensor, Tensor | None]:
+    training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     stem = _Stem(input, windows)
     if not stem.small:
         normal = batch_norm_act(input, stats, weight, bias, None, eps, *RELU.arguments)
-        if with_places:
-            return max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
-        return max_pool(normal, *windows), None
+        if not training:
+            return max_pool(normal, *windows), None, None
+        output, places = max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
+        return output, places, max_pool_gather(input, places, *windows)
     output = _library.empty(input, windows[0])
-    places = _library.empty(input, windows[0], torch.uint8) if with_places else None
+    places = _library.empty(input, windows[0], torch.uint8) if training else None
+    winners = _library.empty(input, windows[0]) if training else None
     if output.numel():
         stem.launch(
             _pool_kernel,
-            (stem.input, output, places, stats, vector(weight), vector(bias)),
+            (stem.input, output, places, winners, stats, vector(weight), vector(bias)),
             (eps,),
             *stem.g.out[1:],
         )
-    return output, places
+    return output, places, winners
 
 
 def batch_norm_relu_max_pool(
@@ -412,36 +328,10 @@ def batch_norm_relu_max_pool(
     return _pool(input, stats, weight, bias, eps, windows, False)[0]
 
 
-def batch_norm_relu_max_pool_places(
+def batch_norm_relu_max_pool_winners(
     input: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *windows: Ints
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return _pool(input, stats, weight, bias, eps, windows, True)
-
-
-def batch_norm_relu_max_pool_sums(
-    grad: Tensor,
-    places: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *windows: Ints,
-) -> Tensor:
-    if input.numel() == 0:
-        return input.new_zeros((2, input.shape[1]), dtype=torch.float64)
-    stem = _Stem(input, windows)
-    tensors = (
-        dense(grad, stem.last),
-        dense(places, stem.last),
-        stem.input,
-        stats,
-        vector(weight),
-        vector(bias),
-    )
-    parts = stem.launch(_sums_kernel, tensors, (eps,), *stem.g.out[1:], parts_of=3)
-    assert parts is not None
-    return parts.total(stats, eps)
 
 
 def batch_norm_relu_max_pool_backward(

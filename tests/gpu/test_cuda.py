@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 IN_TRITONS_PLACE = sorted(
     op.name
     for op in REGISTRY.operators.values()
-    if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels["triton"]
+    if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels.get("triton")
 )
 OURS = [
     case
@@ -291,10 +291,6 @@ def test_traffic_is_near_the_least_possible(case, dtype, format, zeroed_memory):
             with counted(few) as counts:
                 call()
             least = case.least(phase, tensors, pooled)
-            if case.name == "stem" and phase == BACKWARD:
-                # The sums read the winners, which lie in nearly every sector of the input, by their places,
-                # where of bytes alone they would need no more than as many as the gradient has.
-                least += tensors["input"].nbytes + pooled.numel() - pooled.nbytes
             assert sum(sum(kernel.moved) for kernel in counts) <= MOST * least, (phase, counts)
 
 

@@ -67,6 +67,54 @@ def test_what_an_average_counts(backend, pad):
     assert_close(F.avg_pool2d(x, 300, 300, 10, count_include_pad=pad), expected)
 
 
+@CUDA
+@FORMATS
+@SHAPES
+def test_max(backend, shape, format):
+    """With ties, whose first wins, and in the last plane NaNs, whose last does."""
+    x = integers(shape, torch.float32, -3, 3).contiguous(memory_format=format)
+    x[-1, -1, 0, [5, 9]] = x[-1, -1, -1, -3] = float("nan")
+    expected, indices = torch.nn.functional.max_pool2d(x.contiguous(), shape[2:], return_indices=True)
+    for function in (F.max_pool2d, lambda x, _, **options: F.adaptive_max_pool2d(x, 1, **options)):
+        values, ours = function(x, shape[2:], return_indices=True)
+        torch.testing.assert_close(values.contiguous(), expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(ours.contiguous(), indices)
+        assert torch.equal(function(x, shape[2:]).nan_to_num(9), values.nan_to_num(9))
+    x = integers(shape, torch.int8, -100, 100).contiguous(memory_format=format)
+    assert torch.equal(F.max_pool2d(x, shape[2:]), x.amax((2, 3), keepdim=True))
+
+
+@CUDA
+@FORMATS
+@DTYPES
+@SHAPES
+def test_lp(backend, shape, dtype, format):
+    x = integers(shape, dtype, -3, 3).contiguous(memory_format=format)
+    sums = x.double().square().sum((2, 3), keepdim=True)
+    assert_close(F.lp_pool2d(x, 2, shape[2:]), sums.sqrt())
+
+
+@pytest.mark.skipif(not cuda_library.on_cpu(), reason="counted where the CUDA kernels run on the CPU")
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@FORMATS
+@pytest.mark.parametrize("name", ["max", "max with indices", "lp"])
+def test_many_blocks_share_a_window(backend, name, format):
+    x = torch.randn(1, 64, 256, 256).contiguous(memory_format=format)
+    calls = {
+        "max": lambda: F.max_pool2d(x, 256),
+        "max with indices": lambda: torch.stack(F.max_pool2d(x, 256, return_indices=True)),
+        "lp": lambda: F.lp_pool2d(x, 2, 256),
+    }
+    with counted() as counts:
+        first = calls[name]()
+    kernels = sorted(counts, key=lambda kernel: "merge_parts" in kernel.kernel)
+    assert ["merge_parts" in kernel.kernel for kernel in kernels] == [False, True]
+    assert kernels[0].blocks == x.nbytes // 2**16  # as much as is worth a block
+    assert sum(sum(kernel.moved) for kernel in counts) <= 1.02 * x.nbytes
+    with thread_order(3):
+        assert torch.equal(first, calls[name]())
+
+
 @pytest.mark.skipif(not cuda_library.on_cpu(), reason="counted where the CUDA kernels run on the CPU")
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @FORMATS
@@ -92,7 +140,12 @@ def test_many_blocks_read_each_element_once(backend, dtype, format):
 @FORMATS
 def test_many_planes_take_one_kernel(backend, format):
     x = torch.randn(256, 96, 7, 7).contiguous(memory_format=format)
-    for call in (lambda: F.global_avg_pool2d(x), lambda: F.add_relu_global_avg_pool(x, x)):
+    for call in (
+        lambda: F.global_avg_pool2d(x),
+        lambda: F.add_relu_global_avg_pool(x, x),
+        lambda: F.max_pool2d(x, 7),
+        lambda: F.lp_pool2d(x, 2, 7),
+    ):
         with counted() as counts:
             call()
         assert len(counts) == 1

@@ -27,8 +27,13 @@ Tensor stats_of(const BatchNormCall& call) {
     return stats;
 }
 
+// Bytes of a mask: each has the bits of 16 bytes of elements.
+int64_t mask_bytes(const Tensor& input) {
+    return ceil_div(input.numel(), 16 / int64_t(input.element_size()));
+}
+
 Tensor act(BatchNormCall& call, const Norm& norm, const MaybeTensor& residual,
-           const ActivationFunction& activation) {
+           const ActivationFunction& activation, void* mask = nullptr) {
     Tensor output = call.empty_like_input();
     if (call.empty()) return output;
     const void* const added = residual ? call.like_input(*residual) : nullptr;
@@ -38,6 +43,7 @@ Tensor act(BatchNormCall& call, const Norm& norm, const MaybeTensor& residual,
     job.residual = added;
     job.y = output.data_ptr();
     job.activation = activation;
+    job.mask = static_cast<uint8_t*>(mask);
     cuda::batch_norm_act(job, call.device.stream());
     return output;
 }
@@ -52,7 +58,10 @@ std::tuple<Tensor, Tensor> sums_of(BatchNormCall& call, const Tensor& grad, cons
     Tensor sums = call.empty_sums();
     if (call.channels == 0) return {residual_grad, sums};
     const void* const grads = call.like_input(grad);
-    const void* const kept_data = kept ? call.like_input(*kept) : nullptr;
+    const bool masked = kept && kept->scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(!masked || (kept->numel() == mask_bytes(call.input) && kept->is_contiguous()),
+                    "pooling_ext: a mask must have a byte for 16 bytes of the input");
+    const void* const kept_data = kept && !masked ? call.like_input(*kept) : nullptr;
     BatchNormJob job = call.job({grads, kept_data});
     job.tiles.divide_sums();
     if (call.empty()) job.tiles.splits = 0;
@@ -60,6 +69,7 @@ std::tuple<Tensor, Tensor> sums_of(BatchNormCall& call, const Tensor& grad, cons
     job.norm = norm;
     job.grad = grads;
     job.kept = kept_data;
+    if (masked) job.mask = static_cast<uint8_t*>(kept->data_ptr());
     job.residual_grad = kept ? residual_grad.data_ptr() : nullptr;
     job.activation = activation;
     if (!call.empty()) cuda::batch_norm_sums(job, call.device.stream());
@@ -92,6 +102,16 @@ Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTenso
     BatchNormCall call(input);
     return act(call, call.norm(stats, weight, bias, eps), residual,
                function_of(activation, negative_slope));
+}
+
+std::tuple<Tensor, Tensor> batch_norm_relu_mask(const Tensor& input, const Tensor& stats,
+                                                const MaybeTensor& weight, const MaybeTensor& bias,
+                                                const Tensor& residual, double eps) {
+    BatchNormCall call(input);
+    Tensor mask = call.empty_vector(mask_bytes(input), ScalarType::Byte);
+    const ActivationFunction relu{Activation::Relu, 0};
+    Tensor output = act(call, call.norm(stats, weight, bias, eps), residual, relu, mask.data_ptr());
+    return {output, mask};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor& input,
@@ -170,6 +190,7 @@ void batch_norm_update_running(Tensor running_mean, Tensor running_var, const Te
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("batch_norm_stats", TORCH_BOX(&pooling_ext::batch_norm_stats));
     m.impl("batch_norm_act", TORCH_BOX(&pooling_ext::batch_norm_act));
+    m.impl("batch_norm_relu_mask", TORCH_BOX(&pooling_ext::batch_norm_relu_mask));
     m.impl("batch_norm_act_sums", TORCH_BOX(&pooling_ext::batch_norm_act_sums));
     m.impl("batch_norm_act_backward", TORCH_BOX(&pooling_ext::batch_norm_act_backward));
     m.impl("batch_norm_act_training", TORCH_BOX(&pooling_ext::batch_norm_act_training));

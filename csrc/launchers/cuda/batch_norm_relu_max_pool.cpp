@@ -7,7 +7,7 @@
 namespace pooling_ext {
 namespace {
 
-// What all four operators are given.
+// What all operators are given.
 struct BnReluMaxPoolCall {
     BatchNormCall norm;
     Ints out;
@@ -73,36 +73,18 @@ Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, Mayb
     return output;
 }
 
-std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stats,
-                                         MaybeTensor weight, MaybeTensor bias, double eps,
-                                         Ints output_size, Ints kernel_size, Ints stride,
-                                         Ints padding, Ints dilation) {
+std::tuple<Tensor, Tensor, Tensor> pooled_winners(const Tensor& input, const Tensor& stats,
+                                                  MaybeTensor weight, MaybeTensor bias, double eps,
+                                                  Ints output_size, Ints kernel_size, Ints stride,
+                                                  Ints padding, Ints dilation) {
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
     Tensor output = call.empty_output(input.scalar_type());
     Tensor places = call.empty_output(ScalarType::Byte);
+    Tensor winners = call.empty_output(input.scalar_type());
+    call.job.winners = winners.data_ptr();
     call.forward(output, places.data_ptr());
-    return {output, places};
-}
-
-Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
-            MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
-            Ints stride, Ints padding, Ints dilation) {
-    BnReluMaxPoolCall call(input, stats, weight, bias, eps,
-                           {output_size, kernel_size, stride, padding, dilation});
-    call.with_gradient(grad, places);
-    Tensor result = call.norm.empty_sums();
-    if (call.norm.channels == 0) return result;
-    const bool any = !call.norm.empty() && grad.numel() > 0;
-    const int64_t splits = any ? cuda::stem_tiles(call.job).splits : 0;
-    const Tensor parts =
-        call.norm.empty_vector(splits * 2 * call.norm.channels, ScalarType::Double);
-    double* const data = static_cast<double*>(parts.data_ptr());
-    if (any) cuda::stem_sums(call.job, data, call.norm.device.stream());
-    cuda::batch_norm_total(call.job.norm, call.job.dtype, data, splits,
-                           static_cast<double*>(result.data_ptr()), {}, {},
-                           call.norm.device.stream());
-    return result;
+    return {output, places, winners};
 }
 
 Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
@@ -126,7 +108,6 @@ Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, c
 
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("batch_norm_relu_max_pool", TORCH_BOX(&pooling_ext::pooled));
-    m.impl("batch_norm_relu_max_pool_places", TORCH_BOX(&pooling_ext::pooled_places));
-    m.impl("batch_norm_relu_max_pool_sums", TORCH_BOX(&pooling_ext::sums));
+    m.impl("batch_norm_relu_max_pool_winners", TORCH_BOX(&pooling_ext::pooled_winners));
     m.impl("batch_norm_relu_max_pool_backward", TORCH_BOX(&pooling_ext::backward));
 }

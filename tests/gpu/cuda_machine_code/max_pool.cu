@@ -8,8 +8,10 @@ using Stem = Square<3, 2, 1>;
 using Halves = Square<2, 2, 0>;
 using Same = Square<3, 1, 1>;
 
-#define POOLING_EXT_ROWS(Columns, Window) \
-    template __global__ void max_pool_rows<Columns, Window, true>(ForwardCall, Geometry<int>, Walk);
+#define POOLING_EXT_ROWS(Columns, Window)                                      \
+    template __global__ void                                                   \
+        max_pool_rows<AsTheyAre<typename Columns::In>, Columns, Window, true>( \
+            AsTheyAre<typename Columns::In>, ForwardCall, Geometry<int>, Walk);
 #define POOLING_EXT_CELLS(Cells, Window, In)                                                    \
     template __global__ void max_pool_cells<ToWinner<In, uint8_t>, Window,                      \
                                             Cells<ToWinner<In, uint8_t>, Window, kVector<In>>>( \

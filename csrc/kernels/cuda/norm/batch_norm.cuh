@@ -107,10 +107,17 @@ POOLING_EXT_DEVICE T rectified(T z) {
     return z < 0 ? T(0) : z;
 }
 
-// The gradient of what ReLU was given; a NaN lets it through, as in PyTorch.
+// Whether what ReLU was given, or what it made of it, lets the gradient through; NaN does, as in
+// PyTorch.
+template <class T>
+POOLING_EXT_DEVICE bool lets_through(T z) {
+    return !(z <= 0);
+}
+
+// The gradient of what ReLU was given.
 template <class T>
 POOLING_EXT_DEVICE T through(T z, T grad) {
-    return z <= 0 ? T(0) : grad;
+    return lets_through(z) ? grad : T(0);
 }
 
 // What a kernel is told of the activation: which of those in activation.cuh it is, or whether it is

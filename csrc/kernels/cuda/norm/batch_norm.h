@@ -49,6 +49,9 @@ struct BatchNormJob {
     // Of a call with a residual: ReLU's output or, for another activation, the residual. With it
     // the gradient of the residual, which is that of what the activation was given, is written.
     const void* kept = nullptr;
+    // In the place of ReLU's output: a bit of each element, whether it lets gradients through. Each
+    // byte has those of 16 bytes of elements, from the lowest bit on.
+    uint8_t* mask = nullptr;
     void* residual_grad = nullptr;
     void* y = nullptr;        // the output, or the gradient of the input
     double* parts = nullptr;  // two rows of `channels` for each split
@@ -60,6 +63,7 @@ struct BatchNormJob {
 void batch_norm_stats(const BatchNormJob& job, StreamHandle stream);
 // Means and variances of all splits, into two rows of `channels`.
 void batch_norm_merge(const BatchNormJob& job, double* stats, StreamHandle stream);
+// Where there is a mask, of ReLU with a residual, it is written.
 void batch_norm_act(const BatchNormJob& job, StreamHandle stream);
 // Sums of the gradient and of its products with x - center of each split.
 void batch_norm_sums(const BatchNormJob& job, StreamHandle stream);

@@ -9,30 +9,36 @@ constexpr int kUnroll = N == 1 ? 4 : 2;
 
 // Blocks that a multiprocessor is to have room for. What reads two tensors has enough bytes on
 // their way with two, and more would have it keep coefficients in memory.
-template <bool kKept, bool kCurved>
-constexpr int kResidentSums = kKept && !kCurved ? 3 : 2;
+template <class Kept, bool kCurved>
+constexpr int kResidentSums = std::is_void_v<Kept> || kCurved ? 2 : 3;
 
-// kKept: a residual went into the output, and its gradient is written. kCurved: the activation is
-// neither ReLU nor nothing.
-template <class In, int N, bool kKept, bool kCurved>
-__global__ void __launch_bounds__(kThreads, kResidentSums<kKept, kCurved>)
-    sums_parts(const In* grad, const In* x, const In* kept, In* residual_grad, double* parts,
+// Kept: void, or where a residual went into the output, and its gradient is written, what is kept
+// of that call: In, or uint8_t for the mask. kCurved: the activation is neither ReLU nor nothing.
+template <class In, int N, class Kept, bool kCurved>
+__global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
+    sums_parts(const In* grad, const In* x, const Kept* kept, In* residual_grad, double* parts,
                Norm norm, ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
+    constexpr bool kKept = !std::is_void_v<Kept>, kMask = std::is_same_v<Kept, uint8_t>;
     __shared__ Lanes<T, N> gradients, products;
     const Position<N> p(tiles);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     T gradient[N] = {}, product[N] = {};
     // With all of these a second vector would leave a multiprocessor half as many threads.
     constexpr int U = kKept && kCurved && N > 1 ? 1 : kUnroll<N>;
+    constexpr int kOthers = kKept && !kMask ? U : 1, kBits = kMask ? U : 1;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
         Vec<In, N> grads[U], values[U];
-        [[maybe_unused]] Vec<In, N> others[kKept ? U : 1];
+        [[maybe_unused]] Vec<In, N> others[kOthers];
+        [[maybe_unused]] unsigned bits[kBits];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             grads[u] = load<N>(grad + at[u]);
             values[u] = load<N>(x + at[u]);
-            if constexpr (kKept) others[u] = load<N>(kept + at[u]);
+            if constexpr (kMask)
+                bits[u] = load(kept + uint64_t(at[u]) / kVector<In>).at[0] >> at[u] % kVector<In>;
+            else if constexpr (kKept)
+                others[u] = load<N>(kept + at[u]);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -54,6 +60,8 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<kKept, kCurved>)
                 T g = widen(grads[u].at[i]);
                 if constexpr (kCurved) {
                     g = multiplied(factors[i], g);
+                } else if constexpr (kMask) {
+                    g = bits[u] >> i & 1 ? g : T(0);
                 } else if constexpr (kKept) {
                     g = through(T(widen(others[u].at[i])), g);
                 } else if (activation) {
@@ -160,14 +168,21 @@ __global__ void __launch_bounds__(kThreads, kResident)
 void batch_norm_sums(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
-        with_flag(job.kept != nullptr, [&](auto kept) {
-            with_flag(job.activation.curved(), [&](auto curved) {
-                launch<sums_parts<In, vector, kept, curved>>(
-                    grid_of(job.tiles), static_cast<Stream>(stream),
-                    static_cast<const In*>(job.grad), static_cast<const In*>(job.x),
-                    static_cast<const In*>(job.kept), static_cast<In*>(job.residual_grad),
-                    job.parts, job.norm, told<curved>(job.activation), job.tiles);
-            });
+        const auto run = [&](auto kept, auto curved) {
+            using Kept = typename decltype(kept)::Type;
+            const void* const data = job.mask != nullptr ? job.mask : job.kept;
+            launch<sums_parts<In, vector, Kept, curved>>(
+                grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.grad),
+                static_cast<const In*>(job.x), static_cast<const Kept*>(data),
+                static_cast<In*>(job.residual_grad), job.parts, job.norm,
+                told<curved>(job.activation), job.tiles);
+        };
+        if (job.mask != nullptr) return run(Tag<uint8_t>(), std::false_type());
+        with_flag(job.activation.curved(), [&](auto curved) {
+            if (job.kept != nullptr)
+                run(Tag<In>(), curved);
+            else
+                run(Tag<void>(), curved);
         });
     });
 }

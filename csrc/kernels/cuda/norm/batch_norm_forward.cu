@@ -106,10 +106,30 @@ __global__ void __launch_bounds__(kThreads)
         });
 }
 
-template <class In, int N, bool kResidual, bool kCurved>
+// The mask's byte of a vector of outputs.
+template <class In, int N>
+POOLING_EXT_DEVICE uint8_t mask_of(const Vec<In, N>& outputs) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) bits |= unsigned(lets_through(widen(outputs.at[i]))) << i;
+    return uint8_t(bits);
+}
+
+// Of outputs that were not written a vector at a time.
+template <class In>
+__global__ void __launch_bounds__(kThreads) write_mask(const In* y, uint8_t* mask, int64_t size) {
+    constexpr int N = kVector<In>;
+    const int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (byte * N >= size) return;
+    Vec<In, N> outputs{};
+    for (int i = 0; i < N && byte * N + i < size; ++i) outputs.at[i] = load(y + byte * N + i).at[0];
+    store(mask + byte, {{mask_of<In, N>(outputs)}});
+}
+
+template <class In, int N, bool kResidual, bool kCurved, bool kMask>
 __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
-    normalise(const In* x, const In* residual, In* y, Norm norm, ToldActivation<kCurved> activation,
-              ChannelTiles tiles) {
+    normalise(const In* x, const In* residual, In* y, uint8_t* mask, Norm norm,
+              ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
     const Position<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
@@ -137,6 +157,7 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
 #pragma unroll
             for (int i = 0; i < N; ++i) out.at[i] = narrow<In>(z[i]);
             store<N>(y + at[u], out);
+            if constexpr (kMask) store(mask + uint64_t(at[u]) / N, {{mask_of<In, N>(out)}});
         }
     });
 }
@@ -178,14 +199,23 @@ void batch_norm_merge(const BatchNormJob& job, double* stats, StreamHandle strea
 void batch_norm_act(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
+        In* const y = static_cast<In*>(job.y);
+        const auto run = [&](auto residual, auto curved, auto mask) {
+            launch<normalise<In, vector, residual, curved, mask>>(
+                grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.x),
+                static_cast<const In*>(job.residual), y, job.mask, job.norm,
+                told<curved>(job.activation), job.tiles);
+        };
+        constexpr std::false_type kNo;
+        constexpr std::true_type kYes;
+        if (job.mask != nullptr && vector > 1) return run(kYes, kNo, kYes);
         with_flag(job.residual != nullptr, [&](auto residual) {
-            with_flag(job.activation.curved(), [&](auto curved) {
-                launch<normalise<In, vector, residual, curved>>(
-                    grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.x),
-                    static_cast<const In*>(job.residual), static_cast<In*>(job.y), job.norm,
-                    told<curved>(job.activation), job.tiles);
-            });
+            with_flag(job.activation.curved(), [&](auto curved) { run(residual, curved, kNo); });
         });
+        if (job.mask == nullptr) return;
+        const int64_t size = job.tiles.rows * job.tiles.channels * job.tiles.inner;
+        const Grid grid{dim3(unsigned(ceil_div(size, kVector<In> * kThreads))), dim3(kThreads)};
+        launch<write_mask<In>>(grid, static_cast<Stream>(stream), y, job.mask, size);
     });
 }
 

@@ -1,20 +1,71 @@
 // Batch normalisation, ReLU and max pooling: the stem of a ResNet. A thread normalises the elements
-// of its windows as it reads them; what neighbouring windows share it finds in the first-level
-// cache.
-#include <limits>
-
+// that it reads, and as it walks down rows it reads each of its columns once. In training the
+// winners' elements are kept: with them backward's sums are those of a batch norm of the output's
+// size.
 #include "kernels/cuda/norm/batch_norm_relu_max_pool.cuh"
-#include "kernels/cuda/pool/pool_forward.cuh"
+#include "kernels/cuda/pool/max_pool_rows.cuh"
 
 namespace pooling_ext::cuda {
 namespace {
 
-// `Place` is what places in a window are counted in; void where nobody asks for them.
+// --- the windows that CNNs use -------------------------------------------------------------------
+
+template <class In_, bool kKeeps_>
+struct Normalised {
+    using In = In_;
+    // Two blocks have 48 KB on their way. The coefficients leave no registers for a third.
+    static constexpr int kResident = 2;
+    static constexpr bool kKeeps = kKeeps_;
+    CoefficientRows<Accumulator<In>> coefficients;
+    In* winners;
+};
+
+}  // namespace
+
+template <class In, bool kKeeps, class Columns>
+struct OwnCompared<Normalised<In, kKeeps>, Columns> {
+    using Lanes = typename Columns::Lanes;
+    using Value = typename Lanes::Value;
+    using T = Accumulator<In>;
+    static constexpr int N = Columns::kChannels;
+    T center[N], scale[N], shift[N];
+
+    POOLING_EXT_DEVICE OwnCompared(const Normalised<In, kKeeps>& what, int64_t plane, int channel) {
+        what.coefficients.read(0, plane, channel, center);
+        what.coefficients.read(1, plane, channel, scale);
+        what.coefficients.read(2, plane, channel, shift);
+    }
+
+    // Rounded as the operators in turn would, on which it depends who wins.
+    POOLING_EXT_DEVICE Value operator()(Value x, int w) const {
+        return Lanes::map(x, [&](T one, int lane) {
+            const int i = N == 1 ? 0 : w * Lanes::kLanes + lane;
+            return fused(one - center[i], scale[i], shift[i]);
+        });
+    }
+    POOLING_EXT_DEVICE T of_one(In x, int i) const {
+        return widen(narrow<In>(fused(widen(x) - center[i], scale[i], shift[i])));
+    }
+
+    // ReLU changes the winner only among elements that it makes zero, which get no gradient.
+    POOLING_EXT_DEVICE float finish(float best) const { return rectified(best); }
+    POOLING_EXT_DEVICE unsigned finish(unsigned best) const {
+        return Lanes::pick(Lanes::wins(0u, best), 0u, best);
+    }
+};
+
+namespace {
+
+// --- any window ----------------------------------------------------------------------------------
+
+// `Place` is what places in a window are counted in; void where nobody asks for them, nor for what
+// won.
 template <class In_, class Place>
 struct NormalMaxOp {
     using In = In_;
     using T = Accumulator<In>;
     static constexpr bool kPlaces = !std::is_void_v<Place>, kAverages = false, kVectors = true;
+    static constexpr bool kSquares = false;
     using Wide = NormalMaxOp<In, std::conditional_t<kPlaces, int64_t, void>>;
 
     struct Value {
@@ -24,24 +75,37 @@ struct NormalMaxOp {
     struct Winner {
         T value;
         P place;
+        In element;
     };
     using Acc = std::conditional_t<kPlaces, Winner<std::conditional_t<kPlaces, Place, int>>, Value>;
 
     static constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
     CoefficientRows<T> coefficients;
+    In* winners;
 
-    explicit NormalMaxOp(const CoefficientRows<T>& coefficients) : coefficients(coefficients) {}
+    NormalMaxOp(const CoefficientRows<T>& coefficients, In* winners)
+        : coefficients(coefficients), winners(winners) {}
     template <class Other>
-    explicit NormalMaxOp(const NormalMaxOp<In, Other>& other) : coefficients(other.coefficients) {}
+    explicit NormalMaxOp(const NormalMaxOp<In, Other>& other)
+        : coefficients(other.coefficients), winners(other.winners) {}
 
     POOLING_EXT_DEVICE void start(Acc& acc) const {
         acc.value = kLowest;
         if constexpr (kPlaces) acc.place = -1;
     }
 
-    // ReLU changes the winner only among elements that it makes zero, which get no gradient.
     POOLING_EXT_DEVICE In finish(const Acc& acc) const { return narrow<In>(rectified(acc.value)); }
+
+    template <int N>
+    POOLING_EXT_DEVICE void keep(int64_t to, const Acc (&acc)[N]) const
+        requires kPlaces
+    {
+        Vec<In, N> elements;
+#pragma unroll
+        for (int i = 0; i < N; ++i) elements.at[i] = acc[i].element;
+        store<N>(winners + to, elements);
+    }
 };
 
 }  // namespace
@@ -60,13 +124,15 @@ struct OwnOp<NormalMaxOp<In, Place>, N> {
 
     template <class Int>
     POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int i, In element, Int place) const {
-        // Rounded as the operators in turn would, on which it depends who wins.
         const T z = widen(narrow<In>(fused(widen(element) - center[i], scale[i], shift[i])));
         bool wins = z > acc.value || is_nan(z);
         if constexpr (Op::kPlaces) wins = wins || acc.place < 0;
         if (!wins) return;
         acc.value = z;
-        if constexpr (Op::kPlaces) acc.place = decltype(acc.place)(place);
+        if constexpr (Op::kPlaces) {
+            acc.place = decltype(acc.place)(place);
+            acc.element = element;
+        }
     }
 };
 
@@ -97,16 +163,23 @@ void stem_coefficients(const BnReluMaxPoolJob& job, StreamHandle stream) {
         run(float());
 }
 
-void stem_forward(const BnReluMaxPoolJob& job, StreamHandle stream) {
+void stem_forward(const BnReluMaxPoolJob& job, StreamHandle handle) {
+    const Stream stream = static_cast<Stream>(handle);
     with_float(job.dtype, [&](auto zero) {
         using In = decltype(zero);
         const CoefficientRows<Accumulator<In>> coefficients(job);
-        if (job.pool.places_out == nullptr)
-            launch_forward(NormalMaxOp<In, void>(coefficients), job.pool, Places::None,
-                           static_cast<Stream>(stream));
-        else
-            launch_forward(NormalMaxOp<In, int>(coefficients), job.pool, Places::Byte,
-                           static_cast<Stream>(stream));
+        In* const winners = static_cast<In*>(job.winners);
+        if (job.pool.places_out == nullptr) {
+            const Normalised<In, false> what{coefficients, nullptr};
+            if (!launch_max_pool_rows<false>(what, job.pool, Places::None, stream))
+                launch_forward(NormalMaxOp<In, void>(coefficients, nullptr), job.pool, Places::None,
+                               stream);
+        } else {
+            const Normalised<In, true> what{coefficients, winners};
+            if (!launch_max_pool_rows<true>(what, job.pool, Places::Byte, stream))
+                launch_forward(NormalMaxOp<In, int>(coefficients, winners), job.pool, Places::Byte,
+                               stream);
+        }
     });
 }
 

@@ -9,7 +9,8 @@ struct BnReluMaxPoolJob {
     BnReluMaxPoolJob(const PoolJob& pool, DType dtype, bool channels_last)
         : pool(pool), dtype(dtype), channels_last(channels_last) {}
 
-    PoolJob pool;  // src, dst and places_out, or src, places_in and dst
+    PoolJob pool;             // src, dst and maybe places_out, or src, places_in and dst
+    void* winners = nullptr;  // the elements that won; forward, where there are places_out
     DType dtype;
     bool channels_last;
     const void* x = nullptr;  // backward
@@ -21,10 +22,6 @@ struct BnReluMaxPoolJob {
 
 void stem_coefficients(const BnReluMaxPoolJob& job, StreamHandle stream);
 void stem_forward(const BnReluMaxPoolJob& job, StreamHandle stream);
-// How the outputs are divided into parts of the sums.
-ChannelTiles stem_tiles(const BnReluMaxPoolJob& job);
-// Sums of each part, as batch_norm_sums makes them.
-void stem_sums(const BnReluMaxPoolJob& job, double* parts, StreamHandle stream);
 void stem_backward(const BnReluMaxPoolJob& job, StreamHandle stream);
 
 }  // namespace pooling_ext::cuda

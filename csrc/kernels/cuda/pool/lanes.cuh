@@ -4,6 +4,7 @@
 //     Value, Offset    kLanes numbers, and as many offsets in a window
 //     read, write      W values from and to memory, in one access
 //     wins(x, best)    where x replaces what came before it, in which there is no NaN
+//     map(x, f)        f(number, lane) of each, rounded to the element type
 //     Flag             in which watch() adds up zero times what it is given. That is NaN where one
 //                      of them was NaN or infinite, and then they are suspect().
 #pragma once
@@ -44,6 +45,11 @@ struct OneLane {
     template <class T>
     static POOLING_EXT_DEVICE T pick(bool wins, T x, T best) {
         return wins ? x : best;
+    }
+
+    template <class F>
+    static POOLING_EXT_DEVICE Value map(Value x, const F& f) {
+        return widen(narrow<In>(f(x, 0)));
     }
 
     static POOLING_EXT_DEVICE void watch(Flag& flag, Value x) { flag += x * Value(0); }
@@ -110,6 +116,21 @@ struct TwoLanes {
         return __hgt2_mask(pair(x), pair(best));
     }
 
+    // Rounding both at once is one instruction.
+    template <class F>
+    static POOLING_EXT_DEVICE Value map(Value x, const F& f) {
+        const Pair both = pair(x);
+        const float low = f(widen(both.x), 0), high = f(widen(both.y), 1);
+        Pair rounded;
+        if constexpr (std::is_same_v<In, BFloat16>)
+            rounded = __floats2bfloat162_rn(low, high);
+        else
+            rounded = __floats2half2_rn(low, high);
+        Value bits;
+        memcpy(&bits, &rounded, sizeof(bits));
+        return bits;
+    }
+
     static POOLING_EXT_DEVICE void watch(Flag& flag, Value x) {
         const Pair sum = __hfma2(pair(x), pair(0), pair(flag));
         memcpy(&flag, &sum, sizeof(flag));
@@ -126,6 +147,14 @@ struct TwoLanes {
         for (int i = 0; i < 2; ++i)
             if (widen(lane(x, i)) > widen(lane(best, i))) mask |= 0xffffu << 16 * i;
         return mask;
+    }
+
+    template <class F>
+    static Value map(Value x, const F& f) {
+        unsigned bits = 0;
+        for (int i = 0; i < 2; ++i)
+            bits |= unsigned(narrow<In>(f(widen(lane(x, i)), i)).bits) << 16 * i;
+        return bits;
     }
 
     static void watch(Flag& flag, Value x) {

@@ -36,10 +36,10 @@ struct PowerSumOp {
 
 }  // namespace
 
-void lp_pool(const PoolJob& job, DType dtype, StreamHandle stream) {
+void lp_pool(const PoolJob& job, DType dtype, void* parts, StreamHandle stream) {
     with_float(dtype, [&](auto zero) {
         launch_forward(PowerSumOp<decltype(zero)>{job.norm, job.magnitude}, job, Places::None,
-                       static_cast<Stream>(stream));
+                       static_cast<Stream>(stream), parts);
     });
 }
 

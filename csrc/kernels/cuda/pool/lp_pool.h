@@ -7,6 +7,7 @@
 
 namespace pooling_ext::cuda {
 
-void lp_pool(const PoolJob& job, DType dtype, StreamHandle stream);
+// `parts`: whole_parts_bytes() of memory, or none.
+void lp_pool(const PoolJob& job, DType dtype, void* parts, StreamHandle stream);
 
 }  // namespace pooling_ext::cuda

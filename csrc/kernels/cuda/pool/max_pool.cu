@@ -118,16 +118,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
-void max_pool(const PoolJob& job, DType dtype, Places kind, StreamHandle handle) {
+void max_pool(const PoolJob& job, DType dtype, Places kind, void* parts, StreamHandle handle) {
     const Stream stream = static_cast<Stream>(handle);
     const auto run = [&](auto zero) {
         using In = decltype(zero);
         if (kind == Places::None) {
-            if (!launch_max_pool_rows<In, false>(job, kind, stream))
-                launch_forward(MaxOp<In, void>(), job, kind, stream);
+            if (!launch_max_pool_rows<false>(AsTheyAre<In>(), job, kind, stream))
+                launch_forward(MaxOp<In, void>(), job, kind, stream, parts);
         } else {
-            if (!launch_max_pool_rows<In, true>(job, kind, stream))
-                launch_forward(MaxOp<In, int>(), job, kind, stream);
+            if (!launch_max_pool_rows<true>(AsTheyAre<In>(), job, kind, stream))
+                launch_forward(MaxOp<In, int>(), job, kind, stream, parts);
         }
     };
     switch (dtype) {

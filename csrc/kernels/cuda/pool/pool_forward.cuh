@@ -8,32 +8,15 @@
 //     Acc merge(Acc, Acc)           of two parts of a window
 //     In finish(Acc)                or, with kAverages,
 //     In finish(Acc, T count, T places)    of the elements that count, and that a full window has
+//     void keep(to, Acc[N])         writes more of N outputs (default: nothing)
 //
 // One without merge() takes no windows that are the whole plane by themselves. OwnOp may be
 // specialised for one that treats each channel in its own way.
 #pragma once
 
-#include "kernels/cuda/pool/pool.cuh"
+#include "kernels/cuda/pool/pool_whole.cuh"
 
 namespace pooling_ext::cuda {
-
-// What every forward kernel is given besides its windows.
-struct ForwardCall {
-    const void* src;
-    void* dst;
-    void* places;
-    Places kind;
-    bool count_include_pad;
-    int64_t divisor;
-
-    explicit ForwardCall(const PoolJob& job, Places kind = Places::None)
-        : src(job.src),
-          dst(job.dst),
-          places(job.places_out),
-          kind(kind),
-          count_include_pad(job.count_include_pad),
-          divisor(job.divisor) {}
-};
 
 // The Op of a thread whose vectors have the N channels from `channel` of a plane on.
 template <class Op, int N>
@@ -49,53 +32,6 @@ struct OwnOp {
         op.step(acc, element, place);
     }
 };
-
-// The index in the plane of a place in a window, or -1 of none.
-template <class Int>
-POOLING_EXT_DEVICE int64_t index_of(const Geometry<Int>& g, Int place, Int od, Int oh, Int ow) {
-    if (place < 0) return -1;
-    const Int kw = place % g.w.kernel, row = place / g.w.kernel;
-    const Int d = g.d.start(od) + row / g.h.kernel * g.d.dilation;
-    const Int h = g.h.start(oh) + row % g.h.kernel * g.h.dilation;
-    return (int64_t(d) * g.h.in + h) * g.w.in + g.w.start(ow) + kw * g.w.dilation;
-}
-
-// Writes the places of the vector of outputs at `to`; the i-th is of column ow + i * step.
-template <class Int, int N, class Acc>
-POOLING_EXT_DEVICE void store_places(const ForwardCall& call, const Geometry<Int>& g, int64_t to,
-                                     const Acc (&acc)[N], Int od, Int oh, Int ow, Int step) {
-    if (call.kind == Places::Byte) {
-        Vec<uint8_t, N> bytes;
-#pragma unroll
-        for (int i = 0; i < N; ++i) bytes.at[i] = uint8_t(acc[i].place);  // -1 becomes 255
-        store<N>(static_cast<uint8_t*>(call.places) + to, bytes);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        if (call.kind == Places::Int32)
-            store(static_cast<int32_t*>(call.places) + to + i, {{int32_t(acc[i].place)}});
-        else
-            store(static_cast<int64_t*>(call.places) + to + i,
-                  {{index_of<Int>(g, acc[i].place, od, oh, ow + i * step)}});
-    }
-}
-
-template <class Op, class Int>
-POOLING_EXT_DEVICE typename Op::In finish(const Op& op, const typename Op::Acc& acc,
-                                          const ForwardCall& call, const Geometry<Int>& g, Int od,
-                                          Int oh, Int ow) {
-    if constexpr (Op::kAverages) {
-        using T = typename Op::T;
-        const T count = call.divisor ? T(call.divisor)
-                                     : T(g.d.count(od, call.count_include_pad)) *
-                                           T(g.h.count(oh, call.count_include_pad)) *
-                                           T(g.w.count(ow, call.count_include_pad));
-        return op.finish(acc, count, T(g.d.places(od)) * T(g.h.places(oh)) * T(g.w.places(0)));
-    } else {
-        return op.finish(acc);
-    }
-}
 
 // A vector of channels of one output pixel for each row; one element where the planes are apart.
 template <class Op, class Window, int N>
@@ -150,6 +86,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, od, oh, ow);
         store<N>(static_cast<In*>(call.dst) + to, out);
         if constexpr (Op::kPlaces) store_places(call, g, to, acc, od, oh, ow, Int(0));
+        if constexpr (requires { op.keep(to, acc); }) op.keep(to, acc);
     }
 }
 
@@ -214,122 +151,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
 }
 
-// --- windows that are the whole plane ------------------------------------------------------------
-
-template <class Acc>
-POOLING_EXT_DEVICE Acc shuffled(Acc acc, int bits) {
-    acc.value = __shfl_xor_sync(~0u, acc.value, bits);
-    if constexpr (requires { acc.place; }) acc.place = __shfl_xor_sync(~0u, acc.place, bits);
-    return acc;
-}
-
-// A plane for each row of threads: a warp, or the block.
-template <class Op, class Int, int N>
-__global__ void __launch_bounds__(kThreads, kResident)
-    pool_whole_planes(Op op, ForwardCall call, Geometry<Int> g, int64_t planes) {
-    using In = typename Op::In;
-    using Acc = typename Op::Acc;
-    const int64_t plane = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const Int size = g.d.in * g.h.in * g.w.in;
-    Acc acc;
-    op.start(acc);
-    if (plane < planes) {
-        const In* const x = static_cast<const In*>(call.src) + plane * size;
-        for (Int at = Int(threadIdx.x) * N; at < size; at += Int(blockDim.x) * N) {
-            const Vec<In, N> values = load<N>(x + at);
-#pragma unroll
-            for (int i = 0; i < N; ++i) op.step(acc, values.at[i], at + i);
-        }
-    }
-    for (int bits = warpSize / 2; bits > 0; bits /= 2) acc = op.merge(acc, shuffled(acc, bits));
-    if (blockDim.x > warpSize) {  // one plane, all warps
-        Acc* const warps = dynamic_shared<Acc>();
-        if (threadIdx.x % warpSize == 0) warps[threadIdx.x / warpSize] = acc;
-        __syncthreads();
-        if (threadIdx.x == 0)
-            for (unsigned warp = 1; warp < blockDim.x / warpSize; ++warp)
-                acc = op.merge(acc, warps[warp]);
-    }
-    if (threadIdx.x != 0 || plane >= planes) return;
-    store(static_cast<In*>(call.dst) + plane, {{finish<Op, Int>(op, acc, call, g, 0, 0, 0)}});
-    if constexpr (Op::kPlaces) {
-        const Acc one[1] = {acc};
-        store_places<Int>(call, g, plane, one, 0, 0, 0, 0);
-    }
-}
-
-// Vectors of channels side by side, the pixels divided among the rows of threads.
-template <class Op, class Int, int N>
-__global__ void __launch_bounds__(kThreads, kResident)
-    pool_whole_pixels(Op op, ForwardCall call, Geometry<Int> g, unsigned tiles) {
-    using In = typename Op::In;
-    using Acc = typename Op::Acc;
-    const int64_t image = blockIdx.x / tiles;
-    const int c = int(blockIdx.x % tiles * blockDim.x + threadIdx.x) * N;
-    const Int size = g.d.in * g.h.in * g.w.in;
-    Acc acc[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) op.start(acc[i]);
-    if (c < g.channels) {
-        const In* const x = static_cast<const In*>(call.src) + image * size * g.channels + c;
-#pragma unroll 4
-        for (Int at = threadIdx.y; at < size; at += Int(blockDim.y)) {
-            const Vec<In, N> values = load<N>(x + int64_t(at) * g.channels);
-#pragma unroll
-            for (int i = 0; i < N; ++i) op.step(acc[i], values.at[i], at);
-        }
-    }
-    Acc* const all = dynamic_shared<Acc>();
-    const int threads = int(blockDim.x * blockDim.y);
-    const int me = int(threadIdx.y * blockDim.x + threadIdx.x);
-#pragma unroll
-    for (int i = 0; i < N; ++i) all[i * threads + me] = acc[i];
-    for (int below = int(blockDim.y) / 2; below > 0; below /= 2) {
-        __syncthreads();
-        if (int(threadIdx.y) >= below) continue;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            acc[i] = op.merge(acc[i], all[i * threads + me + below * int(blockDim.x)]);
-            all[i * threads + me] = acc[i];
-        }
-    }
-    if (threadIdx.y != 0 || c >= g.channels) return;
-    const int64_t to = image * g.channels + c;
-    Vec<In, N> out;
-#pragma unroll
-    for (int i = 0; i < N; ++i) out.at[i] = finish<Op, Int>(op, acc[i], call, g, 0, 0, 0);
-    store<N>(static_cast<In*>(call.dst) + to, out);
-    if constexpr (Op::kPlaces) store_places<Int>(call, g, to, acc, 0, 0, 0, 0);
-}
-
-template <class Op, class Int, int N>
-void launch_whole(const Op& op, const PoolJob& job, const ForwardCall& call, Stream stream) {
-    using Acc = typename Op::Acc;
-    const PoolParams& p = job.p;
-    const Geometry<Int> g(p);
-    const int64_t size = p.in_plane();
-    if (p.channels == 1) {
-        constexpr int64_t kLong = 2048;  // vectors from which on a plane is shared by more warps
-        const bool block = size / N >= kLong;
-        const dim3 threads = block ? dim3(kThreads) : dim3(32, kThreads / 32);
-        const Grid grid{dim3(unsigned(ceil_div(p.outer, threads.y))), threads,
-                        block ? kThreads / 32 * sizeof(Acc) : 0};
-        return launch<pool_whole_planes<Op, Int, N>>(grid, stream, op, call, g, p.outer);
-    }
-    unsigned width = 1, height = 1;
-    while (width < 32 && width * N < p.channels) width *= 2;
-    while (height * width < kThreads && height < size) height *= 2;
-    const unsigned tiles = unsigned(ceil_div(p.channels, width * N));
-    const Grid grid{dim3(unsigned(p.outer * tiles)), dim3(width, height),
-                    width * height * N * sizeof(Acc)};
-    launch<pool_whole_pixels<Op, Int, N>>(grid, stream, op, call, g, tiles);
-}
-
 // --- launching -----------------------------------------------------------------------------------
 
 // Runs Op over the windows of a job. Where there are no vectors to be had, an element at a time.
+// `parts` is memory for windows that several blocks share.
 template <class Op>
-void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream) {
+void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream,
+                    void* parts = nullptr) {
     using In = typename Op::In;
     constexpr int N = kVector<In>;
     const PoolParams& p = job.p;
@@ -341,11 +169,11 @@ void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream
             const bool planes = p.channels == 1 && takes_vectors<In>(job.src, p.in_plane());
             if (!fits_32_bits(p)) {
                 const typename Op::Wide wide(op);
-                return launch_whole<typename Op::Wide, int64_t, 1>(wide, job, call, stream);
+                return launch_whole<typename Op::Wide, int64_t, 1>(wide, p, call, parts, stream);
             }
             if (Op::kVectors && (channels || planes))
-                return launch_whole<Op, int, Op::kVectors ? N : 1>(op, job, call, stream);
-            return launch_whole<Op, int, 1>(op, job, call, stream);
+                return launch_whole<Op, int, Op::kVectors ? N : 1>(op, p, call, parts, stream);
+            return launch_whole<Op, int, 1>(op, p, call, parts, stream);
         }
     constexpr bool kSquares = [] {
         if constexpr (requires { Op::kSquares; }) return Op::kSquares;
