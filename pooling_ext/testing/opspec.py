@@ -53,6 +53,7 @@ class OpSpec:
             dtypes: where terms of sums are rounded before they are added.
         fast: compare derivatives along one random direction, where there are too many arguments for all.
         autocast: it runs in autocast's dtype, and as PyTorch's own on meta tensors: a convolution.
+        changes_in_programs: compiled or exported, it may have PyTorch's operators, which add in another order.
         keeps_format: the output has the input's memory format.
         low_level: yields calls of the low-level operators that belong to it, for ``opcheck``.
     """
@@ -71,6 +72,7 @@ class OpSpec:
     off: Mapping[torch.dtype, float] = field(default_factory=dict)
     fast: bool = False
     autocast: bool = False
+    changes_in_programs: bool = False
     keeps_format: bool = True
     low_level: Callable[[], Iterable[LowLevelCall]] = tuple
 

@@ -53,6 +53,7 @@ def _conv(
         off=OFF,
         fast=True,
         autocast=True,
+        changes_in_programs=True,
         low_level=low_level,
     )
 
@@ -177,5 +178,6 @@ SPECS: tuple[OpSpec, ...] = (
         off=OFF,
         fast=True,
         autocast=True,
+        changes_in_programs=True,
     ),
 )

@@ -167,6 +167,7 @@ SPECS: tuple[OpSpec, ...] = (
         _global_lp,
         levels,
         options={"p3-safe": {"norm_type": 3, "safe": True}},
+        changes_in_programs=True,
         gradient_scale=8.0,
     ),
 )
