@@ -66,11 +66,21 @@ def transformed(layer: PackedConv) -> Tensor:
 CHOICES = [
     (conv(16, 16), (2, 16, 8, 8), "Winograd", ""),
     (conv(32, 48, groups=2, bias=False), (1, 32, 9, 11), "Winograd", ""),
-    (conv(16, 16, stride=2), (2, 16, 8, 8), "prepacked", "its stride is 2, and nothing like it was measured"),
+    (
+        conv(16, 16, stride=2),
+        (2, 16, 8, 8),
+        "prepacked",
+        "its kernel is 3x3 and its stride 2x2, and nothing like it was measured",
+    ),
     (conv(16, 16, stride=3), (2, 16, 8, 8), "prepacked", "the stride is 3x3, not 1 or 2"),
     (conv(16, 16, dilation=2), (2, 16, 8, 8), "Winograd", ""),
     (conv(16, 16, dilation=8), (2, 16, 20, 20), "prepacked", "leave so much of a tile empty"),
-    (conv(16, 16, 5), (2, 16, 8, 8), "prepacked", "the kernel is 5x5, not 3x3"),
+    (
+        conv(16, 16, 5),
+        (2, 16, 8, 8),
+        "prepacked",
+        "its kernel is 5x5 and its stride 1x1, and nothing like it was measured",
+    ),
     (conv(8, 16), (2, 8, 8, 8), "prepacked", "8 channels"),
     (conv(16, 16), (8, 16, 2, 2), "prepacked", "2x2 leave so much of a tile empty"),
     (conv(256, 256), (1, 256, 4, 4), "prepacked", "would be read for 1 tiles"),
@@ -231,7 +241,7 @@ def test_unbatched_and_other_sizes(shape):
 def test_inputs_that_are_too_small_name_the_layer():
     frozen = pooling_ext.freeze(wide(nn.Conv2d(16, 16, 3)), torch.randn(1, 3, 12, 12))
     assert ways(frozen) == ["prepacked", "Winograd"]
-    with pytest.raises(ArgumentError, match=r"^1: .*3x3"):
+    with pytest.raises(ArgumentError, match=r"^1: .*the kernel must fit"):
         frozen(torch.randn(1, 3, 2, 2))
 
 

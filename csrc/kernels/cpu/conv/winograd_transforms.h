@@ -77,14 +77,14 @@ struct CookToomAxis {
         to[0] = zero.sum, to[kLast] = infinity.sum;
 #pragma GCC unroll 4
         for (int i = 0; i < kPairs; ++i) {
-            Terms<X, T> even, odd, scaled;
+            Terms<X, T> even, odd;
 #pragma GCC unroll 10
             for (int k = 0; k < kLast; ++k) {
                 even.add(Points::kTable.without[i][k], d[k + 1]);
                 odd.add(Points::kTable.without[i][k], d[k]);
             }
-            scaled.add(Points::kTable.powers[i][1], odd.sum);
-            to[1 + 2 * i] = even.sum + scaled.sum, to[2 + 2 * i] = even.sum - scaled.sum;
+            const T p = T(Points::kTable.powers[i][1]);
+            to[1 + 2 * i] = even.sum + p * odd.sum, to[2 + 2 * i] = even.sum - p * odd.sum;
         }
     }
 
@@ -147,19 +147,20 @@ struct CookToomAxis {
     }
 };
 
+// Pairs are those with the least error among multiples of 1/8: for 3x3 kernels a third to a quarter
+// of that of 1 and 2, for the others less than half of that of 1, 2, 1/2 and 4. With fused
+// multiplications none costs more than another.
 struct DensePoints {
     static constexpr WinogradAxis kSizes = kWinogradDense;
-    static constexpr CookToom<2> kTable{{1, 2}};
+    static constexpr CookToom<2> kTable{{0.625, 1.5}};
 };
 struct FivePoints {
     static constexpr WinogradAxis kSizes = kWinogradFive;
-    static constexpr CookToom<3> kTable{{1, 2, 0.5}};
+    static constexpr CookToom<3> kTable{{0.625, 1, 1.75}};
 };
-// The last pair was chosen by the error: 7e-6 of the largest output, with 4 or 1/4 three times as
-// much.
 struct SevenPoints {
     static constexpr WinogradAxis kSizes = kWinogradSeven;
-    static constexpr CookToom<4> kTable{{1, 2, 0.5, 1.25}};
+    static constexpr CookToom<4> kTable{{0.5, 0.875, 1.25, 2}};
 };
 using DenseAxis = CookToomAxis<DensePoints>;
 using FiveAxis = CookToomAxis<FivePoints>;
@@ -191,37 +192,65 @@ struct SingleAxis {
     }
 };
 
-// F(4, 2), points 0, 1, -1, 2 and infinity, of which strided kernels are made: two taps on pixels
-// that lie two apart.
+// F(4, 2), of which strided kernels are made: two taps on pixels that lie two apart. Its points are
+// two pairs, chosen as above, and infinity.
 struct PairAxis {
+    static constexpr double kFirst = 0.5, kSecond = 1.25;
+    static constexpr double kFirst2 = kFirst * kFirst, kSecond2 = kSecond * kSecond;
+    static constexpr double kFirst3 = kFirst * kFirst2, kSecond3 = kSecond * kSecond2;
+    // One over the derivative of (x^2 - p^2) (x^2 - q^2), which changes its sign with x.
+    static constexpr double kFirstWeight = 1 / (2 * kFirst * (kFirst2 - kSecond2));
+    static constexpr double kSecondWeight = 1 / (2 * kSecond * (kSecond2 - kFirst2));
+
     template <class X, class T>
     static POOLING_EXT_INLINE void input(const X& d0, const X& d1, const X& d2, const X& d3,
                                          const X& d4, X* to, T) {
-        const X q = d3 - d1, p = d3 - d2;
-        to[0] = T(2) * (d0 - d2) + q;
-        to[1] = p - T(2) * d1;
-        to[2] = p - T(2) * (d2 - d1);
-        to[3] = q;
-        to[4] = d4 - d2 - T(2) * q;
+        const X u = d3 - T(kSecond2) * d1, v = T(kFirst) * (d2 - T(kSecond2) * d0);
+        const X r = d3 - T(kFirst2) * d1, s = T(kSecond) * (d2 - T(kFirst2) * d0);
+        to[0] = u + v;
+        to[1] = u - v;
+        to[2] = r + s;
+        to[3] = r - s;
+        to[4] = d4 - T(kFirst2 + kSecond2) * d2 + T(kFirst2 * kSecond2) * d0;
     }
 
     template <class X, class T>
     static POOLING_EXT_INLINE void output(const X* m, X (&to)[4], T) {
-        const X p = m[1] + m[2], q = m[1] - m[2];
-        to[0] = m[0] + p + m[3];
-        to[1] = q + T(2) * m[3];
-        to[2] = p + T(4) * m[3];
-        to[3] = q + T(8) * m[3] + m[4];
+        const X p = m[0] + m[1], q = m[0] - m[1], u = m[2] + m[3], v = m[2] - m[3];
+        to[0] = p + u;
+        to[1] = T(kFirst) * q + T(kSecond) * v;
+        to[2] = T(kFirst2) * p + T(kSecond2) * u;
+        to[3] = T(kFirst3) * q + T(kSecond3) * v + m[4];
     }
 
     template <class X, class T>
     static POOLING_EXT_INLINE void grad(const X (&g)[4], X* to, T) {
-        const X even = g[0] + g[2], odd = g[1] + g[3];
-        to[0] = g[0];
-        to[1] = even + odd;
-        to[2] = even - odd;
-        to[3] = g[0] + T(2) * g[1] + T(4) * g[2] + T(8) * g[3];
+        const X p = g[0] + T(kFirst2) * g[2], q = T(kFirst) * g[1] + T(kFirst3) * g[3];
+        const X u = g[0] + T(kSecond2) * g[2], v = T(kSecond) * g[1] + T(kSecond3) * g[3];
+        to[0] = p + q;
+        to[1] = p - q;
+        to[2] = u + v;
+        to[3] = u - v;
         to[4] = g[3];
+    }
+
+    // Of the two taps.
+    template <class X, class T>
+    static POOLING_EXT_INLINE void weight(const X& g0, const X& g1, X* to, T) {
+        const X p = T(kFirstWeight) * g0, q = T(kFirstWeight * kFirst) * g1;
+        const X u = T(kSecondWeight) * g0, v = T(kSecondWeight * kSecond) * g1;
+        to[0] = q + p;
+        to[1] = q - p;
+        to[2] = v + u;
+        to[3] = v - u;
+        to[4] = g1;
+    }
+
+    template <class X, class T>
+    static POOLING_EXT_INLINE void weight_grad(const X* u, X& to0, X& to1, T) {
+        to0 = T(kFirstWeight) * (u[0] - u[1]) + T(kSecondWeight) * (u[2] - u[3]);
+        to1 = T(kFirstWeight * kFirst) * (u[0] + u[1]) +
+              T(kSecondWeight * kSecond) * (u[2] + u[3]) + u[4];
     }
 };
 
@@ -252,19 +281,14 @@ struct StridedAxis {
 
     template <class X, class T>
     static POOLING_EXT_INLINE void weight(const X (&g)[3], X (&to)[6], T) {
-        to[0] = T(0.5) * g[0];
-        to[1] = T(-0.5) * (g[0] + g[2]);
-        to[2] = T(-1.0 / 6) * (g[0] - g[2]);
-        to[3] = T(1.0 / 6) * g[0] + T(1.0 / 3) * g[2];
-        to[4] = g[2];
+        PairAxis::weight(g[0], g[2], to, T(0));
         to[5] = g[1];
     }
 
     template <class X, class T>
     static POOLING_EXT_INLINE void weight_grad(const X (&u)[6], X (&to)[3], T) {
-        to[0] = T(0.5) * (u[0] - u[1]) + T(1.0 / 6) * (u[3] - u[2]);
+        PairAxis::weight_grad(u, to[0], to[2], T(0));
         to[1] = u[5];
-        to[2] = T(1.0 / 6) * u[2] - T(0.5) * u[1] + T(1.0 / 3) * u[3] + u[4];
     }
 };
 
