@@ -53,7 +53,8 @@ class OpSpec:
             dtypes: where terms of sums are rounded before they are added.
         fast: compare derivatives along one random direction, where there are too many arguments for all.
         autocast: it runs in autocast's dtype, and as PyTorch's own on meta tensors: a convolution.
-        changes_in_programs: compiled or exported, it may have PyTorch's operators, which add in another order.
+        changes_in_programs: compiled or exported, it may have PyTorch's operators, whose sums
+            have another order.
         keeps_format: the output has the input's memory format.
         low_level: yields calls of the low-level operators that belong to it, for ``opcheck``.
     """
