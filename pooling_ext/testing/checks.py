@@ -212,6 +212,20 @@ def check_checkpointing(case: OpCase, tensors: Tensors) -> None:
         assert torch.equal(one, other) and torch.equal(one, third), f"{case}: other bits"
 
 
+def check_released(case: OpCase, tensors: Tensors) -> None:
+    """Backward releases what forward kept: a second one without a retained graph raises."""
+    function, args = _function(case, tensors)
+    leaves = [x.requires_grad_() for x in args]
+    output = function(*leaves).sum()
+    output.backward()
+    try:
+        output.backward()
+    except RuntimeError as error:
+        assert "second time" in str(error), f"{case}: {error}"
+    else:
+        raise AssertionError(f"{case}: a second backward did not raise")
+
+
 # --- torch.compile and its like -----------------------------------------------------------------
 
 

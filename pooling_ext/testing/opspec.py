@@ -56,6 +56,7 @@ class OpSpec:
         changes_in_programs: compiled or exported, it may have PyTorch's operators, whose sums
             have another order.
         keeps_format: the output has the input's memory format.
+        takes_unbatched: the input may be one sample, without a batch.
         low_level: yields calls of the low-level operators that belong to it, for ``opcheck``.
     """
 
@@ -75,6 +76,7 @@ class OpSpec:
     autocast: bool = False
     changes_in_programs: bool = False
     keeps_format: bool = True
+    takes_unbatched: bool = False
     low_level: Callable[[], Iterable[LowLevelCall]] = tuple
 
     def cases(self) -> Iterator[OpCase]:

@@ -48,6 +48,8 @@ def test_meta_and_fake_tensors(case, dtype):
     for layout in LAYOUTS:
         for shape in (case.spec.small, (0, *case.spec.small[1:])):
             checks.check_fake(case, case.tensors(shape, dtype, layout))
+    if case.spec.takes_unbatched:
+        checks.check_fake(case, case.tensors(case.spec.small[1:], dtype))
 
 
 @DTYPES

@@ -44,6 +44,13 @@ def test_checkpointing(case):
     checks.check_checkpointing(case, derivatives_of(case))
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in OF_IMAGES if "relu" in case.spec.name or "norm_act" in case.spec.name], ids=str
+)
+def test_memory_is_released(case):
+    checks.check_released(case, derivatives_of(case))
+
+
 @OF_EACH_KIND
 def test_gradient_penalty(case):
     for dtype in (torch.float32, torch.bfloat16):

@@ -112,7 +112,10 @@ def _global_max(input: Tensor, keepdim: bool = True) -> Tensor:
 def _pools(rank: int) -> Iterator[OpSpec]:
     def spec(name: str, reference: Callable[..., Any], values: Any, options: Any, **others: Any) -> OpSpec:
         function = getattr(F, name)
-        return OpSpec(name, function, reference, one(values), WIDE[rank], SMALL[rank], options, **others)
+        shapes = WIDE[rank], SMALL[rank]
+        return OpSpec(
+            name, function, reference, one(values), *shapes, options, takes_unbatched=True, **others
+        )
 
     integers = {"dtypes": FLOATS + INTEGERS, "exact": True}
     calls, more = (_low_level, PER_SIDE) if rank == 2 else (tuple, {})
