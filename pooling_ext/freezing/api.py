@@ -50,7 +50,7 @@ def freeze(
 
     On the CPU each convolution runs on the fastest implementation at the example's size; ``report`` names it.
     Winograd's (3x3, stride 1) is two to three times as fast as the direct one and less accurate. In float32 a
-    layer is off by some 1e-5 of its largest element, between float32's own rounding and TF32 (near 1e-3). A
+    layer is off by a few 1e-6 of its largest element, between float32's own rounding and TF32 (near 1e-3). A
     whole model is off by at most four times the error of ``model``, or 1e-4 of the largest result. In half
     precision it makes no difference. An infinity or NaN reaches all pixels of the 4x4 that read it. Its
     weights take four times the memory, for which POOLING_EXT_WINOGRAD_MIB in the environment is the limit

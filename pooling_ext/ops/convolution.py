@@ -86,7 +86,7 @@ def conv2d(
     kernels of their own, and 1x1 kernels in float32 as matrix products, where these are known
     to be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times.
 
-    In float32 Winograd's results are off by some 1e-5 of the largest element.
+    In float32 Winograd's results are off by a few 1e-6 of the largest element.
 
     Args:
         input: a tensor, see Shape.

@@ -6,7 +6,7 @@ it has 28 for 1x7 and 7x1. Of a dilation the phases of the input are convolution
 alone, a kernel of stride 2 is four smaller ones on the phases, with 81 multiplications for 144, and one of
 several planes ``(D, 3, 3)`` is a sum over them, with their stride and dilation free. Sums are float32
 (float64 for float64), and the result is the same for any number of threads. It is not that of the direct way
-to the last bit: errors are some 1e-5 of the largest element in float32. An infinity or a NaN in the input
+to the last bit: errors are a few 1e-6 of the largest element in float32. An infinity or a NaN in the input
 reaches every output of the tiles that read it, which are 4x4 pixels, as NaN; so do values within a factor of
 100 of the largest float.
 

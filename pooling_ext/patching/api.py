@@ -58,7 +58,7 @@ def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> Fus
     Args:
         model: any module. It may be patched already.
         strict: raise, and leave the model as it was, if something has to be skipped or a batch norm is left.
-        exact: leave out Winograd's convolution, whose results and gradients are off by some 1e-5 of their
+        exact: leave out Winograd's convolution, whose results and gradients are off by a few 1e-6 of their
             largest element in float32, where the direct convolution's are by 1e-6 and TF32's by 1e-3.
 
     Returns:
