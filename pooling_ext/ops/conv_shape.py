@@ -86,7 +86,7 @@ class Conv(NamedTuple):
         for size, gap, kernel in zip(
             self.output_size[-2:], self.dilation[-2:], self.kernel[-2:], strict=True
         ):
-            tiles *= gap * -(-size // (gap * _TILES[kernel][0]))
+            tiles *= gap * -(-size // (gap * _tile(kernel)[0]))
         return tiles
 
     @property
@@ -105,10 +105,23 @@ class Conv(NamedTuple):
 
 def winograd_points(kernel: Sequence[int]) -> int:
     """How many points the transform of a kernel has, of each plane."""
-    return math.prod(_TILES[int(size)][1] for size in kernel[-2:])
+    return _tile(kernel[-2])[1] * _tile(kernel[-1])[1]
+
+
+def _tile(size: int) -> tuple[int, int]:
+    # A compiler's symbol is no key.
+    for kernel, tile in _TILES.items():
+        if size == kernel:
+            return tile
+    raise KeyError(size)
 
 
 def has_winograd_kernel(kernel: Sequence[int]) -> bool:
     """Whether there is a Winograd way for a kernel (along 1 to 3 axes) of stride 1."""
-    size = (1, *kernel) if len(kernel) == 1 else tuple(kernel[-2:])
-    return size == (3, 3) or (size in WINOGRAD_KERNELS and len(kernel) < 3)
+    rows, columns = (1, *kernel) if len(kernel) == 1 else kernel[-2:]
+    # One comparison after the other: a compiler takes minutes over one of all kernels at once, where
+    # these are symbols.
+    for known_rows, known_columns in WINOGRAD_KERNELS[: 1 if len(kernel) == 3 else None]:
+        if rows == known_rows and columns == known_columns:
+            return True
+    return False

@@ -106,7 +106,7 @@ def test_the_tables_have_both_formats():
     for isa in ("avx512", "avx2"):
         rows = conv_speeds.table(conv_speeds.read(conv_speeds.SHIPPED)[isa])
         for channels_last in (False, True):
-            assert len(rows[POINTWISE, "float32", channels_last, 1, 1]) > 50
+            assert len(rows[POINTWISE, "float32", channels_last, "1", 1]) > 50
 
 
 class Bottleneck(nn.Module):

@@ -161,6 +161,10 @@ SPECS: tuple[OpSpec, ...] = (
         "image", 2, (2, 3, 18, 17), (2, 3, 6, 5), Arguments(20, _SQUARE), _image_calls, padding=1, stride=2
     ),
     _conv("pointwise", 2, (2, 48, 9, 8), (2, 8, 3, 4), Arguments(32, (1, 1))),
+    _conv("winograd", 1, (2, 20, 37), (2, 16, 9), Arguments(24, (3,)), padding=1),
+    _conv("winograd-7", 1, (2, 20, 37), (2, 16, 9), Arguments(24, (7,)), padding=3),
+    _conv("winograd-5x5", 2, (2, 20, 9, 11), (2, 16, 5, 4), Arguments(24, (5, 5)), padding=2),
+    _conv("winograd-7x1", 2, (2, 20, 9, 11), (2, 16, 5, 4), Arguments(24, (7, 1)), padding=(3, 0)),
     _conv("winograd", 3, (1, 16, 3, 9, 8), (1, 16, 2, 4, 4), Arguments(16, (3, 3, 3)), padding=1),
     OpSpec(
         "conv_bn_act",
