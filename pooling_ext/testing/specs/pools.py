@@ -52,8 +52,10 @@ LP: dict[str, dict[str, Any]] = {
     "p2": {"norm_type": 2, "kernel_size": 3, "stride": 2, "ceil_mode": True},
     "p3": {"norm_type": 3, "kernel_size": 2, "stride": 1},
     "p2.5": {"norm_type": 2.5, "kernel_size": 2},
-    "inf": {"norm_type": math.inf, "kernel_size": 2},
 }
+# Older versions of PyTorch give 1 for a norm that is infinite.
+if TF.lp_pool1d(torch.tensor([[[3.0, 2.0]]]), math.inf, 2).item() == 3.0:
+    LP["inf"] = {"norm_type": math.inf, "kernel_size": 2}
 SAFE: dict[str, dict[str, Any]] = {
     f"{name}-safe": options | {"safe": True} for name, options in LP.items() if name != "inf"
 }

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 if constexpr (!To::kPlaces) grads[j] /= count_of<T>(call, g, 0, oh, left + j);
             };
             const In* const from = static_cast<const In*>(call.grad) + row;
-            const Stored* const winners = static_cast<const Stored*>(call.places) + row;
+            const Stored* winners = nullptr;
+            if constexpr (To::kPlaces) winners = static_cast<const Stored*>(call.places) + row;
 #pragma unroll
             for (int j = 0; j < kOutputs; ++j) {
                 grads[j] = 0;
