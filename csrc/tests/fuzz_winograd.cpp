@@ -10,7 +10,7 @@
 #include "kernels/cpu/conv/winograd_plan.h"
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "tests/activations.h"
-#include "tests/fuzz.h"
+#include "tests/convolutions.h"
 
 namespace pooling_ext {
 namespace {
@@ -108,19 +108,6 @@ Case make_case(Random& r) {
     return c;
 }
 
-// Elements of a format, with their values.
-struct Elements {
-    const Format& format;
-    Array array;
-
-    Elements(const Format& format, int64_t count) : format(format), array(count, format.bytes) {}
-    Elements(const Format& format, int64_t count, Random& r) : Elements(format, count) {
-        for (int64_t i = 0; i < count; ++i) array.set(i, format.random(r, false, false));
-    }
-    double operator[](int64_t i) const { return format.value(array.get(i)); }
-    void* data() const { return array.data.get(); }
-};
-
 // Calls use(output, input, weight) with the indices of each product of the convolution.
 template <class Use>
 void each_product(const WinogradShape& s, const Use& use) {
@@ -173,10 +160,6 @@ struct Given {
         if (s.planar) change_layout(x, s.batch, pixels, channels, true, planes);
     }
 };
-
-void check(const char* what, int64_t at, double found, double expected, double slack) {
-    if (!(std::abs(found - expected) <= slack)) fail(what, at, found, {expected, slack});
-}
 
 WinogradMachine machine_of(const Case& c, const WinogradKernels& table) {
     WinogradMachine m;
