@@ -189,9 +189,11 @@ def _convolved(
             else:
                 backends.record(name, kernels, why_not)
                 if rank == 1:  # as an image of one row
-                    x, w = x.unsqueeze(2), w.unsqueeze(2)
-                keeps_weight = kernels == WINOGRAD and not grads
-                y = _winograd(x, w, b, conv) if keeps_weight else convolve(x, w, b, plan(kernels, conv))
+                    x = x.unsqueeze(2)
+                if kernels == WINOGRAD and not grads:
+                    y = _winograd(x, w, b, conv)  # which keeps something for the weight itself
+                else:
+                    y = convolve(x, w.unsqueeze(2) if rank == 1 else w, b, plan(kernels, conv))
                 return y.squeeze(2) if rank == 1 else y
     backends.record(name, backends.ATEN.name, why_not)
     return theirs(input, weight, bias, stride, padding, dilation, groups)

@@ -80,7 +80,7 @@ def transformed(
     """The weight for ``winograd_conv``, and its bias, with ``norm`` folded into both.
 
     Args:
-        weight: ``(O, C / groups, 3, 3)`` or ``(O, C / groups, D, 3, 3)``, of a floating dtype.
+        weight: ``(O, C / groups, [[D,] kH,] kW)``, of a floating dtype.
         bias: ``(O,)`` or None.
         stride: of rows and columns.
     """
@@ -105,6 +105,8 @@ def _transform(
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if norm is not None:
             weight, bias = batch_norm_running.fold(weight, bias, *norm, wide)
+        if weight.dim() == 3:  # of sequences, which are images of one row
+            weight = weight.unsqueeze(2)
         return winograd_weight(weight, groups, False, stride), bias
 
 

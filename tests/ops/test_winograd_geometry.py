@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 import pooling_ext
 from pooling_ext.functional import conv1d, conv2d, conv3d
-from pooling_ext.ops import conv_choice, conv_speeds, winograd
+from pooling_ext.ops import conv_choice, conv_speeds, winograd, winograd_weights
 from pooling_ext.ops.conv_choice import FORWARD, INPUT_GRAD, WEIGHT_GRAD, WINOGRAD, Conv, winograd_why_not
 from pooling_ext.testing.conv_shapes import OTHER_KERNELS
 
@@ -299,6 +299,20 @@ def test_planes_give_the_same_bits_as_channels_last(case):
     both = [gradients(conv2d, x.contiguous(memory_format=f), weight, bias, **options) for f in FORMATS]
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_the_weight_of_a_sequence_is_transformed_once(monkeypatch):
+    calls = []
+    transform = winograd_weights.winograd_weight
+    monkeypatch.setattr(
+        winograd_weights, "winograd_weight", lambda *args: calls.append(args) or transform(*args)
+    )
+    x, weight, bias, options = sample("sequence of 3", torch.float32, False)
+    first = conv1d(x, weight, bias, **options)
+    assert torch.equal(conv1d(x, weight, bias, **options), first) and len(calls) == 1
+    weight.data.mul_(2)
+    assert off(conv1d(x, weight, None, **options), TF.conv1d(x, weight, None, **options)) <= 2e-5
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("grad", [False, True])
