@@ -34,7 +34,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TORCH_TARGET = (2, 11)  # the oldest PyTorch that the built library loads in
 X86 = platform.machine() in ("x86_64", "AMD64")
-# Loops over floats may be vectorised: nothing here looks at the floating-point exception flags
+# Loops over floats may be vectorized: nothing here looks at the floating-point exception flags
 # or errno. No contraction, so that every instruction set computes the same bits; convolutions alone,
 # which live on fused multiply-add, are compiled with it and promise the same bits for any number of
 # threads, but not on every instruction set.
@@ -327,7 +327,7 @@ class CudaOnCpu(Command):
         objects = [o._replace(flags=define if o.source.suffix == ".cpp" else ("-x", "c++")) for o in objects]
         objects += [Object(stand_in / "cuda_on_cpu.cpp", "cuda_on_cpu")]
         flags = [flag for flag in cxx_flags() if flag != "-O3"] + ["-O1", f"-I{stand_in}"]
-        # Not optimised: then the compiler takes longer than the kernels on their few small cases.
+        # Not optimized: then the compiler takes longer than the kernels on their few small cases.
         checks = [
             "-O0",
             "-g1",

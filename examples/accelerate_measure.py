@@ -101,7 +101,7 @@ def compare(name: str, what: str, module: nn.Module, x: Tensor, seconds: float) 
 
 
 def saved_bytes(layer: Pool, x: Tensor) -> int:
-    """Bytes that ``layer`` keeps for backward, without input and output, which the neighbours keep anyway."""
+    """Bytes that ``layer`` keeps for backward, without input and output, which the neighbors keep anyway."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

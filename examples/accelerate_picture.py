@@ -62,7 +62,7 @@ def draw_maps(
 ) -> None:
     """Draw a photograph, a channel of its ``(1, C, H, W)`` feature maps, and that channel pooled.
 
-    A colour means the same value throughout, but for the L2 norm, whose scale is three times as long: that
+    A color means the same value throughout, but for the L2 norm, whose scale is three times as long: that
     is the norm of nine ones.
     """
     brightest = float(maps[0, channel].max())
@@ -98,12 +98,12 @@ def draw_bars(axis: Any, chart: Chart) -> None:
     thick = 0.8 / len(chart.bars)
     first = next(iter(chart.bars.values()))
     longest = max(ms for times in chart.bars.values() for ms in times if ms is not None)
-    for which, ((label, times), colour) in enumerate(zip(chart.bars.items(), COLOURS, strict=False)):
+    for which, ((label, times), color) in enumerate(zip(chart.bars.items(), COLOURS, strict=False)):
         for group, (ms, before) in enumerate(zip(times, first, strict=True)):
             if ms is None:
                 continue
             place = group - 0.4 + (which + 0.5) * thick
-            axis.barh(place, ms, 0.94 * thick, color=colour, label=None if group else label)
+            axis.barh(place, ms, 0.94 * thick, color=color, label=None if group else label)
             text = f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
             if which and before is not None:
                 ratio = before / ms

@@ -93,21 +93,21 @@ def load_photos(folder: Path | None, most: int) -> list[Photo]:
     return photos
 
 
-def centre(size: int) -> v2.Compose:
+def center(size: int) -> v2.Compose:
     return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
 
 def make_batch(photos: list[Photo], count: int, size: int) -> Tensor:
-    """``(count, 3, size, size)`` float32: each photograph's centre, then random crops of them."""
-    normalise = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    """``(count, 3, size, size)`` float32: each photograph's center, then random crops of them."""
+    normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     crop = v2.Compose([v2.RandomResizedCrop(size, scale=(0.3, 1.0)), v2.RandomHorizontalFlip()])
-    first = [centre(size)(photo) for _, photo in photos[:count]]
+    first = [center(size)(photo) for _, photo in photos[:count]]
     rest = [crop(photos[i % len(photos)][1]) for i in range(count - len(first))]
-    return torch.stack([normalise(photo) for photo in first + rest])
+    return torch.stack([normalize(photo) for photo in first + rest])
 
 
 def load_model(name: str, x: Tensor) -> tuple[nn.Module, str | None]:
-    """A ResNet in eval mode, and why it is initialised at random if it is.
+    """A ResNet in eval mode, and why it is initialized at random if it is.
 
     Then BatchNorm's running statistics are those of ``x``: with those of no image at all, activations would
     grow from block to block.
@@ -279,7 +279,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def describe(args: argparse.Namespace, photos: list[Photo], why: str | None, memory: str) -> None:
-    weights = "pretrained on ImageNet" if why is None else f"initialised at random ({why})"
+    weights = "pretrained on ImageNet" if why is None else f"initialized at random ({why})"
     console.print(f"[bold]{args.model}[/], {escape(weights)}", highlight=False)
     source = args.images or "scikit-learn's sample images"
     console.print(
@@ -347,11 +347,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         with torch.no_grad():
             kinds[kind] = in_turn([partial(theirs, stem), partial(ours, stem)], args.seconds / 6)
     begin("drawing")
-    shown = [(centre(args.size)(photo), label) for (_, photo), label in zip(photos[:2], labels, strict=False)]
+    shown = [(center(args.size)(photo), label) for (_, photo), label in zip(photos[:2], labels, strict=False)]
     title = f"{args.model}: PyTorch's operators, pooling_ext.patch and pooling_ext.freeze"
     if why is not None:
         shown = [(photo, "") for photo, _ in shown]
-        title += " (weights initialised at random)"
+        title += " (weights initialized at random)"
     draw(args.out, title, shown, stem, charts_of(results, kinds, stem.shape))
     console.print(f"wrote [bold]{escape(str(args.out))}[/]", highlight=False)
 

@@ -28,7 +28,7 @@ try:
     from rich.markup import escape
 
     from finetune_data import DataError, Splits, message, open_splits, write_digits
-    from finetune_model import ARCHITECTURES, STAGES, make_model, make_pretrained, synchronised
+    from finetune_model import ARCHITECTURES, STAGES, make_model, make_pretrained, synchronized
     from finetune_report import draw_curves, draw_predictions, print_throughput, throughput
     from finetune_training import (
         BEST,
@@ -239,7 +239,7 @@ def start_model(args: argparse.Namespace, classes: int, processes: Processes) ->
         model, why = processes.on_first(partial(make_pretrained, args.model, classes))
         if why is None:
             return model, True, "pretrained on ImageNet"
-    return make_model(args.model, classes), False, f"initialised at random ({why})"
+    return make_model(args.model, classes), False, f"initialized at random ({why})"
 
 
 def run(args: argparse.Namespace, processes: Processes, console: Console) -> None:
@@ -294,12 +294,12 @@ def to_train(model: nn.Module, args: argparse.Namespace, processes: Processes, c
     if processes.count > 1:
         trial = torch.zeros(2, 3, args.image_size, args.image_size)
         trial = place(trial, processes.device, args.channels_last)
-        model, why = synchronised(model, trial, patched=not args.no_patch)
+        model, why = synchronized(model, trial, patched=not args.no_patch)
         layers = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if why is not None:
-            text = f"BatchNorm is not synchronised, so each process normalises by its own batch: {why}"
+            text = f"BatchNorm is not synchronized, so each process normalizes by its own batch: {why}"
         else:
-            text = f"SyncBatchNorm in {layers} layers: all processes' batches are normalised as one"
+            text = f"SyncBatchNorm in {layers} layers: all processes' batches are normalized as one"
         if why is not None or layers:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     if not args.no_patch:

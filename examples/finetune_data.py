@@ -146,17 +146,17 @@ def make_transforms(image_size: int, *, digits: bool, flip: bool) -> tuple[v2.Tr
     if digits:
         # Little of a digit can be cut off before it is another one.
         crop = [v2.RandomResizedCrop(image_size, scale=(0.7, 1.0), ratio=(0.85, 1.18), antialias=True)]
-        centre = [v2.Resize((image_size, image_size), antialias=True)]
+        center = [v2.Resize((image_size, image_size), antialias=True)]
     else:
         crop = [v2.RandomResizedCrop(image_size, antialias=True)]
-        centre = [v2.Resize(round(image_size * 256 / 224), antialias=True), v2.CenterCrop(image_size)]
+        center = [v2.Resize(round(image_size * 256 / 224), antialias=True), v2.CenterCrop(image_size)]
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     flips = [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([v2.ToImage(), *crop, *flips, *finish]), v2.Compose([v2.ToImage(), *centre, *finish])
+    return v2.Compose([v2.ToImage(), *crop, *flips, *finish]), v2.Compose([v2.ToImage(), *center, *finish])
 
 
 def displayed(image: Tensor) -> Tensor:
-    """A normalised ``(3, H, W)`` image as ``(H, W, 3)`` in 0 to 1, for drawing."""
+    """A normalized ``(3, H, W)`` image as ``(H, W, 3)`` in 0 to 1, for drawing."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
 

@@ -38,7 +38,7 @@ ARCHITECTURES = {architecture.name: architecture for architecture in RESNETS} | 
 
 
 def make_model(name: str, classes: int) -> nn.Module:
-    """``name`` with initialised weights and ``classes`` outputs."""
+    """``name`` with initialized weights and ``classes`` outputs."""
     model = _build(name)
     _replace_heads(model, name, classes)
     return model
@@ -53,7 +53,7 @@ def make_pretrained(name: str, classes: int) -> tuple[nn.Module, str | None]:
 
 
 def _build(name: str) -> nn.Module:
-    # The normalisation of the pretrained Inception is its own, and it can undo ImageNet's.
+    # The normalization of the pretrained Inception is its own, and it can undo ImageNet's.
     more = {"init_weights": True, "transform_input": True} if name == "inception_v3" else {}
     return torchvision.models.get_model(ARCHITECTURES[name].name, weights=None, **more)
 
@@ -85,9 +85,9 @@ def set_stage(model: nn.Module, name: str, stage: str) -> list[nn.Parameter]:
 def set_training(model: nn.Module, pretrained: bool) -> None:
     """Put ``model`` into training mode, and what is frozen of its pretrained weights into eval mode.
 
-    A frozen BatchNorm in training mode would normalise by each batch and move its running statistics, so
-    the features under the head would change all the time. Initialised weights have no statistics worth
-    keeping: in eval mode, BatchNorm would not normalise at all. Where all is trained, nothing is frozen.
+    A frozen BatchNorm in training mode would normalize by each batch and move its running statistics, so
+    the features under the head would change all the time. Initialized weights have no statistics worth
+    keeping: in eval mode, BatchNorm would not normalize at all. Where all is trained, nothing is frozen.
     """
     model.train()
     if not pretrained or all(parameter.requires_grad for parameter in model.parameters()):
@@ -113,7 +113,7 @@ def loss_of(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, logits
 
 
-def synchronised(model: nn.Module, images: Tensor, patched: bool) -> tuple[nn.Module, str | None]:
+def synchronized(model: nn.Module, images: Tensor, patched: bool) -> tuple[nn.Module, str | None]:
     """``model`` with SyncBatchNorm in place of BatchNorm; or as it was, and why, where that cannot run.
 
     PyTorch's SyncBatchNorm refuses tensors on the CPU, where it takes a patched model, and trying is the way

@@ -34,9 +34,9 @@ def draw_curves(path: Path, history: Sequence[Epoch], title: str) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4), layout="constrained")
         for axis, (kind, corner) in zip(figure.subplots(1, 2), kinds, strict=True):
-            for split, colour in (("train", BEFORE), ("valid", AFTER)):
+            for split, color in (("train", BEFORE), ("valid", AFTER)):
                 values = [getattr(epoch, f"{split}_{kind}") for epoch in history]
-                axis.plot(numbers, values, color=colour, label=split, marker="o", markersize=4)
+                axis.plot(numbers, values, color=color, label=split, marker="o", markersize=4)
             frozen = sum(epoch.stage == STAGES[0] for epoch in history)
             if 0 < frozen < len(history):
                 axis.axvline(frozen + 0.5, color=FAINT, linestyle="--", label="all layers from here")

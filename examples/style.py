@@ -13,5 +13,5 @@ STYLE |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelc
 def speedup(before: float, after: float) -> str:
     """How many times less ``after`` is, in rich's markup."""
     ratio = before / after
-    colour = "green" if ratio >= 1.1 else "red" if ratio < 0.95 else "default"
-    return f"[{colour}]{ratio:.{0 if ratio >= 20 else 1 if ratio >= 2 else 2}f}x[/]"
+    color = "green" if ratio >= 1.1 else "red" if ratio < 0.95 else "default"
+    return f"[{color}]{ratio:.{0 if ratio >= 20 else 1 if ratio >= 2 else 2}f}x[/]"

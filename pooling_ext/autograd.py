@@ -40,7 +40,7 @@ def loses_grad(*inputs: Tensor | None) -> bool:
 
 
 def distinct(*tensors: Any) -> list[Any]:
-    """``tensors``, with views in the place of repetitions, which torch.compile gives to no Function."""
+    """``tensors``, with views in place of repetitions, which torch.compile gives to no Function."""
     return [
         x if x is None or all(x is not y for y in tensors[:i]) else x.view_as(x)
         for i, x in enumerate(tensors)

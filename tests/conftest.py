@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line("markers", "gpu: needs a GPU that torch can use; skipped without")
     config.addinivalue_line(
-        "markers", "no_poison: leaves uninitialised memory and torch's determinism settings alone"
+        "markers", "no_poison: leaves uninitialized memory and torch's determinism settings alone"
     )
     if WORKER:
         config.pluginmanager.register(Sharing(Path(config.option.basetemp).parent))

@@ -222,12 +222,12 @@ def test_scripts_have_no_arguments_beyond_pytorchs(name):
 
 def test_scripted_functions():
     def pools(x: Tensor, norm: Tensor):
-        highest, places = F.max_pool2d(x, 3, 2, return_indices=True)
+        highest, indices = F.max_pool2d(x, 3, 2, return_indices=True)
         averages = F.avg_pool2d(x, 3, padding=1), F.adaptive_avg_pool2d(x, 3)
         fused = F.batch_norm_act(x, norm, norm, residual=x), F.add_relu_global_avg_pool(x, -x / 2, False)
         stem = F.batch_norm_relu_max_pool(x, norm, norm)
         rest = F.adaptive_max_pool2d(x, [2, 3]), F.lp_pool2d(x, 2.0, 2), F.global_lp_pool2d(x, 3.0)
-        return highest, places, averages, fused, stem, rest, F.global_max_pool2d(x), F.max_pool1d(x[0], 2)
+        return highest, indices, averages, fused, stem, rest, F.global_max_pool2d(x), F.max_pool1d(x[0], 2)
 
     x, norm = torch.rand(2, 4, 9, 11), torch.rand(4)
     torch.testing.assert_close(torch.jit.script(pools)(x, norm), pools(x, norm))

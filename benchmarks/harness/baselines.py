@@ -116,7 +116,7 @@ def _onnxruntime(case: Case) -> dict[str, Call]:
             torch.onnx.export(case.model, (case.x.contiguous(),), path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return {"all optimisations": lambda: torch.from_numpy(session.run(None, {name: array})[0])}
+    return {"all optimizations": lambda: torch.from_numpy(session.run(None, {name: array})[0])}
 
 
 BASELINES = (

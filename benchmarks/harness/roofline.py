@@ -79,12 +79,12 @@ class Kernel:
         if self.name.startswith("max_pool_rows"):
             # The stem writes the winners' elements in training, as large as the output.
             outputs = self.stores[16] / (
-                2 if self.name.endswith("true>") and "Normalised" in self.name else 1
+                2 if self.name.endswith("true>") and "Normalized" in self.name else 1
             )
             return self.written + outputs * 16 * inputs_of_an_output
         element = 2 if "__nv_bfloat16" in self.name else 4
         # The stem reads its input, of the gradient's size.
-        input = 1 if "ThroughNorm" in self.name else 0
+        input = 1 if "ToWinnerThroughNorm" in self.name else 0
         return self.written * (1 + input + (1 + 1 / element) / inputs_of_an_output)
 
     def threads(self, card: Card) -> int:

@@ -69,7 +69,7 @@ def measure(
         budget: seconds to spend on all of them together. It may be overrun: 2.5 times where the
             medians are still uncertain, and as needed for three turns of slow calls.
         settled: whether the seconds taken so far tell enough; then it ends before the budget, and at the
-            budget whatever the medians are. Those of one turn are at one place in each list.
+            budget whatever the medians are. Those of one turn are at one index of each list.
         shortest: seconds; a call that takes less is repeated for a sample.
         sample: the seconds of a call that is repeated so many times; by Python's clock unless given.
     """

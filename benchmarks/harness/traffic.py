@@ -81,13 +81,13 @@ class _Stored:
         self.touched: set[int] = set()
 
     def touch(self, address: int) -> None:
-        for place, tensor in enumerate(self.tensors):
+        for position, tensor in enumerate(self.tensors):
             if tensor.data_ptr() <= address < tensor.data_ptr() + tensor.nbytes:
-                self.touched.add(place)
+                self.touched.add(position)
 
     @property
     def nbytes(self) -> int:
-        return sum(self.tensors[place].nbytes for place in self.touched)
+        return sum(self.tensors[position].nbytes for position in self.touched)
 
 
 # What stands in for Triton's functions shares all that is counted.
@@ -96,7 +96,7 @@ def counted() -> Iterator[Traffic]:  # noqa: PLR0915
     """Count what kernels move while the context lasts; they must run in Triton's interpreter.
 
     Of a launch of many programs a random few are run, and counted for all: results are not to be used. They
-    stand for as many as what they store has place in the outputs, each of which is stored to once: programs
+    stand for as many as what they store fits in the outputs, each of which is stored to once: programs
     at a tensor's edge have less to do. Where next to nothing is stored each stands for as many as any other.
     """
     from triton.runtime import interpreter
@@ -143,24 +143,24 @@ def counted() -> Iterator[Traffic]:  # noqa: PLR0915
         chosen = np.arange(programs)
         if programs > SAMPLE:
             chosen = random.choice(programs, SAMPLE, replace=False)
-        places = np.stack(np.unravel_index(chosen, grid), 1).tolist()
+        positions = np.stack(np.unravel_index(chosen, grid), 1).tolist()
 
         def next_program(index: int, *_: int) -> None:
             for cache in caches.values():
                 cache.flush()
-            set_grid_idx(*places[index])
+            set_grid_idx(*positions[index])
 
         builder.set_grid_dim = lambda *_: set_grid_dim(*grid)
         builder.set_grid_idx = next_program
         try:
-            launch.kernel[(len(places),)](**launch.arguments, **launch.options)
+            launch.kernel[(len(positions),)](**launch.arguments, **launch.options)
         finally:
             del builder.set_grid_dim, builder.set_grid_idx
         for cache in caches.values():
             cache.flush()
-        scale = programs / len(places)
+        scale = programs / len(positions)
         written = sum(cache.nbytes for (kind, _), cache in caches.items() if kind == _WRITTEN)
-        if scale > 1 and written >= OUTPUT * len(places):
+        if scale > 1 and written >= OUTPUT * len(positions):
             scale = stored.nbytes / written
         for cache in caches.values():
             traffic.nbytes += cache.nbytes * scale

@@ -36,7 +36,7 @@ _METHOD = (
     "(`pooling_ext.reuse_cpu_memory()`). torch.compile is inductor's default in training, and freezes in "
     "inference; its compile time, that of the first step, is in no other time. Memory is measured in a "
     "process for each rival: live bytes are the most that torch's allocator has given out beyond model, "
-    "optimiser and batch, as its profiler sees it; the process's are the most it held beyond what it held "
+    "optimizer and batch, as its profiler sees it; the process's are the most it held beyond what it held "
     "before its first step."
 )
 

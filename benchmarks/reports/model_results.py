@@ -57,7 +57,7 @@ class Memory:
     """What one training step takes.
 
     Attributes:
-        live: bytes of torch's allocator live at most beyond model, optimiser and batch.
+        live: bytes of torch's allocator live at most beyond model, optimizer and batch.
         rss: bytes that the process held at most, beyond what it held before its first step; None where
             the system does not tell.
     """

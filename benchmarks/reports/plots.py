@@ -20,7 +20,7 @@ from .model_results import EAGER, FROZEN, INFERENCE, PATCHED, TRAINING, Models
 from .results import BACKWARD, FORWARD, STEP, Results
 
 INK, FAINT = "#1f2933", "#d9dee4"
-TEAL, ORANGE, GREYS = "#0b7285", "#f08c00", ("#adb5bd", "#868e96", "#495057")
+TEAL, ORANGE, GRAYS = "#0b7285", "#f08c00", ("#adb5bd", "#868e96", "#495057")
 _GROUP = 0.76  # of the space for a row, what its bars take
 _OURS = "pooling_ext"
 _TITLES = {"NCHW": "NCHW (contiguous)", "NHWC": "NHWC (channels last)"}
@@ -36,22 +36,22 @@ class Panel:
 
 def draw_phases(results: Results, path: Path) -> None:
     """Pooling: forward and backward, geometric means over the dtypes."""
-    colours = {FORWARD: TEAL, BACKWARD: ORANGE}
+    colors = {FORWARD: TEAL, BACKWARD: ORANGE}
     title = "Pooling on the CPU: speed-up over PyTorch's own operators"
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in results.rows))
-    panels = _operator_panels(results, "phase", list(colours))
-    bars(panels, colours, title, f"geometric mean of {dtypes}; {_setting(results.facts)}", path)
+    panels = _operator_panels(results, "phase", list(colors))
+    bars(panels, colors, title, f"geometric mean of {dtypes}; {_setting(results.facts)}", path)
 
 
 def draw_dtypes(results: Results, path: Path) -> None:
     """Fused operators: the dtypes of a training step, or of a call where none is measured."""
-    colours = {"float32": TEAL, "bfloat16": ORANGE}
+    colors = {"float32": TEAL, "bfloat16": ORANGE}
     trained = {row.case for row in results.select(phase=STEP)}
     rows = [row for row in results.rows if row.phase == STEP or row.case not in trained]
     shown = Results(results.facts, rows)
     title = "Fused operators at ResNet-50's shapes: speed-up over PyTorch's operators"
     note = f"forward and backward, conv: inference; batch 16; {_setting(results.facts)}"
-    bars(_operator_panels(shown, "dtype", list(colours)), colours, title, note, path)
+    bars(_operator_panels(shown, "dtype", list(colors)), colors, title, note, path)
 
 
 def _operator_panels(results: Results, by: str, series: Sequence[str]) -> list[Panel]:
@@ -88,10 +88,10 @@ def draw_models(models: Models, path: Path) -> None:
                 rows[name] = {_OURS if rival == ours else rival: x for rival, x in speedups.items()}
         if rows:
             panels.append(Panel(f"{title}, {ours}", rows))
-    colours = {_OURS: TEAL} | dict(zip(dict.fromkeys(others), GREYS, strict=False))
+    colors = {_OURS: TEAL} | dict(zip(dict.fromkeys(others), GRAYS, strict=False))
     bars(
         panels,
-        colours,
+        colors,
         "Whole models on the CPU: speed-up over eager PyTorch, channels last",
         _setting(models.facts),
         path,
@@ -103,7 +103,7 @@ def _setting(facts: dict[str, Any]) -> str:
     return f"{facts['cpu']}, {facts['threads']} threads, {isa}, torch {facts['torch']}"
 
 
-def bars(panels: Sequence[Panel], colours: dict[str, str], title: str, note: str, path: Path) -> None:
+def bars(panels: Sequence[Panel], colors: dict[str, str], title: str, note: str, path: Path) -> None:
     """Write a picture of ``panels`` side by side; they share the names of rows where these are the same."""
     values = [value for panel in panels for row in panel.rows.values() for value in row.values()]
     if not values:
@@ -121,22 +121,22 @@ def bars(panels: Sequence[Panel], colours: dict[str, str], title: str, note: str
         figure = Figure(figsize=(max(10.8, 5.4 * len(panels)), height), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=shared, squeeze=False)[0]
         low, high = min(0.8, *values) * 0.9, max(2.0, *values) * 1.7
-        labelled: dict[str, Any] = {}
+        labeled: dict[str, Any] = {}
         for axis, panel in zip(axes, panels, strict=True):
-            _panel(axis, panel, colours)
+            _panel(axis, panel, colors)
             axis.set_xlim(low, high)
             axis.set_title(panel.title, loc="left", pad=8)
             handles, labels = axis.get_legend_handles_labels()
-            labelled |= dict(zip(labels, handles, strict=True))
+            labeled |= dict(zip(labels, handles, strict=True))
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=13)
         figure.supxlabel(note, x=0.01, ha="left", size=8.5, color="#52606d")
-        where: dict[str, Any] = {"loc": "outside lower right", "frameon": False, "ncols": len(labelled)}
-        figure.legend(list(labelled.values()), list(labelled), **where)
+        where: dict[str, Any] = {"loc": "outside lower right", "frameon": False, "ncols": len(labeled)}
+        figure.legend(list(labeled.values()), list(labeled), **where)
         figure.savefig(path, dpi=130, facecolor="white")
 
 
-def _panel(axis: Axes, panel: Panel, colours: dict[str, str]) -> None:
-    series = [name for name in colours if any(name in row for row in panel.rows.values())]
+def _panel(axis: Axes, panel: Panel, colors: dict[str, str]) -> None:
+    series = [name for name in colors if any(name in row for row in panel.rows.values())]
     thickness = _GROUP / max(len(series), 1)
     axis.set_xscale("log", base=2)
     for name in series:
@@ -149,7 +149,7 @@ def _panel(axis: Axes, panel: Panel, colours: dict[str, str]) -> None:
         # On a logarithmic axis a bar from 1 starts at no speed-up, and goes left for a slow-down.
         heights, values = [y for y, _ in found], [value for _, value in found]
         lengths = [value - 1 for value in values]
-        axis.barh(heights, lengths, thickness, left=1, color=colours[name], label=name)
+        axis.barh(heights, lengths, thickness, left=1, color=colors[name], label=name)
         for height, value in found:
             text = f"{value:.0f}x" if value >= 9.95 else f"{value:.1f}x" if value >= 2 else f"{value:.2f}x"
             axis.annotate(

@@ -34,7 +34,7 @@ class CoverageCase:
         """The model, and an input for it."""
         torch.manual_seed(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of initialisations that take long
+            warnings.simplefilter("ignore")  # of initializations that take long
             model = self.make()
         return model, torch.rand(1, *self.size)
 

@@ -44,7 +44,7 @@ COMPILED_MODELS = ("resnet50",)
 
 
 class Trainer:
-    """A model with its optimiser and a batch; calling it makes one step."""
+    """A model with its optimizer and a batch; calling it makes one step."""
 
     def __init__(self, model: nn.Module, images: Tensor, dtype: str) -> None:
         self.model, self.images, self.dtype = model, images, DTYPES[dtype]

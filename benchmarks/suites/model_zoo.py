@@ -72,7 +72,7 @@ def make(name: str, batch: int, layout: str, size: int | None = None) -> tuple[n
     torch.manual_seed(0)
     extra = {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of initialisations that take long
+        warnings.simplefilter("ignore")  # of initializations that take long
         model = torchvision.models.get_model(name, **extra)
     size = size or SIZES.get(name, SIZE)
     images = torch.randn(batch, 3, size, size)

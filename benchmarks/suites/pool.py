@@ -42,7 +42,7 @@ _METHOD = (
     "PyTorch's; times are medians of a call. Memory is reused (`pooling_ext.reuse_cpu_memory()`), so neither "
     "pays for fresh pages. A rate counts what has to move: input and output once, and what is saved for "
     'backward; "of a copy" compares it with a copy of as many bytes, which reading more than writing can '
-    "beat. Saved bytes leave out the input and the output, which the neighbouring layers keep anyway."
+    "beat. Saved bytes leave out the input and the output, which the neighboring layers keep anyway."
 )
 
 Operator = Callable[[Tensor], Tensor]

@@ -9,14 +9,14 @@ enum class DType { Float32, Float64, BFloat16, Float16, Int8, Int16, Int32, Int6
 
 // How the winner of a max-pool window is remembered: not at all, as its offset in the window
 // (a byte or an int32), or as its index in the plane.
-enum class Places { None, Byte, Int32, Index };
+enum class Offsets { None, Byte, Int32, Index };
 
 struct PoolJob {
     PoolParams p;
-    const void* src = nullptr;        // forward: the input; backward: the gradient of the output
-    void* dst = nullptr;              // forward: the output; backward: the gradient of the input
-    void* places_out = nullptr;       // max forward
-    const void* places_in = nullptr;  // max backward
+    const void* src = nullptr;         // forward: the input; backward: the gradient of the output
+    void* dst = nullptr;               // forward: the output; backward: the gradient of the input
+    void* offsets_out = nullptr;       // max forward
+    const void* offsets_in = nullptr;  // max backward
     // Averages divide by the window's count unless `divisor` is not 0.
     bool count_include_pad = true;
     int64_t divisor = 0;

@@ -15,7 +15,7 @@ namespace pooling_ext {
 
 POOLING_EXT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The windows along one spatial axis. A window has `kernel` places; place c of window o lies at
+// The windows along one spatial axis. A window has `kernel` elements; element c of window o lies at
 // position start(o) + c * dilation, which may be outside [0, in). GPUs count in 32 bits.
 template <class Int>
 struct AxisOf {
@@ -32,12 +32,12 @@ struct AxisOf {
         return adaptive ? scaled(o, in, out) : o * stride - pad_before;
     }
 
-    // One past the last place of window o, clipped or not.
-    POOLING_EXT_INLINE Int places(Int o) const {
+    // How many elements window o has, clipped or not.
+    POOLING_EXT_INLINE Int length(Int o) const {
         return adaptive ? scaled_up(o + 1, in, out) - start(o) : kernel;
     }
 
-    // The places of window o that lie inside the input are [first(o), end(o)).
+    // The elements of window o that lie inside the input are [first(o), end(o)).
     POOLING_EXT_INLINE Int first(Int o) const {
         const Int s = start(o);
         return s >= 0 ? 0 : steps(-s);
@@ -46,7 +46,7 @@ struct AxisOf {
     POOLING_EXT_INLINE Int end(Int o) const {
         const Int room = in - start(o);
         const Int inside = room > 0 ? steps(room) : 0;
-        const Int all = places(o);
+        const Int all = length(o);
         return inside < all ? inside : all;
     }
 
@@ -67,11 +67,11 @@ struct AxisOf {
         return last < out ? last : out;
     }
 
-    // The place of input i in window o, or -1 where dilation steps over it.
-    POOLING_EXT_INLINE Int place(Int o, Int i) const {
+    // The element of window o that input i is, or -1 where dilation steps over it.
+    POOLING_EXT_INLINE Int element(Int o, Int i) const {
         const Int offset = i - start(o);
-        if (dilation == 1) return offset >= 0 && offset < places(o) ? offset : -1;
-        return offset >= 0 && offset % dilation == 0 && offset / dilation < places(o)
+        if (dilation == 1) return offset >= 0 && offset < length(o) ? offset : -1;
+        return offset >= 0 && offset % dilation == 0 && offset / dilation < length(o)
                    ? offset / dilation
                    : -1;
     }
@@ -79,7 +79,7 @@ struct AxisOf {
     // How many elements the average over window o divides by.
     POOLING_EXT_INLINE Int count(Int o, bool include_pad) const {
         Int low = start(o);
-        Int high = low + places(o);
+        Int high = low + length(o);
         const Int bottom = include_pad ? -pad_before : 0;
         const Int top = include_pad ? in + pad_after : in;
         low = low < bottom ? bottom : low;
@@ -87,7 +87,7 @@ struct AxisOf {
         return high - low;
     }
 
-    // No window has more places inside the input. There may be far more outside.
+    // No window has more elements inside the input. There may be far more outside.
     POOLING_EXT_INLINE Int most_inside() const { return kernel < in ? kernel : in; }
 
     // Whether no two windows overlap.
@@ -97,7 +97,7 @@ struct AxisOf {
 
     // Whether the only window is the whole axis.
     POOLING_EXT_INLINE bool whole() const {
-        return out == 1 && start(0) == 0 && dilation == 1 && places(0) == in && pad_after == 0;
+        return out == 1 && start(0) == 0 && dilation == 1 && length(0) == in && pad_after == 0;
     }
 
     // a * b / c, and the same rounded up; the product may need 64 bits.
@@ -118,9 +118,9 @@ struct PoolParams {
     Axis d, h, w;
 
     // At most 2^62.
-    POOLING_EXT_INLINE int64_t window_places() const {
-        const double places = double(d.kernel) * double(h.kernel) * double(w.kernel);
-        return places < 0x1p62 ? d.kernel * h.kernel * w.kernel : int64_t(1) << 62;
+    POOLING_EXT_INLINE int64_t window_size() const {
+        const double size = double(d.kernel) * double(h.kernel) * double(w.kernel);
+        return size < 0x1p62 ? d.kernel * h.kernel * w.kernel : int64_t(1) << 62;
     }
     // No window has more rows inside the input.
     POOLING_EXT_INLINE int64_t window_rows() const { return d.most_inside() * h.most_inside(); }
@@ -137,8 +137,8 @@ POOLING_EXT_INLINE bool is_whole(const PoolParams& p) {
     return p.w.whole() && p.h.whole() && p.d.whole();
 }
 
-// The same windows without the places that are inside the input in none of them, for a maximum: an
-// average counts some of those.
+// The same windows without the elements that are inside the input in none of them, for a maximum:
+// an average counts some of those.
 POOLING_EXT_INLINE Axis without_outside(Axis axis) {
     if (axis.adaptive || axis.out < 1) return axis;
     const int64_t reach = (axis.out - 1) * axis.stride;
@@ -151,7 +151,7 @@ POOLING_EXT_INLINE Axis without_outside(Axis axis) {
     return axis;
 }
 
-// The largest window, in places, whose offsets fit one byte with 255 left to mean "none".
+// The largest window, in elements, whose offsets fit one byte with 255 left to mean "none".
 constexpr int64_t kByteWindow = 255;
 
 // PyTorch's rule (ATen/native/Pool.h): under ceil_mode a window that would start in the padding

@@ -76,7 +76,7 @@ struct Memory {
     int32_t index = 0;
 };
 
-// An uninitialised tensor. The direct call, where torch::stable::empty would look the operator up
+// An uninitialized tensor. The direct call, where torch::stable::empty would look the operator up
 // by its name.
 inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last, Memory memory = {}) {
     const int64_t dims = static_cast<int64_t>(sizes.size());

@@ -1,4 +1,4 @@
-// Runs batch normalisation's kernels on random jobs, to be compiled with AddressSanitizer and
+// Runs batch normalization's kernels on random jobs, to be compiled with AddressSanitizer and
 // UndefinedBehaviorSanitizer, and compares them with plain loops in float64.
 //
 //     fuzz_batch_norm [jobs [first]]
@@ -68,7 +68,7 @@ Case make_case(Random& r) {
     BatchNormJob& job = c.job;
     const bool train = c.step == Step::Train || c.step == Step::TrainBackward;
     job.channels_last = !train && r.chance(2);
-    job.streams = r.chance(3);
+    job.non_temporal = r.chance(3);
     do {
         job.batch = r.pick(1, r.chance(4) ? 600 : 5);
         job.channels = r.pick(1, r.chance(4) ? 700 : 20);
@@ -76,7 +76,7 @@ Case make_case(Random& r) {
         // Lines of the cache are streamed whole.
         int64_t& run = job.channels_last ? job.channels : job.inner;
         const int64_t line = 64 / c.format.bytes;
-        if (job.streams) run = (run + line - 1) / line * line;
+        if (job.non_temporal) run = (run + line - 1) / line * line;
     } while (job.numel() > 150000);
     job.undivided = r.chance(5);
     job.activation = Activation(r.pick(0, r.chance(2) ? 1 : kActivations - 1));
@@ -196,9 +196,9 @@ void check_train(const Case& c, BatchNormJob job, Random& r) {
             const double product = found[channels + k] - away * found[k];
             check("sum", k, sums[k], found[k], 0);
             check("sum of products", k, sums[channels + k], product * inverse[k], 0);
-            const Through through =
-                through_of(found[k] / count, product / count, away, scale[k], inverse[k]);
-            slope[k] = through.slope, offset[k] = through.offset;
+            const StatsGrad stats =
+                stats_grad(found[k] / count, product / count, away, scale[k], inverse[k]);
+            slope[k] = stats.slope, offset[k] = stats.offset;
         }
         step.slope = slope.data(), step.offset = offset.data();
         if (writes_gradient(job.gate)) step.grad = step.residual_grad, step.gate = Gate::None;
@@ -241,7 +241,7 @@ void check_job(const Case& c, Random& r) {
     if (reads_kept(job.gate)) job.kept = kept.data();
     if (writes_gradient(job.gate)) job.residual_grad = masked.data();
     // The output may go where the input lies.
-    const Elements& result = forward && !job.streams && r.chance(3) ? x : y;
+    const Elements& result = forward && !job.non_temporal && r.chance(3) ? x : y;
     progress->counted[kInPlace] += &result == &x;
     if (c.step != Step::Sums) job.y = result.data();
 

@@ -1,6 +1,6 @@
-// Runs the kernels of batch normalisation, ReLU and max pooling as one step on random jobs, to be
+// Runs the kernels of batch normalization, ReLU and max pooling as one step on random jobs, to be
 // compiled with AddressSanitizer and UndefinedBehaviorSanitizer, and compares them with plain
-// loops: outputs and places to the bit, gradients and sums within rounding.
+// loops: outputs and offsets to the bit, gradients and sums within rounding.
 //
 //     fuzz_batch_norm_relu_max_pool [jobs [first]]
 //
@@ -24,7 +24,7 @@ enum Counter { kNothing, kNan, kSeveralBands };
 struct Case {
     Format format;
     PoolParams p;
-    bool coarse, places, constants;
+    bool coarse, offsets, constants;
     int64_t special;  // one in so many elements is a zero, infinite or a NaN; 0 for none
 
     int64_t inputs() const { return p.outer * p.in_plane() * p.channels; }
@@ -33,7 +33,7 @@ struct Case {
     std::string description() const {
         std::ostringstream text;
         text << format.name << " outer=" << p.outer << " channels=" << p.channels
-             << " places=" << places << " constants=" << constants << " special=" << special;
+             << " offsets=" << offsets << " constants=" << constants << " special=" << special;
         for (const Axis& a : {p.h, p.w})
             text << " [in=" << a.in << " out=" << a.out << " kernel=" << a.kernel
                  << " stride=" << a.stride << " padding=" << a.pad_before << "," << a.pad_after
@@ -49,7 +49,7 @@ Case make_case(Random& r) {
         do c.format = kFormats[r.pick(0, 3)];
         while (!BnReluMaxPoolJob::has(c.format.dtype));
         c.coarse = r.chance(2);
-        c.places = !r.chance(4);
+        c.offsets = !r.chance(4);
         c.constants = r.chance(3);
         c.special = r.chance(2) ? 0 : r.chance(2) ? 12 : 300;
         c.p.outer = r.pick(1, 4);
@@ -97,7 +97,7 @@ void check_job(const Case& c, Random& r) {
         return array;
     };
     const auto x = elements(c.inputs(), true), grad = elements(c.outputs(), false);
-    Array y(c.outputs(), format.bytes), places(c.outputs(), 1), spread(c.inputs(), format.bytes);
+    Array y(c.outputs(), format.bytes), offsets(c.outputs(), 1), spread(c.inputs(), format.bytes);
     const auto coefficients = [&] {
         std::unique_ptr<double[]> values(new double[channels]);
         for (int64_t k = 0; k < channels; ++k) values[k] = double(r.pick(-64, 64)) / 16;
@@ -115,7 +115,7 @@ void check_job(const Case& c, Random& r) {
     if (!c.constants) norm.slope = slope.get(), norm.offset = offset.get();
     job.pool.p = p;
     job.pool.dst = y.data.get();
-    if (c.places) job.pool.places_out = places.data.get();
+    if (c.offsets) job.pool.offsets_out = offsets.data.get();
     if (!job.taken(format.dtype)) fail("taken", 0, 0, {1});
     run(c, job, BnReluMaxPoolStep::Forward, p.out_rows(), r);
 
@@ -127,21 +127,21 @@ void check_job(const Case& c, Random& r) {
         const int64_t k = o % channels, ow = o / channels % p.w.out;
         const int64_t oh = o / p.out_row() % p.h.out, image = o / (p.out_row() * p.h.out);
         double best = -INFINITY;
-        int64_t place = kByteWindow, from = -1;
-        for (int64_t at = 0; at < p.window_places(); ++at) {
+        int64_t offset = kByteWindow, from = -1;
+        for (int64_t at = 0; at < p.window_size(); ++at) {
             const int64_t h = p.h.start(oh) + at / p.w.kernel, w = p.w.start(ow) + at % p.w.kernel;
             if (h < 0 || h >= p.h.in || w < 0 || w >= p.w.in) continue;
             best = std::max(best, 0.0);
             const int64_t i = ((image * p.h.in + h) * p.w.in + w) * channels + k;
             const T z = (T(value(*x, i)) - T(center[k])) * T(scale[k]) + T(shift[k]);
             const double rounded = double(widen(narrow<In>(z)));
-            if (rounded > best || std::isnan(rounded)) best = rounded, place = at, from = i;
+            if (rounded > best || std::isnan(rounded)) best = rounded, offset = at, from = i;
         }
-        progress->counted[kNothing] += place == kByteWindow;
+        progress->counted[kNothing] += offset == kByteWindow;
         progress->counted[kNan] += std::isnan(best);
         check("output", o, value(y, o), best, -1);
-        if (c.places) check("place", o, double(places.get(o)), double(place), -1);
-        places.set(o, place);
+        if (c.offsets) check("offset", o, double(offsets.get(o)), double(offset), -1);
+        offsets.set(o, offset);
         if (from < 0) continue;
         const double g = value(*grad, o), d = value(*x, from) - center[k];
         given[from] += g, terms[from] += std::abs(g);
@@ -149,7 +149,7 @@ void check_job(const Case& c, Random& r) {
         size[k] += std::abs(g), size[channels + k] += std::abs(g) * (1 + std::abs(d));
     }
 
-    job.pool.src = grad->data.get(), job.pool.places_in = places.data.get();
+    job.pool.src = grad->data.get(), job.pool.offsets_in = offsets.data.get();
     const int64_t bands = p.outer * job.bands();
     progress->counted[kSeveralBands] += job.bands() > 1;
     const std::unique_ptr<double[]> sums(new double[bands * 2 * channels]);

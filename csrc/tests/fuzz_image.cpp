@@ -38,8 +38,8 @@ struct Case {
         text << (weight_grad ? "weight grad " : "forward ") << format.name << " batch=" << job.batch
              << " channels=" << job.channels << " features=" << job.features
              << " image_last=" << job.image_last << " channels_last=" << job.channels_last
-             << " streams=" << job.streams << " biased=" << biased << " statistics=" << statistics
-             << " activation=" << int(job.activation);
+             << " non_temporal=" << job.non_temporal << " biased=" << biased
+             << " statistics=" << statistics << " activation=" << int(job.activation);
         for (const ImageAxis& axis : {job.h, job.w})
             text << " [in=" << axis.in << " out=" << axis.out << " kernel=" << axis.kernel
                  << " stride=" << axis.stride << " padding=" << axis.padding << "]";
@@ -108,7 +108,7 @@ void check_forward(Case& c, Random& r) {
     job.y = result.data();
     // As the launcher has it, but for small outputs too.
     const int64_t line = job.channels_last ? job.features : job.w.out;
-    job.streams = line * c.format.bytes % 64 == 0 && uintptr_t(job.y) % 64 == 0;
+    job.non_temporal = line * c.format.bytes % 64 == 0 && uintptr_t(job.y) % 64 == 0;
     job.weight = weight.data();
     if (c.biased) job.bias = bias.data();
     const Array prepared(job.prepared_count(), job.wide);

@@ -29,8 +29,8 @@ enum Counter { kBlocks, kPlanes, kEmptyWindows, kFarWindows };
 enum class Op { Max, MaxBackward, Avg, AvgBackward, Lp };
 constexpr const char* kOps[] = {"max_pool", "max_pool_backward", "avg_pool", "avg_pool_backward",
                                 "lp_pool"};
-constexpr const char* kPlaces[] = {"none", "byte", "int32", "index"};
-constexpr int kPlaceBytes[] = {0, 1, 4, 8};
+constexpr const char* kOffsets[] = {"none", "byte", "int32", "index"};
+constexpr int kOffsetBytes[] = {0, 1, 4, 8};
 
 // A window: its size, the part of it that averages divide by, and what lies inside the input, as
 // pairs of an offset in the window and a position.
@@ -42,7 +42,7 @@ struct Window {
 struct Case {
     Op op;
     Format format;
-    Places places = Places::None;
+    Offsets offsets = Offsets::None;
     bool coarse;
     int64_t special;  // one in so many elements, if not 0
     PoolParams p;     // before planning
@@ -67,7 +67,7 @@ struct Case {
 
     std::string description() const {
         std::ostringstream text;
-        text << kOps[int(op)] << " " << format.name << " places=" << kPlaces[int(places)]
+        text << kOps[int(op)] << " " << format.name << " offsets=" << kOffsets[int(offsets)]
              << " special=" << special << " outer=" << p.outer << " channels=" << p.channels;
         for (const Axis& a : {p.d, p.h, p.w})
             text << " [in=" << a.in << " out=" << a.out << " kernel=" << a.kernel
@@ -106,7 +106,7 @@ void reach_far(Axis& a, bool dilated, Random& r) {
     constexpr int64_t kFar = int64_t(1) << 24;
     if (dilated && a.kernel > 1 && r.chance(2)) {
         a.dilation = kFar + r.pick(0, 3);
-        // So that one place of each window is near the input.
+        // So that one offset of each window is near the input.
         a.pad_before = a.dilation * r.pick(0, a.kernel - 1) + r.pick(0, 2);
         a.pad_before = std::min(a.pad_before, a.dilation * (a.kernel - 1));
         a.pad_after = a.dilation * (a.kernel - 1) - a.pad_before;
@@ -140,7 +140,7 @@ bool choose_windows(Case& c, Random& r, int64_t rank, bool many) {
                             r.chance(2));
         if (a.out < 1) return false;
     }
-    return c.inputs() <= 140000 && c.outputs() * c.p.window_places() <= 300000;
+    return c.inputs() <= 140000 && c.outputs() * c.p.window_size() <= 300000;
 }
 
 Case make_case(Random& r) {
@@ -161,18 +161,18 @@ Case make_case(Random& r) {
     Job& job = c.job;
     job.p = c.p;
     if (c.op == Op::Max || c.op == Op::MaxBackward)
-        c.places = Places(r.pick(c.op == Op::MaxBackward, 3));
-    if (c.places == Places::Byte && c.p.window_places() > kByteWindow) c.places = Places::Int32;
+        c.offsets = Offsets(r.pick(c.op == Op::MaxBackward, 3));
+    if (c.offsets == Offsets::Byte && c.p.window_size() > kByteWindow) c.offsets = Offsets::Int32;
     if (c.op == Op::Avg || c.op == Op::AvgBackward) {
         job.count_include_pad = r.chance(2);
         if (r.chance(4)) job.divisor = r.chance(2) ? r.pick(1, 9) : -r.pick(1, 9);
     }
     if (c.op == Op::Lp) job.norm = r.pick(1, 3), job.magnitude = r.chance(2);
-    // Planning asks whether there are places; run_case says where.
+    // Planning asks whether there are offsets; run_case says where.
     static char somewhere;
-    if (c.op == Op::Max && c.places != Places::None) job.places_out = &somewhere;
+    if (c.op == Op::Max && c.offsets != Offsets::None) job.offsets_out = &somewhere;
     if (c.op == Op::MaxBackward) {
-        plan_max_backward(job, c.format.dtype, c.places);
+        plan_max_backward(job, c.format.dtype, c.offsets);
         if (r.chance(4)) job.by_plane = !job.by_plane;
     }
     c.rows = c.op == Op::MaxBackward ? max_backward_rows(job)
@@ -195,10 +195,10 @@ Expected power_average(double sum, double slack, double scale, int norm) {
     return {value, std::max(above, below) + value * 0x1p-20, norm == 3 && sum < slack};
 }
 
-// The elements of the result, and the winners' places. For a backward pass of max pooling these are
-// chosen here, at random.
+// The elements of the result, and the winners' offsets. For a backward pass of max pooling these
+// are chosen here, at random.
 std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random& r,
-                             std::vector<uint64_t>& places) {
+                             std::vector<uint64_t>& offsets) {
     const PoolParams& p = c.p;
     const Format& format = c.format;
     std::vector<Expected> y(c.forward() ? c.outputs() : c.inputs());
@@ -221,22 +221,22 @@ std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random
         const auto element = [&](const auto& pair) {
             return (outer * p.in_plane() + pair.second) * p.channels + channel;
         };
-        const auto place = [&](const auto& pair) {
-            return uint64_t(c.places == Places::Index ? pair.second : pair.first);
+        const auto offset = [&](const auto& pair) {
+            return uint64_t(c.offsets == Offsets::Index ? pair.second : pair.first);
         };
         const double divisor = c.job.divisor ? c.job.divisor : window.counted;
         const int64_t count = window.inside.size();
         uint64_t winner = -1;
         if (c.op == Op::Max) {
             y[o].value = format.lowest();
-            if (count) winner = place(window.inside[0]);
+            if (count) winner = offset(window.inside[0]);
             for (const auto& pair : window.inside)
                 if (const double v = x[element(pair)]; v > y[o].value || std::isnan(v))
-                    y[o].value = v, winner = place(pair);
+                    y[o].value = v, winner = offset(pair);
         } else if (c.op == Op::MaxBackward) {
             if (count && !r.chance(20)) {
                 const auto& pair = window.inside[r.pick(0, count - 1)];
-                winner = place(pair);
+                winner = offset(pair);
                 add(element(pair), x[o]);
             }
         } else if (c.op == Op::AvgBackward) {
@@ -254,7 +254,7 @@ std::vector<Expected> expect(const Case& c, const std::vector<double>& x, Random
             else
                 y[o] = power_average(sum, error, window.size / divisor, c.job.norm);
         }
-        places.push_back(winner);
+        offsets.push_back(winner);
     }
     return y;
 }
@@ -263,7 +263,7 @@ void run_case(const Case& c, Random& r) {
     const bool forward = c.forward();
     Array src(forward ? c.inputs() : c.outputs(), c.format.bytes);
     Array dst(forward ? c.outputs() : c.inputs(), c.format.bytes);
-    Array places(c.outputs(), kPlaceBytes[int(c.places)]);
+    Array offsets(c.outputs(), kOffsetBytes[int(c.offsets)]);
     std::vector<double> x;
     for (int64_t i = 0; i < src.count; ++i) {
         src.set(i, c.format.random(r, c.coarse, c.special && r.chance(c.special)));
@@ -274,15 +274,15 @@ void run_case(const Case& c, Random& r) {
     Job job = c.job;
     job.src = src.data.get();
     job.dst = dst.data.get();
-    if (c.op == Op::Max && c.places != Places::None) job.places_out = places.data.get();
+    if (c.op == Op::Max && c.offsets != Offsets::None) job.offsets_out = offsets.data.get();
     if (c.op == Op::MaxBackward) {
-        job.places_in = places.data.get();
-        for (int64_t o = 0; o < places.count; ++o) places.set(o, winners[o]);
+        job.offsets_in = offsets.data.get();
+        for (int64_t o = 0; o < offsets.count; ++o) offsets.set(o, winners[o]);
     }
 
     namespace isa = POOLING_EXT_ISA;
     const DType t = c.format.dtype;
-    const Kernel kernels[] = {isa::max_pool(t, c.places), isa::max_pool_backward(t, c.places),
+    const Kernel kernels[] = {isa::max_pool(t, c.offsets), isa::max_pool_backward(t, c.offsets),
                               isa::avg_pool(t), isa::avg_pool_backward(t), isa::lp_pool(t)};
     // Two ranges of rows, in either order, as two threads would take them.
     const int64_t middle = r.pick(0, c.rows.count);
@@ -302,7 +302,7 @@ void run_case(const Case& c, Random& r) {
         if (&begin != &ranges[0].first) continue;
         for (int64_t i = 0; i < dst.count; ++i)
             if ((row_of(i) < begin || row_of(i) >= end) &&
-                (dst.written(i) || (job.places_out && places.written(i))))
+                (dst.written(i) || (job.offsets_out && offsets.written(i))))
                 fail("written outside the rows: element", i, c.format.value(dst.get(i)), {});
     }
 
@@ -313,10 +313,10 @@ void run_case(const Case& c, Random& r) {
         const double rounding = e.slack < 0 ? 0 : c.format.rounding(e.value);
         if (!(std::abs(found - e.value) <= e.slack + rounding)) fail("element", i, found, e);
     }
-    const int unused = 64 - 8 * kPlaceBytes[int(c.places)];
-    for (int64_t o = 0; job.places_out && o < places.count; ++o)
-        if (places.get(o) != winners[o] << unused >> unused)
-            fail("place", o, double(places.get(o)), {double(winners[o])});
+    const int unused = 64 - 8 * kOffsetBytes[int(c.offsets)];
+    for (int64_t o = 0; job.offsets_out && o < offsets.count; ++o)
+        if (offsets.get(o) != winners[o] << unused >> unused)
+            fail("offset", o, double(offsets.get(o)), {double(winners[o])});
     progress->counted[kBlocks] += job.block > 0;
     progress->counted[kPlanes] += job.by_plane;
 }

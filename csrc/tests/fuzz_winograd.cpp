@@ -220,7 +220,7 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     if (c.residual) job.residual = residual.data();
     if (c.stats) job.stats = stats.data();
     job.activation = c.activation, job.slope = 0.125;
-    job.streams =
+    job.non_temporal =
         r.chance(2) && s.features * c.format.bytes % 64 == 0 && uintptr_t(y.data()) % 64 == 0;
     const int64_t unit = c.stats ? kWinogradUnit : 1,
                   vectors = s.groups * winograd_vectors(s.features, m);
@@ -260,8 +260,8 @@ void check_forward(const Case& c, const WinogradShape& s, const Elements& x, con
     std::vector<double> counts(size_t(s.units()), 0.0);
     std::vector<int64_t> unit_of(size_t(s.pixels()), -1);
     for (int64_t t = 0; t < s.tiles(); ++t) {
-        const WinogradPlace at =
-            s.place(t / s.columns() / s.rows(), t / s.columns() % s.rows(), t % s.columns());
+        const WinogradPosition at =
+            s.position(t / s.columns() / s.rows(), t / s.columns() % s.rows(), t % s.columns());
         for (int64_t a = 0; a < s.rows_of(at); ++a)
             for (int64_t b = 0; b < s.columns_of(at); ++b) {
                 const int64_t row = at.y + a * s.dilation_y, column = at.x + b * s.dilation_x;

@@ -114,7 +114,7 @@ def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool
 
 
 def gpus_why_not() -> str | None:
-    """Why the kernels cannot run on every GPU there is, or None if they can; this initialises CUDA."""
+    """Why the kernels cannot run on every GPU there is, or None if they can; this initializes CUDA."""
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         if not runs_on((major, minor), architectures()):

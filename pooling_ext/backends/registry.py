@@ -76,7 +76,7 @@ class Registry:
         self._recorded: list[Decision] | None = None
         self._decisions: dict[tuple, Backend] = {}  # by what `choose` looks at
         # Why the CUDA kernels cannot run on every GPU, as far as is known: nothing is before CUDA is
-        # initialised. One GPU decides for all, since the dispatcher has one kernel of an operator for all.
+        # initialized. One GPU decides for all, since the dispatcher has one kernel of an operator for all.
         self._gpus_why_not: str | None = None
         self._on_gpus, self._on_cpu = Slot("CUDA"), Slot("CPU")
         self._stand_in: str | None = None  # the GPU backend that takes CPU tensors
@@ -305,5 +305,5 @@ def registers_itself() -> bool:
 REGISTRY = Registry()
 REGISTRY.force(os.environ.get("POOLING_EXT_BACKEND") or None)
 if registers_itself():
-    # Importing this must not initialise CUDA: a process that has done so cannot fork.
+    # Importing this must not initialize CUDA: a process that has done so cannot fork.
     torch.cuda._lazy_call(REGISTRY.look_at_gpus)

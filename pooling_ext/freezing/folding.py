@@ -63,7 +63,7 @@ def _batch_norm(editor: GraphEditor, node: fx.Node | None) -> _Norm | None:
     names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
     if not functional:  # torch.batch_norm
         names[1:5] = ["weight", "bias", "running_mean", "running_var"]
-    given = {name: argument(node, name, place, None) for place, name in enumerate(names)}
+    given = {name: argument(node, name, position, None) for position, name in enumerate(names)}
     eps = given["eps"] if given["eps"] is not None or not functional else 1e-5
     if given["training"] or not isinstance(eps, float):
         return None

@@ -48,7 +48,7 @@ def rewrite(editor: GraphEditor, parts: dict[str, nn.Module]) -> dict[str, Any]:
     """Rewrite the graph for inference.
 
     Args:
-        parts: what takes the place of children that could not be traced, by their targets.
+        parts: what replaces children that could not be traced, by their targets.
 
     Returns:
         The modules that the graph calls and the tensors that it reads, by their new names.
@@ -139,7 +139,7 @@ def make_functional(editor: GraphEditor) -> None:
     Where another value shares the memory and is read afterwards, the operation stays as it is.
     """
     graph, nodes = editor.graph, list(editor.graph.nodes)
-    place = {node: i for i, node in enumerate(nodes)}
+    position = {node: i for i, node in enumerate(nodes)}
     aliasing = type(editor.aliasing)((), editor.effect)
     argument_of = {node: node for node in nodes if node.op == "placeholder"}
     for node in nodes:
@@ -147,7 +147,7 @@ def make_functional(editor: GraphEditor) -> None:
         module = editor.module(node)
         if isinstance(source, fx.Node) and is_in_place(node, module) and _keeps_type(node, source):
             read_later = any(
-                place[user] > place[node]
+                position[user] > position[node]
                 for other in aliasing.sharing(source)
                 if other is not source
                 for user in other.users
@@ -165,7 +165,7 @@ def make_functional(editor: GraphEditor) -> None:
                 node.meta.pop("wrote", None)
                 node.meta.pop("shares", None)
                 source.replace_all_uses_with(
-                    node, delete_user_cb=lambda user, at=place[node]: place[user] > at
+                    node, delete_user_cb=lambda user, at=position[node]: position[user] > at
                 )
         aliasing.add(node)
     graph.lint()

@@ -61,15 +61,15 @@ class Outputs:
 
     def __init__(self, spec: Any, contiguous: list[bool], changed: list[int], same: list[int | None]) -> None:
         self.spec, self.contiguous, self.changed = spec, contiguous, changed
-        self.same = [(place, given) for place, given in enumerate(same) if given is not None]
+        self.same = [(position, given) for position, given in enumerate(same) if given is not None]
         self.single = spec == pytree.tree_structure(0)
 
     def finish(self, results: tuple[Any, ...], dtype: torch.dtype | None, inputs: list[Any]) -> Any:
         """The results nested, in ``dtype``, and in the memory format that the model's have."""
         if self.changed:
             given, results = results[len(self.contiguous) :], results[: len(self.contiguous)]
-            for place, value in zip(self.changed, given, strict=True):
-                inputs[place].copy_(value)
+            for position, value in zip(self.changed, given, strict=True):
+                inputs[position].copy_(value)
         if self.same:
             own = dict(self.same)
             results = tuple(inputs[own[i]] if i in own else x for i, x in enumerate(results))

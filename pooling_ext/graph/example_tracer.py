@@ -98,8 +98,8 @@ class _ExampleTracer(Tracer):
             self.create_node("output", "output", (tuple(map(self.create_arg, leaves)),), {})
         except NotImplementedError as error:
             raise Untraceable(f"its forward returns what torch.fx cannot pass on: {error}") from error
-        places = {id(value.hint): i for i, value in enumerate(filter(_is_value, values))}
-        same = [places.get(id(leaf.hint)) if _is_value(leaf) else None for leaf in leaves]
+        positions = {id(value.hint): i for i, value in enumerate(filter(_is_value, values))}
+        same = [positions.get(id(leaf.hint)) if _is_value(leaf) else None for leaf in leaves]
         return ExampleTrace(self.graph, self.constants, self.opaque, spec, same)
 
     def type_of(self, value: Any) -> type:

@@ -205,7 +205,7 @@ def _is_norm(node: fx.Node, module: Any, training: bool, counted: bool) -> bool:
     if counted != (training and tracks and has_counter) or (counted and module.momentum is None):
         return False
     names = ("running_mean", "running_var", "weight", "bias")
-    given = [argument(node, name, place, None) for place, name in enumerate(names, 1)]
+    given = [argument(node, name, position, None) for position, name in enumerate(names, 1)]
     statistics = tracks or not training
     wanted = [
         name if getattr(module, name) is not None and (statistics or name in ("weight", "bias")) else None

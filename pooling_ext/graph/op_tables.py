@@ -152,8 +152,8 @@ def is_in_place(node: fx.Node, module: nn.Module | None = None) -> bool:
     named = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
     if named or node.target in OUT_OF_PLACE:
         return True
-    place = _INPLACE_ARGUMENT.get(node.target, len(node.args))
-    return bool(argument(node, "inplace", place, False))
+    position = _INPLACE_ARGUMENT.get(node.target, len(node.args))
+    return bool(argument(node, "inplace", position, False))
 
 
 def out_of_place(node: fx.Node) -> Any:
@@ -189,7 +189,7 @@ def effect(node: fx.Node, module: nn.Module | None = None) -> Effect:
     if is_in_place(node):
         return Effect(first, first)
     if node.target is TF.batch_norm and argument(node, "training", 5, False):
-        statistics = (argument(node, name, place, None) for place, name in _STATISTICS)
+        statistics = (argument(node, name, position, None) for position, name in _STATISTICS)
         return Effect((), tuple(x for x in statistics if isinstance(x, fx.Node)))
     if name in FRESH or name == "batch_norm":
         return Effect()
@@ -281,9 +281,9 @@ POOLS |= {
 POOL_NAMES = frozenset(_POOL_NAMES)
 
 
-def argument(node: fx.Node, name: str, place: int, default: Any) -> Any:
-    """An argument of a call by its name or place."""
-    return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
+def argument(node: fx.Node, name: str, position: int, default: Any) -> Any:
+    """An argument of a call by its name or position."""
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
 
 
 def replace_pool(node: fx.Node) -> str | None:

@@ -77,7 +77,7 @@ def memory_format(rank: int, channels_last: bool) -> torch.memory_format:
 
 
 def empty(like: torch.Tensor, spatial: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised tensor with ``like``'s batch and channels, and its memory format if it is batched."""
+    """An uninitialized tensor with ``like``'s batch and channels, and its memory format if it is batched."""
     rank = len(spatial)
     return torch.empty(
         (*like.shape[: like.dim() - rank], *spatial),

@@ -20,7 +20,7 @@ from . import _library
 from ._torch_function import public
 from .activations import IDENTITY, RELU, Activation, activation_of
 from .batch_norm_arguments import alike, check
-from .batch_norm_running import normalise
+from .batch_norm_running import normalize
 from .batch_norm_statistics import (
     batch_count,
     batch_stats,
@@ -40,15 +40,15 @@ backends.register(
     triton=FLOATS,
     kernels=(
         "batch_norm_stats",
-        "batch_norm_act",
-        "batch_norm_act_sums",
-        "batch_norm_act_backward",
+        "batch_norm_act_elemt",
+        "batch_norm_act_backward_reduce",
+        "batch_norm_act_backward_elemt",
         "batch_norm_act_training",
         "batch_norm_act_training_backward",
         "batch_norm_update_running",
     ),
 )
-# CUDA's alone: ReLU's mask in the place of its output.
+# CUDA's alone: ReLU's mask in place of its output.
 backends.register("batch_norm_relu_mask", cuda=FLOATS - {torch.float64})
 
 
@@ -63,7 +63,7 @@ def vector_like(input: Tensor, vector: Tensor | None) -> Tensor:
 
 
 _forward = _library.define(
-    "batch_norm_act(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "batch_norm_act_elemt(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     f"{_ACTIVATION})",
     "Tensor",
     lambda input, *_: like(input),
@@ -73,8 +73,8 @@ _forward = _library.define(
 # The gradient of what the activation was given (of no size unless something is kept), and its sums over
 # each channel: of itself, and of its products with `input - mean`. `kept` is given where a residual went
 # into the output: for ReLU the output or its mask, for the other activations the residual.
-batch_norm_act_sums = _library.define(
-    "batch_norm_act_sums(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+batch_norm_act_backward_reduce = _library.define(
+    "batch_norm_act_backward_reduce(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     f"Tensor? kept, float eps, {_ACTIVATION})",
     "(Tensor, Tensor)",
     lambda grad, input, stats, weight, bias, kept, *_: (
@@ -86,14 +86,14 @@ batch_norm_act_sums = _library.define(
 
 # Without `sums` the statistics are constants.
 _input_grad = _library.define(
-    "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+    "batch_norm_act_backward_elemt(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     f"Tensor? sums, float count, float eps, {_ACTIVATION})",
     "Tensor",
     lambda grad, input, *_: like(input),
     vmap=False,
 )
 
-# The output and the input's own statistics: batch_norm_stats and batch_norm_act.
+# The output and the input's own statistics: batch_norm_stats and batch_norm_act_elemt.
 _training = _library.define(
     "batch_norm_act_training(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     f"{_ACTIVATION})",
@@ -115,7 +115,7 @@ _masked = _library.define(
     vmap=False,
 )
 
-# The gradients of input, residual, weight and bias: batch_norm_act_sums and batch_norm_act_backward.
+# The gradients of input, residual, weight and bias: batch_norm_act_backward_reduce and batch_norm_act_backward_elemt.
 # Gradients of what there is not have no size.
 _training_backward = _library.define(
     "batch_norm_act_training_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
@@ -185,7 +185,7 @@ class _BatchNormAct(Function):
         inner = grad  # that of what the activation was given, if it is known
         sums: Any = None
         if kept is not None or count is not None or needs_weight or needs_bias:
-            found, sums = batch_norm_act_sums(
+            found, sums = batch_norm_act_backward_reduce(
                 grad, input, stats, weight, bias, kept, eps, *activation.arguments
             )
             if kept is not None:
@@ -194,9 +194,9 @@ class _BatchNormAct(Function):
         grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
         grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            through, share = means_of_all(sums, count, group)
+            stats_grad, share = means_of_all(sums, count, group)
             rest = share, eps, *activation.arguments
-            grad_input = _input_grad(inner, input, stats, weight, bias, through, *rest)
+            grad_input = _input_grad(inner, input, stats, weight, bias, stats_grad, *rest)
         grad_residual = inner if needs_residual else None
         return grad_input, grad_weight, grad_bias, grad_residual, None, None, None, None, None
 
@@ -434,7 +434,7 @@ def batch_norm_act(
         input, weight, bias, residual = distinct(input, weight, bias, residual)
     wanted = needs_grad(input, weight, bias, residual)
     if backend is backends.CPU and not training and not wanted:
-        return normalise(input, running_mean, running_var, weight, bias, residual, eps, *act.arguments)
+        return normalize(input, running_mean, running_var, weight, bias, residual, eps, *act.arguments)
     stats, count = statistics(input, running_mean, running_var, training, momentum, process_group)
     if wanted:
         group = process_group if training else None
@@ -482,9 +482,9 @@ def _aten_batch_norm_act(
     if training and group is not None:
         from torch.nn.modules._functions import SyncBatchNorm
 
-        normalise = SyncBatchNorm.apply
+        normalize = SyncBatchNorm.apply
         size = torch.distributed.get_world_size(group)
-        output = normalise(input, weight, bias, running_mean, running_var, eps, momentum, group, size)
+        output = normalize(input, weight, bias, running_mean, running_var, eps, momentum, group, size)
     else:
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:

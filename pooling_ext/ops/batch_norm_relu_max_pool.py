@@ -1,8 +1,8 @@
-"""Batch normalisation, ReLU and max pooling as one operator: the stem of a ResNet.
+"""Batch normalization, ReLU and max pooling as one operator: the stem of a ResNet.
 
 What is pooled is made a part at a time and never written as a whole; backward makes its gradient in the
-same way from the places of the maxima. Its sums need only the elements that won. On a GPU these are kept, of
-the output's size: reading them by their places would move the whole input.
+same way from the offsets of the maxima. Its sums need only the elements that won. On a GPU these are kept, of
+the output's size: reading them by their offsets would move the whole input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from ..windows import Windows, fixed_windows
 from . import _library
 from ._torch_function import public
 from .activations import RELU
-from .batch_norm_act import FLOATS, batch_norm_act, batch_norm_act_sums, bias_grad, like, weight_grad
+from .batch_norm_act import (
+    FLOATS,
+    batch_norm_act,
+    batch_norm_act_backward_reduce,
+    bias_grad,
+    like,
+    weight_grad,
+)
 from .batch_norm_arguments import check
 from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
@@ -33,11 +40,11 @@ backends.register(
     kernels=(
         "batch_norm_relu_max_pool",
         "batch_norm_relu_max_pool_winners",
-        "batch_norm_relu_max_pool_backward",
+        "batch_norm_relu_max_pool_backward_elemt",
     ),
 )
 
-#: The largest window whose places fit a byte.
+#: The largest window whose offsets fit a byte.
 BYTE_WINDOW = 255
 
 _NORM = "Tensor input, Tensor stats, Tensor? weight, Tensor? bias"
@@ -50,8 +57,8 @@ _forward = _library.define(
 )
 
 # The CPU's, of which caches hold what the sums read.
-_places = _library.define(
-    f"batch_norm_relu_max_pool_places({_NORM}, float eps, {{windows}})",
+_with_offsets = _library.define(
+    f"batch_norm_relu_max_pool_with_offsets({_NORM}, float eps, {{windows}})",
     "(Tensor, Tensor)",
     lambda input, stats, weight, bias, eps, output_size, *_: (
         _library.empty(input, output_size),
@@ -61,13 +68,13 @@ _places = _library.define(
 )
 
 _sums = _library.define(
-    f"batch_norm_relu_max_pool_sums(Tensor grad, Tensor places, {_NORM}, float eps, {{windows}})",
+    f"batch_norm_relu_max_pool_backward_reduce(Tensor grad, Tensor offsets, {_NORM}, float eps, {{windows}})",
     "Tensor",
-    lambda grad, places, input, *_: channel_sums(input),
+    lambda grad, offsets, input, *_: channel_sums(input),
     vmap=False,
 )
 
-# A GPU's: the output, the places of the maxima and the input there.
+# A GPU's: the output, the offsets of the maxima and the input there.
 _winners = _library.define(
     f"batch_norm_relu_max_pool_winners({_NORM}, float eps, {{windows}})",
     "(Tensor, Tensor, Tensor)",
@@ -80,10 +87,10 @@ _winners = _library.define(
 )
 
 _input_grad = _library.define(
-    f"batch_norm_relu_max_pool_backward(Tensor grad, Tensor places, {_NORM}, Tensor? sums, float count, "
+    f"batch_norm_relu_max_pool_backward_elemt(Tensor grad, Tensor offsets, {_NORM}, Tensor? sums, float count, "
     "float eps, {windows})",
     "Tensor",
-    lambda grad, places, input, *_: like(input),
+    lambda grad, offsets, input, *_: like(input),
     vmap=False,
 )
 
@@ -104,16 +111,16 @@ class _BatchNormReluMaxPool(Function):
     ) -> Tensor:
         winners = None
         if keeps:
-            output, places, winners = _winners(input, stats, weight, bias, eps, *windows)
+            output, offsets, winners = _winners(input, stats, weight, bias, eps, *windows)
         else:
-            output, places = _places(input, stats, weight, bias, eps, *windows)
-        ctx.save_for_backward(input, weight, bias, stats, places, winners)
+            output, offsets = _with_offsets(input, stats, weight, bias, eps, *windows)
+        ctx.save_for_backward(input, weight, bias, stats, offsets, winners)
         ctx.options = eps, count, group, windows
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, stats, places, winners = ctx.saved_tensors
+        input, weight, bias, stats, offsets, winners = ctx.saved_tensors
         eps, count, group, windows = ctx.options
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not is_compiling():
@@ -124,26 +131,26 @@ class _BatchNormReluMaxPool(Function):
         if not is_compiling():
             ctx.maybe_clear_saved_tensors()  # unless backward is to come again
         if count is not None or needs_weight or needs_bias:
-            sums = _sums_of(grads[0], places, winners, input, (stats, weight, bias, eps), windows)
+            sums = _sums_of(grads[0], offsets, winners, input, (stats, weight, bias, eps), windows)
         del winners  # whose memory the gradient may take
         grad_weight = weight_grad(sums, stats, eps, weight) if needs_weight else None
         grad_bias = bias_grad(sums, bias) if needs_bias else None
         if needs_input:
-            through, count = means_of_all(sums, count, group)
+            stats_grad, count = means_of_all(sums, count, group)
             grad_input = _input_grad(
-                grads[0], places, input, stats, weight, bias, through, count, eps, *windows
+                grads[0], offsets, input, stats, weight, bias, stats_grad, count, eps, *windows
             )
         return grad_input, grad_weight, grad_bias, *(None,) * 6
 
 
 def _sums_of(
-    grad: Tensor, places: Tensor, winners: Tensor | None, input: Tensor, norm: tuple, windows: Windows
+    grad: Tensor, offsets: Tensor, winners: Tensor | None, input: Tensor, norm: tuple, windows: Windows
 ) -> Tensor:
     if winners is None:
-        return _sums(grad, places, input, *norm, *windows)
+        return _sums(grad, offsets, input, *norm, *windows)
     stats, weight, bias, eps = norm
     # Those of a batch norm and ReLU of what won.
-    return batch_norm_act_sums(grad, winners, stats, weight, bias, None, eps, *RELU.arguments)[1]
+    return batch_norm_act_backward_reduce(grad, winners, stats, weight, bias, None, eps, *RELU.arguments)[1]
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,7 +167,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 def _usual(windows: Windows) -> bool:
-    """Whether places fit a byte and no window can be empty."""
+    """Whether offsets fit a byte and no window can be empty."""
     _, kernel_size, _, padding, dilation = windows.full
     return (
         not windows.adaptive

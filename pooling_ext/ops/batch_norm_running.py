@@ -1,7 +1,7 @@
-"""Low-level operators of batch normalisation with running statistics, on the CPU and without gradients.
+"""Low-level operators of batch normalization with running statistics, on the CPU and without gradients.
 
 They take a module's vectors as they are, of any floating dtype: around small layers, to prepare them takes
-longer than to normalise.
+longer than to normalize.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ARGUMENTS = (
     "int activation, float negative_slope"
 )
 
-normalise = _library.define(
+normalize = _library.define(
     f"batch_norm_act_running(Tensor input, {_ARGUMENTS})",
     "Tensor",
     lambda input, *_: _library.empty(input, input.shape[2:]),
@@ -28,7 +28,7 @@ overwrite = _library.define(
     vmap=False,
 )
 
-# Weight and bias of one convolution that also normalises, in the weight's memory format.
+# Weight and bias of one convolution that also normalizes, in the weight's memory format.
 fold = _library.define(
     "fold_batch_norm(Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
     "Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType dtype)",

@@ -22,7 +22,7 @@ def channel_sums(input: Tensor, *_: Any) -> Tensor:
 
 batch_stats = _library.define("batch_norm_stats(Tensor input)", "Tensor", channel_sums, vmap=False)
 
-# The running mean and unbiased variance, moved towards those of a batch of `count` elements a channel.
+# The running mean and unbiased variance, moved toward those of a batch of `count` elements a channel.
 _move_running = _library.define(
     "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, float count, "
     "float momentum)",
@@ -40,7 +40,7 @@ def statistics(
     momentum: float,
     group: Any,
 ) -> tuple[Tensor, float | None]:
-    """The statistics to normalise with, and how many elements they were taken from if they are the batch's.
+    """The statistics to normalize with, and how many elements they were taken from if they are the batch's.
 
     In training the running ones are updated.
     """
@@ -104,14 +104,14 @@ def update_running(
     running_var: Tensor | None,
     momentum: float,
 ) -> None:
-    """Move the running statistics, if there are any, towards the input's, as :func:`in_training` does."""
+    """Move the running statistics, if there are any, toward the input's, as :func:`in_training` does."""
     _update(running_mean, running_var, stats, batch_count(input), momentum)
 
 
 def _update(
     running_mean: Tensor | None, running_var: Tensor | None, stats: Tensor, count: int, momentum: float
 ) -> None:
-    """Moves the running statistics, if there are any, towards those of a batch."""
+    """Moves the running statistics, if there are any, toward those of a batch."""
     if running_mean is not None and running_var is not None and count > 0:
         if is_compiling():  # the operator takes no symbol for the count
             running_mean.lerp_(stats[0].to(running_mean.dtype), momentum)

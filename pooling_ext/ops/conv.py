@@ -157,7 +157,7 @@ def check_norm(stats: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, 
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor in channels_last."""
+    """An uninitialized tensor in channels_last."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -192,7 +192,7 @@ conv_bias_act = _library.define(
 )
 
 #: ``conv(input, weight) + bias`` and its statistics, as batch_norm_stats has them. Where ``stats`` are
-#: given the convolution is that of batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu),
+#: given the convolution is that of batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu),
 #: padded with zeros.
 conv_stats = _library.define(
     "conv_stats(Tensor input, Tensor weight, Tensor? bias, Tensor? stats, Tensor? bn_weight, "
@@ -203,8 +203,8 @@ conv_stats = _library.define(
 )
 
 #: The gradient of a convolution's input, of ``input_size``. Where ``input`` and ``stats`` are given the
-#: convolution's input was batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu): the gradient
-#: is that of what ReLU was given, and its sums are those of batch_norm_act_sums. Else there are no sums.
+#: convolution's input was batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu): the gradient
+#: is that of what ReLU was given, and its sums are those of batch_norm_act_backward_reduce. Else there are no sums.
 conv_input_grad = _library.define(
     "conv_input_grad(Tensor grad, Tensor weight, SymInt[] input_size, Tensor? input, Tensor? stats, "
     f"Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",
@@ -217,7 +217,7 @@ conv_input_grad = _library.define(
 )
 
 #: The gradient of a convolution's weights, of ``weight_size``. Where ``stats`` are given the convolution's
-#: input was batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu).
+#: input was batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu).
 conv_weight_grad = _library.define(
     "conv_weight_grad(Tensor grad, Tensor input, SymInt[] weight_size, Tensor? stats, Tensor? bn_weight, "
     f"Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",

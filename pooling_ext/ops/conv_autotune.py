@@ -80,7 +80,7 @@ def conv_input_grad(
     """The gradient of what :func:`conv_stats` made of ``norm``'s output, and its sums, by our kernels alone.
 
     Returns:
-        The gradient of what ReLU was given, and the sums of ``batch_norm_act_sums``.
+        The gradient of what ReLU was given, and the sums of ``batch_norm_act_backward_reduce``.
     """
     return _fastest("conv_input_grad", _input_grad_candidates, grad, weight, input, geometry, *norm)
 

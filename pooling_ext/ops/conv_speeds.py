@@ -119,7 +119,7 @@ def speedup(kernels: str, conv: Conv, phase: int) -> tuple[float, bool] | None:
     """PyTorch's time over ours, and whether it was measured for these very sizes; None if nothing is known.
 
     Args:
-        phase: its place in conv_choice.PHASES.
+        phase: its position in conv_choice.PHASES.
     """
     found = _nearest(kind(kernels, conv), sizes(conv))
     return None if found is None else (found[0].ratios[phase], found[1])

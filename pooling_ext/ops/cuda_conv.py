@@ -116,11 +116,11 @@ def conv_stats(
     """``conv(input, weight) + bias`` and its statistics.
 
     With ``stats`` it is the convolution of
-    ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is not stored.
+    ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is not stored.
 
     Args:
         input, weight, bias, stride, padding, dilation, tile: as for :func:`conv_bias_act`.
-        stats: ``(2, C)`` float64: means and variances with which the input is to be normalised.
+        stats: ``(2, C)`` float64: means and variances with which the input is to be normalized.
         bn_weight, bn_bias: ``(C,)`` or None for ones and zeros.
 
     Returns:

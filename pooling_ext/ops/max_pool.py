@@ -1,10 +1,10 @@
 """Max pooling, with windows of fixed size and adaptive ones.
 
-In inference only the maxima are computed. In training each output also remembers its *place*: the
-winner's offset in the window, one byte where the window has at most 255 places and an int32 where it has more
+In inference only the maxima are computed. In training each output also remembers its *offset*: the
+winner's offset in the window, one byte where the window has at most 255 elements and an int32 where it has more
 (-1, in a byte 255, where no element of the input lies in the window). ``return_indices`` makes
 PyTorch's int64 index in the plane instead. Everything past the forward pass is linear in the
-values at those places: :data:`_gather` reads them, its transpose :data:`_scatter` adds to them.
+values at those offsets: :data:`_gather` reads them, its transpose :data:`_scatter` adds to them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ backends.register(
     cpu=FLOATS | INTEGERS,
     cuda=FLOATS | INTEGERS,
     triton=FLOATS | INTEGERS,
-    kernels=("max_pool", "max_pool_places", "max_pool_gather", "max_pool_backward"),
+    kernels=("max_pool", "max_pool_with_offsets", "max_pool_gather", "max_pool_backward"),
 )
 
-#: Windows of so many places remember indices instead of offsets, which would not fit.
-_MANY_PLACES = 2**30
+#: Windows of so many elements remember indices instead of offsets, which would not fit.
+_MANY_ELEMENTS = 2**30
 
 
-def places_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
-    """What the places of the maxima over ``windows`` are kept in."""
+def offsets_dtype(windows: Windows, input: Tensor, indices: bool) -> torch.dtype:
+    """What the offsets of the maxima over ``windows`` are kept in."""
     if indices:
         return torch.int64
     sizes = windows.kernel_size
     if windows.adaptive:
         spatial = input.shape[input.dim() - len(windows.output_size) :]
         sizes = tuple(adaptive_kernel(n, out) for n, out in zip(spatial, windows.output_size, strict=True))
-    places = math.prod(sizes)
-    return torch.uint8 if places <= 255 else torch.int32 if places < _MANY_PLACES else torch.int64
+    size = math.prod(sizes)
+    return torch.uint8 if size <= 255 else torch.int32 if size < _MANY_ELEMENTS else torch.int64
 
 
 _max_pool_values = _library.define(
@@ -57,115 +57,115 @@ _max_pool_values = _library.define(
 )
 
 
-def _places_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _offsets_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     windows, indices = Windows(*args[:5]), args[5]
-    places = _library.empty(input, windows.output_size, places_dtype(windows, input, indices))
-    return _library.empty(input, windows.output_size), places
+    offsets = _library.empty(input, windows.output_size, offsets_dtype(windows, input, indices))
+    return _library.empty(input, windows.output_size), offsets
 
 
-_max_pool_places = _library.define(
-    "max_pool_places(Tensor input, {windows}, bool indices)", "(Tensor, Tensor)", _places_fake
+_max_pool_with_offsets = _library.define(
+    "max_pool_with_offsets(Tensor input, {windows}, bool indices)", "(Tensor, Tensor)", _offsets_fake
 )
 
 _max_pool_gather = _library.define(
-    "max_pool_gather(Tensor input, Tensor places, {windows})",
+    "max_pool_gather(Tensor input, Tensor offsets, {windows})",
     "Tensor",
-    lambda input, places, output_size, *_: _library.empty(places, output_size, input.dtype),
+    lambda input, offsets, output_size, *_: _library.empty(offsets, output_size, input.dtype),
     tensors=2,
 )
 
 _max_pool_backward = _library.define(
-    "max_pool_backward(Tensor grad, Tensor places, SymInt[] input_size, {windows})",
+    "max_pool_backward(Tensor grad, Tensor offsets, SymInt[] input_size, {windows})",
     "Tensor",
-    lambda grad, places, input_size, output_size, *_: _library.empty(
-        places, input_size[len(input_size) - len(output_size) :], grad.dtype
+    lambda grad, offsets, input_size, output_size, *_: _library.empty(
+        offsets, input_size[len(input_size) - len(output_size) :], grad.dtype
     ),
     tensors=2,
 )
 
 
 class _Gather(Function):
-    """Reads the input at the remembered places."""
+    """Reads the input at the remembered offsets."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, places: Tensor, windows: Windows) -> Tensor:
-        return _max_pool_gather(input, places, *windows)
+    def forward(input: Tensor, offsets: Tensor, windows: Windows) -> Tensor:
+        return _max_pool_gather(input, offsets, *windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        input, places, ctx.windows = inputs
+        input, offsets, ctx.windows = inputs
         ctx.input_size = input.shape
-        ctx.save_for_backward(places)
-        ctx.save_for_forward(places)
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (places,) = ctx.saved_tensors
-        return _scatter(grads[0], places, ctx.input_size, ctx.windows), None, None
+        (offsets,) = ctx.saved_tensors
+        return _scatter(grads[0], offsets, ctx.input_size, ctx.windows), None, None
 
 
 class _Scatter(Function):
-    """Adds each output's gradient at its remembered place: the transpose of :class:`_Gather`."""
+    """Adds each output's gradient at its remembered offset: the transpose of :class:`_Gather`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, places: Tensor, input_size: tuple[int, ...], windows: Windows) -> Tensor:
-        return _max_pool_backward(grad, places, tuple(input_size), *windows)
+    def forward(grad: Tensor, offsets: Tensor, input_size: tuple[int, ...], windows: Windows) -> Tensor:
+        return _max_pool_backward(grad, offsets, tuple(input_size), *windows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, places, ctx.input_size, ctx.windows = inputs
-        ctx.save_for_backward(places)
-        ctx.save_for_forward(places)
+        _, offsets, ctx.input_size, ctx.windows = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (places,) = ctx.saved_tensors
-        return _gather(grads[0], places, ctx.windows), None, None, None
+        (offsets,) = ctx.saved_tensors
+        return _gather(grads[0], offsets, ctx.windows), None, None, None
 
 
 class _MaxPool(Function):
-    """Maxima and their places; only the places are kept for backward."""
+    """Maxima and their offsets; only the offsets are kept for backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, indices: bool) -> tuple[Tensor, Tensor]:
-        return _max_pool_places(input, *windows, indices)
+        return _max_pool_with_offsets(input, *windows, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, ctx.windows, _ = inputs
-        places = output[1]
+        offsets = output[1]
         ctx.input_size = input.shape
-        ctx.mark_non_differentiable(places)
-        ctx.save_for_backward(places)
-        ctx.save_for_forward(places)
+        ctx.mark_non_differentiable(offsets)
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (places,) = ctx.saved_tensors
+        (offsets,) = ctx.saved_tensors
         if ctx.windows.adaptive and grads[0].numel() == 0:
             refuse_empty(grads[0])
-        return _scatter(grads[0], places, ctx.input_size, ctx.windows), None, None
+        return _scatter(grads[0], offsets, ctx.input_size, ctx.windows), None, None
 
 
 def _max_pool_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
-    (places,) = ctx.saved_tensors
-    return _gather(tangent, places, ctx.windows), None
+    (offsets,) = ctx.saved_tensors
+    return _gather(tangent, offsets, ctx.windows), None
 
 
 def _gather_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    (places,) = ctx.saved_tensors
-    return _gather(tangent, places, ctx.windows)
+    (offsets,) = ctx.saved_tensors
+    return _gather(tangent, offsets, ctx.windows)
 
 
 def _scatter_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-    (places,) = ctx.saved_tensors
-    return _scatter(tangent, places, ctx.input_size, ctx.windows)
+    (offsets,) = ctx.saved_tensors
+    return _scatter(tangent, offsets, ctx.input_size, ctx.windows)
 
 
 _gather = Differentiable(_Gather, _gather_jvp)
@@ -186,19 +186,19 @@ def max_pool(input: Tensor, windows: Windows, return_indices: bool = False) -> A
     ):
         return _relaid_max_pool(input, windows, return_indices)
     if differentiates:
-        output, places = _max_pool(input, windows, bool(return_indices))
+        output, offsets = _max_pool(input, windows, bool(return_indices))
     elif return_indices:
-        output, places = _max_pool_places(input, *windows, True)
+        output, offsets = _max_pool_with_offsets(input, *windows, True)
     else:
         return _max_pool_values(input, *windows)
-    return (output, places) if return_indices else output
+    return (output, offsets) if return_indices else output
 
 
-def _lies_otherwise(input: Tensor, windows: Windows, with_places: bool) -> bool:
+def _lies_otherwise(input: Tensor, windows: Windows, with_offsets: bool) -> bool:
     """Whether the channels lie together where our operators do not look for it, and PyTorch's keep it."""
     rank = len(windows.output_size)
     if rank == 1:
-        return (with_places or windows.adaptive) and _library.is_channels_last_1d(input)
+        return (with_offsets or windows.adaptive) and _library.is_channels_last_1d(input)
     if windows.adaptive or input.dim() != 4:
         return False
     return input.movedim(0, -1).is_contiguous()
@@ -219,7 +219,7 @@ def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any
     rank = len(windows.output_size)
     if input.dtype in INTEGERS and input.numel() > 0:
         # PyTorch lacks some of these and gets the indices of others wrong, so pool the elements'
-        # places in sorted order, as floats.
+        # offsets in sorted order, as floats.
         values, order = input.unique(return_inverse=True)
         order = torch.empty_like(input, dtype=torch.float64).copy_(order)
         pooled, indices = _aten_max_pool(order, windows, True)
@@ -248,7 +248,7 @@ def _aten_max_pool(input: Tensor, windows: Windows, return_indices: bool) -> Any
 def _unpad_indices(indices: Tensor, padded: Any, shape: Any, windows: Windows) -> Tensor:
     """Turn indices in the padded plane to indices in the plane; -1 where no element was in the window.
 
-    A window of only -inf wins at its first place. Where that is padding, the first element in
+    A window of only -inf wins at its first element. Where that is padding, the first element in
     the window is the next one along the axis: the remainder of its (negative) position by the dilation.
     """
     _, _, _, padding, dilation = windows.full

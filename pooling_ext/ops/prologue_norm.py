@@ -1,9 +1,9 @@
 """A batch norm and ReLU left to the convolution that follows them, in training on a GPU.
 
 Where a convolution makes the statistics of its output as it writes, what comes after batch norm and ReLU need
-not be written at all: the next convolution normalises what it reads. Backward its input's gradient is masked
-and summed up for the batch norm as it is written; the weights' gradient normalises what it reads too.
-So the batch norm costs one pass over memory less each way, at the price of our convolutions in the place of
+not be written at all: the next convolution normalizes what it reads. Backward its input's gradient is masked
+and summed up for the batch norm as it is written; the weights' gradient normalizes what it reads too.
+So the batch norm costs one pass over memory less each way, at the price of our convolutions in place of
 cuDNN's: whether that pays is measured, forward and backward together.
 """
 
@@ -175,12 +175,12 @@ def _differentiable(
 ) -> tuple[Gradients, Gradients]:
     """As :func:`_backward`, out of operators that PyTorch can differentiate again."""
     wanted = (any(of_norm), *of_conv)
-    through, *for_conv = conv_backward(grad, norm.computed(), weight, geometry, wanted)
-    if through is None:
+    grad_normal, *for_conv = conv_backward(grad, norm.computed(), weight, geometry, wanted)
+    if grad_normal is None:
         return (None, None, None), tuple(for_conv)
     options = norm.eps, norm.activation, 1.0, None
     *for_norm, _ = _differentiable_backward(
-        through, norm.output, norm.weight, norm.bias, norm.stats, None, options
+        grad_normal, norm.output, norm.weight, norm.bias, norm.stats, None, options
     )
     return tuple(for_norm), tuple(for_conv)
 

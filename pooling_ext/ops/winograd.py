@@ -52,7 +52,7 @@ def _planes(weight: Tensor) -> int:
 
 
 def _like(input: Tensor, size: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of ``size`` in the memory format of ``input``."""
+    """An uninitialized tensor of ``size`` in the memory format of ``input``."""
     channels_last = _library.suggests_channels_last(input)
     format = _library.memory_format(len(size) - 2, channels_last)
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=format)

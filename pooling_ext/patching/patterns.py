@@ -78,7 +78,7 @@ def sequentials_to_inline(graph: fx.Graph, module: nn.Module) -> list[str]:
         operands = [value for value in node.args if isinstance(value, fx.Node) and match.add(node, value)]
         if any(match.is_norm(value) for value in operands):
             continue
-        for value in sorted(operands, key=match.places.__getitem__, reverse=True):
+        for value in sorted(operands, key=match.positions.__getitem__, reverse=True):
             found = match.ends_in_batch_norm(value) if only_user(value) is node else []
             if found:
                 paths += found
@@ -116,7 +116,7 @@ class _Match(Nodes):
         super().__init__(module)
         self.exact = exact
         self.order = nodes
-        self.places = {node: place for place, node in enumerate(nodes)}
+        self.positions = {node: position for position, node in enumerate(nodes)}
         self.taken: set[fx.Node] = set()
         self.aliasing = Aliasing(nodes, self._effect)
 
@@ -133,13 +133,13 @@ class _Match(Nodes):
     def _called_within(self, bn: fx.Node, chain: list[fx.Node]) -> bool:
         """Whether something calls the batch norm again before ``chain`` ends, which moves its call there."""
         norm = self.child(bn)
-        between = self.order[self.places[bn] + 1 : self.places[chain[-1]]]
+        between = self.order[self.positions[bn] + 1 : self.positions[chain[-1]]]
         return any(norm in self.child(node).modules() for node in between if node.op == "call_module")
 
     def _written_after(self, value: fx.Node, node: fx.Node) -> bool:
         """Whether something changes ``value`` after ``node``, which children do not that do not say so."""
         return any(
-            self.places[writer] > self.places[node]
+            self.positions[writer] > self.positions[node]
             for writer in self.aliasing.writers(value)
             if writer.op != "call_module" or getattr(self.child(writer), "inplace", False)
         )
@@ -202,13 +202,13 @@ class _Match(Nodes):
         pool = self.max_pool(chain[-1])
         act = next((node for node in chain if node is not bn and self.activation(node) is not None), None)
         steps = [conv, bn, add, act, chain[-1] if pool is not None else None]
-        passed, gaps, place = [], [0] * len(steps), 0
+        passed, gaps, position = [], [0] * len(steps), 0
         for node in chain:
             if node in steps:
-                place = steps.index(node)
+                position = steps.index(node)
             else:
                 passed.append(node)
-                gaps[place] += 1
+                gaps[position] += 1
         function = self.function_step(act)
         pool_function = pool if isinstance(pool, MaxPool) else None
         modules = [conv, bn, None if function else act, None if pool_function else pool]
@@ -270,7 +270,7 @@ class _Match(Nodes):
         inputs: list[Any],
         passed: list[fx.Node],
     ) -> None:
-        """Call ``function`` in the place of ``chain``, with children and inputs as its arguments."""
+        """Call ``function`` in place of ``chain``, with children and inputs as its arguments."""
         graph = chain[-1].graph
         with graph.inserting_before(chain[-1]):
             children, more = (

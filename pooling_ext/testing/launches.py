@@ -19,7 +19,7 @@ from ..triton.launching import Launch, watched
 FORWARD, TRAINING, BACKWARD = "forward", "training forward", "backward"
 PHASES = (FORWARD, TRAINING, BACKWARD)
 
-#: Bytes over those of the input, given (bytes of the output, of its places) over the same.
+#: Bytes over those of the input, given (bytes of the output, of its offsets) over the same.
 Minimum = Callable[[float, float], float]
 
 
@@ -104,34 +104,34 @@ class LaunchCase:
 Tensors = dict[str, Tensor]
 
 _MAX: dict[str, Minimum] = {
-    FORWARD: lambda y, places: 1 + y,
-    TRAINING: lambda y, places: 1 + y + places,
-    BACKWARD: lambda y, places: 1 + y + places,
+    FORWARD: lambda y, offsets: 1 + y,
+    TRAINING: lambda y, offsets: 1 + y + offsets,
+    BACKWARD: lambda y, offsets: 1 + y + offsets,
 }
-_AVERAGE: dict[str, Minimum] = dict.fromkeys(PHASES, lambda y, places: 1 + y)
+_AVERAGE: dict[str, Minimum] = dict.fromkeys(PHASES, lambda y, offsets: 1 + y)
 # The statistics read the input once more; backward reads gradient and input for the sums, then both again.
 _NORM: dict[str, Minimum] = {
-    FORWARD: lambda y, places: 2,
-    TRAINING: lambda y, places: 3,
-    BACKWARD: lambda y, places: 5,
+    FORWARD: lambda y, offsets: 2,
+    TRAINING: lambda y, offsets: 3,
+    BACKWARD: lambda y, offsets: 5,
 }
 # The sums read ReLU's output too, or the residual, and write the residual's gradient. (CUDA's read a mask of
 # the output in its place: tests/gpu/test_cuda_mask.py.)
 _NORM_ADD: dict[str, Minimum] = {
-    FORWARD: lambda y, places: 3,
-    TRAINING: lambda y, places: 4,
-    BACKWARD: lambda y, places: 7,
+    FORWARD: lambda y, offsets: 3,
+    TRAINING: lambda y, offsets: 4,
+    BACKWARD: lambda y, offsets: 7,
 }
 # The sums need only the elements that won, which are kept for them, and their gradient.
 _STEM: dict[str, Minimum] = {
-    FORWARD: lambda y, places: 1 + y,
-    TRAINING: lambda y, places: 2 + 2 * y + places,
-    BACKWARD: lambda y, places: 2 * y + (2 + y + places),
+    FORWARD: lambda y, offsets: 1 + y,
+    TRAINING: lambda y, offsets: 2 + 2 * y + offsets,
+    BACKWARD: lambda y, offsets: 2 * y + (2 + y + offsets),
 }
 _TAIL: dict[str, Minimum] = {
-    FORWARD: lambda y, places: 2 + y,
-    TRAINING: lambda y, places: 2 + y,
-    BACKWARD: lambda y, places: 3 + y,
+    FORWARD: lambda y, offsets: 2 + y,
+    TRAINING: lambda y, offsets: 2 + y,
+    BACKWARD: lambda y, offsets: 3 + y,
 }
 
 _NORM_SHAPES = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))

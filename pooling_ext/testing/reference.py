@@ -17,21 +17,21 @@ from ..ops.activations import Activation
 from ..windows import Ints, Windows
 
 
-def axis_places(windows: Windows, axis: int, size: int, out: int) -> list[int]:
-    """The places along ``axis`` that window ``out`` covers, those outside the input left out."""
+def axis_positions(windows: Windows, axis: int, size: int, out: int) -> list[int]:
+    """The positions along ``axis`` that window ``out`` covers, those outside the input left out."""
     if windows.adaptive:
         count = windows.output_size[axis]
         return list(range(out * size // count, -(-(out + 1) * size // count)))
     _, kernel_size, stride, padding, dilation = windows.full
     start = out * stride[axis] - padding[2 * axis]
-    places = [start + dilation[axis] * k for k in range(kernel_size[axis])]
-    return [place for place in places if 0 <= place < size]
+    positions = [start + dilation[axis] * k for k in range(kernel_size[axis])]
+    return [position for position in positions if 0 <= position < size]
 
 
 def each_window(windows: Windows, sizes: Ints) -> Iterator[tuple[Ints, list[Ints]]]:
-    """Yield every window: its place in the output and, in row-major order, the elements in it."""
+    """Yield every window: its position in the output and, in row-major order, the elements in it."""
     for out in product(*(range(count) for count in windows.output_size)):
-        axes = [axis_places(windows, axis, size, out[axis]) for axis, size in enumerate(sizes)]
+        axes = [axis_positions(windows, axis, size, out[axis]) for axis, size in enumerate(sizes)]
         yield out, list(product(*axes))
 
 
@@ -60,9 +60,9 @@ def max_pool_backward(grad: Tensor, indices: Tensor, sizes: Ints) -> Tensor:
     """Add each output's gradient at its index; -1 receives none."""
     leading = grad.shape[: grad.dim() - len(sizes)]
     flat = torch.zeros(*leading, math.prod(sizes) + 1, dtype=torch.float64)
-    # Index -1 lands in one extra place, which is cut off again.
-    places = indices.where(indices >= 0, math.prod(sizes)).flatten(len(leading))
-    flat.scatter_add_(-1, places, grad.to(torch.float64).flatten(len(leading)))
+    # Index -1 lands in one extra element, which is cut off again.
+    flat_indices = indices.where(indices >= 0, math.prod(sizes)).flatten(len(leading))
+    flat.scatter_add_(-1, flat_indices, grad.to(torch.float64).flatten(len(leading)))
     return flat[..., :-1].reshape(*leading, *sizes)
 
 
@@ -100,13 +100,15 @@ def divisor(
 ) -> int:
     """What the sum over window ``out`` is divided by.
 
-    With ``count_include_pad`` that is the number of places in the padded input, otherwise in the
-    input itself; places that ``ceil_mode`` adds past the padding count in neither.
+    With ``count_include_pad`` that is the number of elements in the padded input, otherwise in the
+    input itself; elements that ``ceil_mode`` adds past the padding count in neither.
     """
     if divisor_override is not None:
         return divisor_override
     if windows.adaptive or not count_include_pad:
-        return math.prod(len(axis_places(windows, axis, size, out[axis])) for axis, size in enumerate(sizes))
+        return math.prod(
+            len(axis_positions(windows, axis, size, out[axis])) for axis, size in enumerate(sizes)
+        )
     _, kernel_size, stride, padding, _ = windows.full
     count = 1
     for axis, size in enumerate(sizes):
@@ -179,6 +181,6 @@ def _wide(input: Tensor, windows: Windows) -> tuple[Tensor, Ints, Ints]:
 
 def _flat(element: Ints, sizes: Ints) -> int:
     index = 0
-    for place, size in zip(element, sizes, strict=True):
-        index = index * size + place
+    for position, size in zip(element, sizes, strict=True):
+        index = index * size + position
     return index

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _library
-from .batch_norm import narrow, through
+from .batch_norm import narrow, relu_backward
 from .channels import WARPS, Channels, add_lanes, program, tile
 from .launching import launch
 
@@ -77,7 +77,7 @@ def _backward_kernel(
             i, rows, channels, inner, exists, row, column, within, LAST, UNROLL, ROWS, COLUMNS
         )
         z = tl.load(input + at, mask=mask).to(acc) + tl.load(residual + at, mask=mask).to(acc)
-        tl.store(shared + at, through(z, share).to(shared.dtype.element_ty), mask=mask)
+        tl.store(shared + at, relu_backward(z, share).to(shared.dtype.element_ty), mask=mask)
 
 
 def add_relu_global_avg_pool(input: Tensor, residual: Tensor) -> Tensor:

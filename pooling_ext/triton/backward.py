@@ -3,8 +3,8 @@
 """Gradients of pooling over windows: each input gathers from the windows that cover it.
 
 Inputs are taken in cells of ``stride`` in each axis. Which windows cover an input, and at which of their
-places, depends only on where in its cell it lies, so for windows of fixed size there is nothing to search:
-see :func:`_spread_cells`. Windows with very many places, and adaptive ones, are looked up input by input.
+offsets, depends only on where in its cell it lies, so for windows of fixed size there is nothing to search:
+see :func:`_spread_cells`. Windows with very many elements, and adaptive ones, are looked up input by input.
 Every sum is made by one thread in one order: nothing depends on timing.
 """
 
@@ -24,7 +24,7 @@ from .geometry import (
     tile_pixels,
     tiling,
     window_count,
-    window_places,
+    window_length,
     window_start,
     within,
 )
@@ -34,7 +34,7 @@ from .reductions import accumulator
 
 def spread_windows(
     grad: Tensor,
-    places: Tensor | None,
+    offsets: Tensor | None,
     result: Tensor,
     g: Geometry,
     *,
@@ -45,9 +45,9 @@ def spread_windows(
 
     Args:
         grad: of the outputs, dense in the same format as ``result``.
-        places: who won each window; None for an average, of which all of a window have their share.
+        offsets: who won each window; None for an average, of which all of a window have their share.
     """
-    cells = not g.adaptive and g.places <= UNROLLED and math.prod(g.stride) <= UNROLLED
+    cells = not g.adaptive and g.window_size <= UNROLLED and math.prod(g.stride) <= UNROLLED
     cell = g.stride if cells else (1, 1, 1)
     size = tuple(triton.cdiv(n, step) for n, step in zip(g.size, cell, strict=True))
     items = g.outer * size[0]
@@ -64,14 +64,14 @@ def spread_windows(
         _spread_cells if cells else _spread_windows,
         (programs,),
         grad,
-        places,
+        offsets,
         result,
         items,
         g.channels,
         *g.size,
         *g.out,
         *(() if cells else (math.prod(covering),)),
-        INDICES=places is not None and places.dtype == torch.int64,
+        INDICES=offsets is not None and offsets.dtype == torch.int64,
         DIVISOR=divisor,
         INCLUDE_PAD=include_pad,
         AFTER=g.after,
@@ -88,7 +88,7 @@ def spread_windows(
 @triton.jit
 def _spread_cells(  # noqa: PLR0915
     grad,
-    places,
+    offsets,
     result,
     items,
     channels,
@@ -114,7 +114,7 @@ def _spread_cells(  # noqa: PLR0915
 ):
     """A tile of cells.
 
-    Input ``a * stride + r`` is place ``k`` of window ``a + (r + padding - k * dilation) / stride``.
+    Input ``a * stride + r`` is element ``k`` of window ``a + (r + padding - k * dilation) / stride``.
     """
     cells_d = tl.cdiv(in_d, STRIDE[0])
     cells_h = tl.cdiv(in_h, STRIDE[1])
@@ -126,8 +126,8 @@ def _spread_cells(  # noqa: PLR0915
     first_outer = first_item // cells_d
     result += first_outer.to(tl.int64) * in_d * in_h * in_w * channels
     grad += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
-    if places is not None:
-        places += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
+    if offsets is not None:
+        offsets += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
     item = first_item + item_at
     outer = item // cells_d - first_outer
     cell_d = item % cells_d
@@ -136,7 +136,7 @@ def _spread_cells(  # noqa: PLR0915
         outer = outer.to(tl.int64)
     for tile in tl.range(STRIP):
         cell_h = first_h + tile * TILE[1] + h_at
-        offsets = (((outer * out_d + cell_d) * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
+        at = (((outer * out_d + cell_d) * out_h + cell_h) * out_w + cell_w)[:, None] * channels + c
         for rd in tl.static_range(tl.constexpr(STRIDE[0])):
             d = cell_d * STRIDE[0] + rd
             d_ok = (item < items) & (d < in_d)
@@ -146,12 +146,12 @@ def _spread_cells(  # noqa: PLR0915
                 for rw in tl.static_range(tl.constexpr(STRIDE[2])):
                     w = cell_w * STRIDE[2] + rw
                     ok = h_ok & (w < in_w)
-                    total = tl.zeros(offsets.shape, accumulator(grad, "sum"))
-                    for place in tl.static_range(tl.constexpr(KERNEL[0] * KERNEL[1] * KERNEL[2])):
-                        if _covers(place, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
-                            up_d = _ahead(0, place, rd, KERNEL, STRIDE, PADDING, DILATION)
-                            up_h = _ahead(1, place, rh, KERNEL, STRIDE, PADDING, DILATION)
-                            up_w = _ahead(2, place, rw, KERNEL, STRIDE, PADDING, DILATION)
+                    total = tl.zeros(at.shape, accumulator(grad, "sum"))
+                    for offset in tl.static_range(tl.constexpr(KERNEL[0] * KERNEL[1] * KERNEL[2])):
+                        if _covers(offset, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
+                            up_d = _ahead(0, offset, rd, KERNEL, STRIDE, PADDING, DILATION)
+                            up_h = _ahead(1, offset, rh, KERNEL, STRIDE, PADDING, DILATION)
+                            up_w = _ahead(2, offset, rw, KERNEL, STRIDE, PADDING, DILATION)
                             od = cell_d + up_d
                             oh = cell_h + up_h
                             ow = cell_w + up_w
@@ -159,11 +159,11 @@ def _spread_cells(  # noqa: PLR0915
                             there = within(there, oh, out_h, up_h < 0, up_h > SLACK[1])
                             there = within(there, ow, out_w, up_w < 0, up_w > SLACK[2])
                             step = ((up_d * out_h + up_h) * out_w + up_w) * channels
-                            mine = place
+                            mine = offset
                             if INDICES:
                                 mine = ((d.to(tl.int64) * in_h + h) * in_w + w)[:, None]
                             factor = 1.0
-                            if places is None:
+                            if offsets is None:
                                 d_count = _count(
                                     od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD
                                 )
@@ -175,7 +175,7 @@ def _spread_cells(  # noqa: PLR0915
                                 )
                                 factor = _factor(d_count * h_count * w_count, DIVISOR, total.dtype)
                             mask = there[:, None] & c_ok
-                            total += _part(grad, places, step, offsets, mask, mine, factor, total.dtype)
+                            total += _part(grad, offsets, step, at, mask, mine, factor, total.dtype)
                     to = (((outer * in_d + d) * in_h + h) * in_w + w)[:, None] * channels + c
                     tl.store(result + to, total.to(result.dtype.element_ty), mask=ok[:, None] & c_ok)
 
@@ -183,7 +183,7 @@ def _spread_cells(  # noqa: PLR0915
 @triton.jit
 def _spread_windows(
     grad,
-    places,
+    offsets,
     result,
     items,
     channels,
@@ -216,8 +216,8 @@ def _spread_windows(
     first_outer = first_item // in_d
     result += first_outer.to(tl.int64) * in_d * in_h * in_w * channels
     grad += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
-    if places is not None:
-        places += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
+    if offsets is not None:
+        offsets += first_outer.to(tl.int64) * out_d * out_h * out_w * channels
     item = first_item + item_at
     outer = item // in_d - first_outer
     d = item % in_d
@@ -235,58 +235,64 @@ def _spread_windows(
             od = first_d + candidate // (COVERING[1] * COVERING[2])
             oh = first_oh + candidate // COVERING[2] % COVERING[1]
             ow = first_ow + candidate % COVERING[2]
-            kd, d_ok = _place(od, d, in_d, out_d, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], ADAPTIVE)
-            kh, h_ok = _place(oh, h, in_h, out_h, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], ADAPTIVE)
-            kw, w_ok = _place(ow, w, in_w, out_w, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2], ADAPTIVE)
+            kd, d_ok = _element_of(
+                od, d, in_d, out_d, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], ADAPTIVE
+            )
+            kh, h_ok = _element_of(
+                oh, h, in_h, out_h, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], ADAPTIVE
+            )
+            kw, w_ok = _element_of(
+                ow, w, in_w, out_w, KERNEL[2], STRIDE[2], PADDING[2], DILATION[2], ADAPTIVE
+            )
             if INDICES:
                 mine = ((d.to(tl.int64) * in_h + h) * in_w + w)[:, None]
             else:
                 mine = ((kd * KERNEL[1] + kh) * KERNEL[2] + kw)[:, None]
             factor = 1.0
-            if places is None:
+            if offsets is None:
                 d_count = _count(od, in_d, out_d, 0, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
                 h_count = _count(oh, in_h, out_h, 1, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
                 w_count = _count(ow, in_w, out_w, 2, KERNEL, STRIDE, PADDING, AFTER, ADAPTIVE, INCLUDE_PAD)
                 factor = _factor(d_count * h_count * w_count, DIVISOR, total.dtype)
-            offsets = (((outer * out_d + od) * out_h + oh) * out_w + ow)[:, None] * channels + c
+            at = (((outer * out_d + od) * out_h + oh) * out_w + ow)[:, None] * channels + c
             there = (ok & d_ok & h_ok & w_ok)[:, None] & c_ok
-            total += _part(grad, places, 0, offsets, there, mine, factor, total.dtype)
+            total += _part(grad, offsets, 0, at, there, mine, factor, total.dtype)
         to = (((outer * in_d + d) * in_h + h) * in_w + w)[:, None] * channels + c
         tl.store(result + to, total.to(result.dtype.element_ty), mask=ok[:, None] & c_ok)
 
 
 @triton.jit
-def _part(grad, places, step, offsets, ok, mine, factor, ACC: tl.constexpr):
-    """What the windows at ``step + offsets`` give an input: all to the winner, or to each its share."""
-    part = tl.load(grad + step + offsets, mask=ok, other=0).to(ACC)
-    if places is not None:
-        place = tl.load(places + step + offsets, mask=ok, other=0)
-        if place.dtype.is_int_unsigned():
-            place = place.to(tl.int32)
-        part = tl.where(place == mine, part, 0)
+def _part(grad, offsets, step, at, ok, mine, factor, ACC: tl.constexpr):
+    """What the windows at ``step + at`` give an input: all to the winner, or to each its share."""
+    part = tl.load(grad + step + at, mask=ok, other=0).to(ACC)
+    if offsets is not None:
+        offset = tl.load(offsets + step + at, mask=ok, other=0)
+        if offset.dtype.is_int_unsigned():
+            offset = offset.to(tl.int32)
+        part = tl.where(offset == mine, part, 0)
     else:
         part *= factor
     return part
 
 
 @triton.constexpr_function
-def _offset(axis, place, r, KERNEL, PADDING, DILATION):
-    """From the first place of window 0 to input ``r`` of cell 0, less ``place``'s own distance from there."""
-    k = place // math.prod(KERNEL[axis + 1 :]) % KERNEL[axis]
+def _distance(axis, offset, r, KERNEL, PADDING, DILATION):
+    """From the first element of window 0 to input ``r`` of cell 0, less ``offset``'s own distance from there."""
+    k = offset // math.prod(KERNEL[axis + 1 :]) % KERNEL[axis]
     return r + PADDING[axis] - k * DILATION[axis]
 
 
 @triton.constexpr_function
-def _covers(place, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
-    """Whether input (rd, rh, rw) of every cell is ``place`` of some window."""
-    rest = (_offset(axis, place, r, KERNEL, PADDING, DILATION) for axis, r in enumerate((rd, rh, rw)))
-    return all(offset % step == 0 for offset, step in zip(rest, STRIDE, strict=True))
+def _covers(offset, rd, rh, rw, KERNEL, STRIDE, PADDING, DILATION):
+    """Whether input (rd, rh, rw) of every cell is element ``offset`` of some window."""
+    rest = (_distance(axis, offset, r, KERNEL, PADDING, DILATION) for axis, r in enumerate((rd, rh, rw)))
+    return all(distance % step == 0 for distance, step in zip(rest, STRIDE, strict=True))
 
 
 @triton.constexpr_function
-def _ahead(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+def _ahead(axis, offset, r, KERNEL, STRIDE, PADDING, DILATION):
     """How many windows that one is ahead of the cell, along an axis."""
-    return _offset(axis, place, r, KERNEL, PADDING, DILATION) // STRIDE[axis]
+    return _distance(axis, offset, r, KERNEL, PADDING, DILATION) // STRIDE[axis]
 
 
 @triton.jit
@@ -314,8 +320,8 @@ def _count(
     INCLUDE_PAD: tl.constexpr,
 ):
     start = window_start(o, size, out, STRIDE[AXIS], PADDING[AXIS], ADAPTIVE)
-    places = window_places(o, size, out, KERNEL[AXIS], ADAPTIVE)
-    return window_count(start, places, size, PADDING[AXIS], AFTER[AXIS], INCLUDE_PAD)
+    length = window_length(o, size, out, KERNEL[AXIS], ADAPTIVE)
+    return window_count(start, length, size, PADDING[AXIS], AFTER[AXIS], INCLUDE_PAD)
 
 
 @triton.jit
@@ -338,7 +344,7 @@ def _first_covering(
 
 
 @triton.jit
-def _place(
+def _element_of(
     o,
     i,
     size,
@@ -349,8 +355,8 @@ def _place(
     DILATION: tl.constexpr,
     ADAPTIVE: tl.constexpr,
 ):
-    """Which place of window ``o`` input ``i`` is, and whether it is one."""
-    offset = i - window_start(o, size, out, STRIDE, PADDING, ADAPTIVE)
-    place = tl.maximum(offset, 0) // DILATION
-    ok = (o < out) & (offset >= 0) & (place * DILATION == offset)
-    return place, ok & (place < window_places(o, size, out, KERNEL, ADAPTIVE))
+    """Which element of window ``o`` input ``i`` is, and whether it is one."""
+    distance = i - window_start(o, size, out, STRIDE, PADDING, ADAPTIVE)
+    element = tl.maximum(distance, 0) // DILATION
+    ok = (o < out) & (distance >= 0) & (element * DILATION == distance)
+    return element, ok & (element < window_length(o, size, out, KERNEL, ADAPTIVE))

@@ -1,7 +1,7 @@
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false
-"""What the kernels on batch normalisation share: its coefficients, and the sums of all programs.
+"""What the kernels on batch normalization share: its coefficients, and the sums of all programs.
 
 As on the CPU, ``y = (x - center) * scale + shift``: the center is the mean rounded to the type that
 kernels compute in, so that the difference loses nothing where the mean is large beside the deviation,
@@ -69,7 +69,7 @@ def slopes(sums, scale, away, inverse, channels, channel, exists, share, acc: tl
 
 
 @triton.jit
-def through(z, grad):
+def relu_backward(z, grad):
     """The gradient of what ReLU was given; a NaN lets it through, as in PyTorch."""
     return tl.where(z <= 0.0, 0.0, grad)
 

@@ -1,7 +1,7 @@
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false
-"""Batch normalisation with residual and activation in Triton.
+"""Batch normalization with residual and activation in Triton.
 
 The backward pass has the two passes of Ioffe and Szegedy.
 """
@@ -22,9 +22,9 @@ from .launching import launch
 
 __all__ = [
     "batch_norm_stats",
-    "batch_norm_act",
-    "batch_norm_act_sums",
-    "batch_norm_act_backward",
+    "batch_norm_act_elemt",
+    "batch_norm_act_backward_reduce",
+    "batch_norm_act_backward_elemt",
     "batch_norm_act_training",
     "batch_norm_act_training_backward",
     "batch_norm_update_running",
@@ -284,7 +284,7 @@ def spread_gradient(
     return grad_input
 
 
-def batch_norm_act(
+def batch_norm_act_elemt(
     input: Tensor,
     stats: Tensor,
     weight: Tensor | None,
@@ -297,7 +297,7 @@ def batch_norm_act(
     return act(Channels(input), stats, weight, bias, residual, eps, activation, negative_slope)
 
 
-def batch_norm_act_sums(
+def batch_norm_act_backward_reduce(
     grad: Tensor,
     input: Tensor,
     stats: Tensor,
@@ -313,7 +313,7 @@ def batch_norm_act_sums(
     return input.new_empty(0) if residual_grad is None else residual_grad, parts.total(stats, eps)
 
 
-def batch_norm_act_backward(
+def batch_norm_act_backward_elemt(
     grad: Tensor,
     input: Tensor,
     stats: Tensor,

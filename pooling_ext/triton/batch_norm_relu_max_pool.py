@@ -1,12 +1,12 @@
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false
-"""Batch normalisation, ReLU and max pooling in Triton: the stem of a ResNet.
+"""Batch normalization, ReLU and max pooling in Triton: the stem of a ResNet.
 
-Forward, a program normalises the elements of its windows as it reads them; what neighbouring windows share
+Forward, a program normalizes the elements of its windows as it reads them; what neighboring windows share
 it finds in the first-level cache. In training the winners' elements are kept: with them backward's sums are
 those of a batch norm of the output's size. Backward, each input gathers the gradients of the windows that
-picked it. Windows with many places take the operators in turn.
+picked it. Windows with many elements take the operators in turn.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..ops import _library
 from ..ops.activations import RELU
-from .batch_norm import affine, slopes, through, vector
-from .batch_norm_act import batch_norm_act, batch_norm_act_backward
+from .batch_norm import affine, relu_backward, slopes, vector
+from .batch_norm_act import batch_norm_act_backward_elemt, batch_norm_act_elemt
 from .geometry import (
     STRIP,
     TILE_BYTES,
@@ -38,7 +38,7 @@ from .geometry import (
     within,
 )
 from .launching import launch
-from .max_pool import max_pool, max_pool_backward, max_pool_gather, max_pool_places
+from .max_pool import max_pool, max_pool_backward, max_pool_gather, max_pool_with_offsets
 from .reductions import wins
 
 Ints = Sequence[int]
@@ -62,7 +62,7 @@ def _channels_of(first_item, item_at, first_c, planes, TILE: tl.constexpr, LAST:
 def _pool_kernel(
     x,
     y,
-    places,
+    offsets,
     winners,
     stats,
     weight,
@@ -90,8 +90,8 @@ def _pool_kernel(
     item_at, h_at, w_at = tile_pixels(TILE)
     x += first_item.to(tl.int64) * in_h * in_w * channels
     y += first_item.to(tl.int64) * out_h * out_w * channels
-    if places is not None:
-        places += first_item.to(tl.int64) * out_h * out_w * channels
+    if offsets is not None:
+        offsets += first_item.to(tl.int64) * out_h * out_w * channels
         winners += first_item.to(tl.int64) * out_h * out_w * channels
     item_ok = first_item + item_at < items
     c = first_c + tl.arange(0, TILE[3])[None, :]
@@ -113,8 +113,8 @@ def _pool_kernel(
         best = tl.full((TILE[0] * TILE[1] * TILE[2], TILE[3]), float("-inf"), acc)
         where = tl.full((1, 1), 0, tl.int32)
         winner = best
-        if places is not None:
-            # Until something larger comes along, the first place in the input wins.
+        if offsets is not None:
+            # Until something larger comes along, the first element in the input wins.
             first_kh = (tl.maximum(-h_start, 0) + (DILATION[1] - 1)) // DILATION[1]
             first_kw = (tl.maximum(-w_start, 0) + (DILATION[2] - 1)) // DILATION[2]
             where = tl.broadcast_to((first_kh * KERNEL[2] + first_kw)[:, None], best.shape)
@@ -132,7 +132,7 @@ def _pool_kernel(
                 # Rounded as the operators in turn would, on which it depends who wins.
                 z = tl.fma(v - center, scale, shift).to(y.dtype.element_ty).to(acc)
                 z = tl.where(ok, z, float("-inf"))
-                if places is not None:
+                if offsets is not None:
                     better = wins(z, best)
                     best = tl.where(better, z, best)
                     where = tl.where(better, kh * KERNEL[2] + kw, where)
@@ -144,27 +144,27 @@ def _pool_kernel(
         to = ((item_at * out_h + h) * out_w + w)[:, None] * channels + c
         ok = h_ok[:, None] & c_ok
         tl.store(y + to, best.to(y.dtype.element_ty), mask=ok)
-        if places is not None:
-            tl.store(places + to, where.to(places.dtype.element_ty), mask=ok)
+        if offsets is not None:
+            tl.store(offsets + to, where.to(offsets.dtype.element_ty), mask=ok)
             tl.store(winners + to, winner.to(winners.dtype.element_ty), mask=ok)
 
 
 @triton.constexpr_function
-def _covers(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
-    """Whether input ``r`` of every cell of ``STRIDE`` is ``place`` of some window along an axis."""
-    return (r + PADDING[axis] - place * DILATION[axis]) % STRIDE[axis] == 0
+def _covers(axis, element, r, KERNEL, STRIDE, PADDING, DILATION):
+    """Whether input ``r`` of every cell of ``STRIDE`` is element ``element`` of some window along an axis."""
+    return (r + PADDING[axis] - element * DILATION[axis]) % STRIDE[axis] == 0
 
 
 @triton.constexpr_function
-def _ahead(axis, place, r, KERNEL, STRIDE, PADDING, DILATION):
+def _ahead(axis, element, r, KERNEL, STRIDE, PADDING, DILATION):
     """How many windows that one is ahead of the cell."""
-    return (r + PADDING[axis] - place * DILATION[axis]) // STRIDE[axis]
+    return (r + PADDING[axis] - element * DILATION[axis]) // STRIDE[axis]
 
 
 @triton.jit
 def _backward_kernel(
     grad,
-    places,
+    offsets,
     x,
     grad_x,
     stats,
@@ -199,7 +199,7 @@ def _backward_kernel(
     x += first_item.to(tl.int64) * in_h * in_w * channels
     grad_x += first_item.to(tl.int64) * in_h * in_w * channels
     grad += first_item.to(tl.int64) * out_h * out_w * channels
-    places += first_item.to(tl.int64) * out_h * out_w * channels
+    offsets += first_item.to(tl.int64) * out_h * out_w * channels
     c = first_c + tl.arange(0, TILE[3])[None, :]
     c_ok = c < channels
     channel = _channels_of(first_item, item_at, first_c, planes, TILE, LAST)
@@ -232,10 +232,10 @@ def _backward_kernel(
                                 there = within(row_ok, cell_w + across, out_w, across < 0, True)
                                 there = there[:, None] & c_ok
                                 from_cell = window + (up * out_w + across) * channels
-                                place = tl.load(places + from_cell, mask=there, other=255).to(tl.int32)
+                                offset = tl.load(offsets + from_cell, mask=there, other=255).to(tl.int32)
                                 part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
-                                g += tl.where(place == kh * KERNEL[2] + kw, part, 0.0)
-                g = through(tl.fma(d, scale, shift), g)
+                                g += tl.where(offset == kh * KERNEL[2] + kw, part, 0.0)
+                g = relu_backward(tl.fma(d, scale, shift), g)
                 result = g * scale
                 if sums is not None:
                     result += tl.fma(d, slope, offset)
@@ -249,7 +249,7 @@ class _Stem:
         self.last = channels_last(input, 2)
         self.input = dense(input, self.last)
         self.g: Geometry = geometry(input.shape, self.last, *windows)
-        self.small = self.g.places <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
+        self.small = self.g.window_size <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
 
     def launch(
         self,
@@ -304,22 +304,22 @@ def _pool(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     stem = _Stem(input, windows)
     if not stem.small:
-        normal = batch_norm_act(input, stats, weight, bias, None, eps, *RELU.arguments)
+        normal = batch_norm_act_elemt(input, stats, weight, bias, None, eps, *RELU.arguments)
         if not training:
             return max_pool(normal, *windows), None, None
-        output, places = max_pool_places(normal, *windows, False)  # pyright: ignore[reportCallIssue]
-        return output, places, max_pool_gather(input, places, *windows)
+        output, offsets = max_pool_with_offsets(normal, *windows, False)  # pyright: ignore[reportCallIssue]
+        return output, offsets, max_pool_gather(input, offsets, *windows)
     output = _library.empty(input, windows[0])
-    places = _library.empty(input, windows[0], torch.uint8) if training else None
+    offsets = _library.empty(input, windows[0], torch.uint8) if training else None
     winners = _library.empty(input, windows[0]) if training else None
     if output.numel():
         stem.launch(
             _pool_kernel,
-            (stem.input, output, places, winners, stats, vector(weight), vector(bias)),
+            (stem.input, output, offsets, winners, stats, vector(weight), vector(bias)),
             (eps,),
             *stem.g.out[1:],
         )
-    return output, places, winners
+    return output, offsets, winners
 
 
 def batch_norm_relu_max_pool(
@@ -334,9 +334,9 @@ def batch_norm_relu_max_pool_winners(
     return _pool(input, stats, weight, bias, eps, windows, True)
 
 
-def batch_norm_relu_max_pool_backward(
+def batch_norm_relu_max_pool_backward_elemt(
     grad: Tensor,
-    places: Tensor,
+    offsets: Tensor,
     input: Tensor,
     stats: Tensor,
     weight: Tensor | None,
@@ -348,15 +348,15 @@ def batch_norm_relu_max_pool_backward(
 ) -> Tensor:
     stem = _Stem(input, windows)
     if not stem.small:
-        spread = max_pool_backward(grad, places, list(input.shape), *windows)
+        spread = max_pool_backward(grad, offsets, list(input.shape), *windows)
         rest = count, eps, *RELU.arguments
-        return batch_norm_act_backward(spread, input, stats, weight, bias, sums, *rest)
+        return batch_norm_act_backward_elemt(spread, input, stats, weight, bias, sums, *rest)
     grad_input = torch.empty_like(stem.input)
     if input.numel():
         cells = (triton.cdiv(n, step) for n, step in zip(stem.g.size[1:], stem.g.stride[1:], strict=True))
         tensors = (
             dense(grad, stem.last),
-            dense(places, stem.last),
+            dense(offsets, stem.last),
             stem.input,
             grad_input,
             stats,

@@ -1,7 +1,7 @@
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportInvalidTypeForm=false
-"""The statistics of batch normalisation in Triton.
+"""The statistics of batch normalization in Triton.
 
 They are shifted sums: a program takes the mean of its first tile as center, so that a float32 sum
 of squares loses no more than the number of its tiles in rounding errors, however large the mean is (where

@@ -2,8 +2,8 @@
 gemm.py).
 
 Tensors are in channels_last, so that a row of a tile is a run of a pixel's channels. The product steps
-through the window's places and, within each, through the channels; where there are few channels a step
-takes several places. 1x1 windows are matmul.py's.
+through the window's taps and, within each, through the channels; where there are few channels a step
+takes several taps. 1x1 windows are matmul.py's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..ops.conv import (
 )
 from .batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, forward_problem, should_fold
-from .gemm import finish_output, grouped_tile, normalised, pixels, product
+from .gemm import finish_output, grouped_tile, normalized, pixels, product
 from .launching import launch
 from .matmul import matmul_kernel
 
@@ -67,7 +67,7 @@ def conv_kernel(
 
     Args:
         affine: the batch norm that ``x`` is yet to pass, with PROLOGUE_RELU, or None.
-        FOLDED: C, where a step takes several places of a window; else 0.
+        FOLDED: C, where a step takes several taps of a window; else 0.
         EVEN_K: no step goes past the channels' end, or where it is folded the window's.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
@@ -78,7 +78,7 @@ def conv_kernel(
     row = row * STRIDE_H - PADDING_H
     column = column * STRIDE_W - PADDING_W
     x_rows = x + ((image * height + row) * width + column) * C
-    row = tl.where(row_ok, row, -(2**30))  # outside the image at every place of the window
+    row = tl.where(row_ok, row, -(2**30))  # outside the image at every tap of the window
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < N
     weight_columns = weight + n.to(tl.int64) * (KERNEL_H * KERNEL_W * C)
@@ -89,32 +89,32 @@ def conv_kernel(
         if FOLDED:
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
             k_ok = k < KERNEL_H * KERNEL_W * FOLDED
-            place = k // FOLDED
+            tap = k // FOLDED
             channel = k % FOLDED
-            down = (place // KERNEL_W) * DILATION_H
-            along = (place % KERNEL_W) * DILATION_W
+            down = (tap // KERNEL_W) * DILATION_H
+            along = (tap % KERNEL_W) * DILATION_W
             y, z = row[:, None] + down[None, :], column[:, None] + along[None, :]
             inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
             x_at = x_rows[:, None] + ((down * width + along) * FOLDED + channel)[None, :]
             weight_at = weight_columns[None, :] + k[:, None]
         else:
-            place = step // blocks
-            channel = (step - place * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = step // blocks
+            channel = (step - tap * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
             k_ok = channel < C
-            down = (place // KERNEL_W) * DILATION_H
-            along = (place % KERNEL_W) * DILATION_W
+            down = (tap // KERNEL_W) * DILATION_H
+            along = (tap % KERNEL_W) * DILATION_W
             y, z = row + down, column + along
             inside = ((y >= 0) & (y < height) & (z >= 0) & (z < width))[:, None]
             x_at = (x_rows + (down.to(tl.int64) * width + along) * C)[:, None] + channel[None, :]
-            weight_at = weight_columns[None, :] + (place * C + channel)[:, None]
+            weight_at = weight_columns[None, :] + (tap * C + channel)[:, None]
         weight_mask = n_ok[None, :]
         if not EVEN_K:
             inside, weight_mask = inside & k_ok[None, :], weight_mask & k_ok[:, None]
         tile = tl.load(x_at, mask=inside, other=0.0)
         weights = tl.load(weight_at, mask=weight_mask, other=0.0)
         if affine is not None:
-            tile = normalised(tile, affine, channel, k_ok, C, PROLOGUE_RELU)
-            tile = tl.where(inside, tile, 0.0)  # the padding is of what is normalised
+            tile = normalized(tile, affine, channel, k_ok, C, PROLOGUE_RELU)
+            tile = tl.where(inside, tile, 0.0)  # the padding is of what is normalized
         sums = product(tile, weights, sums, PRECISION)
 
     offset = (first + tl.arange(0, BLOCK_M)) * N
@@ -239,11 +239,11 @@ def conv_stats(
     """``conv(input, weight) + bias`` and its statistics.
 
     With ``stats`` it is the convolution of
-    ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is not stored.
+    ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is not stored.
 
     Args:
         input, weight, bias, stride, padding, dilation, config: as for :func:`conv_bias_act`.
-        stats: ``(2, C)`` float64: means and variances with which the input is to be normalised.
+        stats: ``(2, C)`` float64: means and variances with which the input is to be normalized.
         bn_weight, bn_bias: ``(C,)`` or None for ones and zeros.
 
     Returns:

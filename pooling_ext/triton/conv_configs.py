@@ -16,7 +16,7 @@ import triton
 from ..ops.conv import Geometry, geometry
 from .geometry import WARP_SIZE
 
-#: With fewer channels than this (or twice as many that do not divide evenly) a step takes several places of a
+#: With fewer channels than this (or twice as many that do not divide evenly) a step takes several taps of a
 #: window.
 FEW_CHANNELS = 16
 
@@ -190,7 +190,7 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def should_fold(conv: Geometry) -> bool:
-    """Whether a step of conv.py's kernel takes several places of a window."""
+    """Whether a step of conv.py's kernel takes several taps of a window."""
     return conv.channels < (FEW_CHANNELS if conv.channels % 8 == 0 else 2 * FEW_CHANNELS)
 
 
@@ -209,7 +209,7 @@ def input_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
 
 
 def weight_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
-    """``m`` is features, ``n`` channels at each place of a window, ``k`` pixels."""
+    """``m`` is features, ``n`` channels at each tap of a window, ``k`` pixels."""
     pixels = conv.batch * conv.output_size[0] * conv.output_size[1]
     return Problem(conv.features, conv.channels, pixels, dtype, precision_of(dtype))
 

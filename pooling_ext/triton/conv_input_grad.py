@@ -1,7 +1,7 @@
 """The gradient of a convolution's input: the product of the output's gradient and the weights, as in conv.py.
 
 Every pixel of the input gathers from the windows that it is in, so that nothing is added up in memory. With
-a stride pixels are in windows at different places (Dumoulin and Visin, "A guide to convolution arithmetic
+a stride pixels are in windows at different taps (Dumoulin and Visin, "A guide to convolution arithmetic
 for deep learning", 2016, section 4); those at the same ones are made together.
 """
 
@@ -25,14 +25,14 @@ from .matmul import matmul_kernel
 
 
 @triton.jit
-def _first_place(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr):
-    """The first place with which ``at - place * DILATION`` is a multiple of STRIDE, or KERNEL."""
-    place = KERNEL
+def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr):
+    """The first tap with which ``at - tap * DILATION`` is a multiple of STRIDE, or KERNEL."""
+    tap = KERNEL
     for candidate in tl.static_range(STEP - 1, -1, -1):  # pyright: ignore[reportGeneralTypeIssues]
         if candidate < KERNEL:
             fits = (at + candidate * DILATION * (STRIDE - 1)) % STRIDE == 0
-            place = tl.where(fits, candidate, place)
-    return place
+            tap = tl.where(fits, candidate, tap)
+    return tap
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def conv_input_grad_kernel(
     out_height,
     out_width,
     weight_step_k,
-    weight_step_place,
+    weight_step_tap,
     weight_step_n,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -75,11 +75,11 @@ def conv_input_grad_kernel(
     """Write the gradient of ``images`` of (height, width, N), from ``grad``, (out_height, out_width, K) each.
 
     A tile is of pixels whose rows, and whose columns, leave the same remainder with the stride: they are in
-    windows at the same places, every STEP-th from a first one, so that no product with zero is made.
+    windows at the same taps, every STEP-th from a first one, so that no product with zero is made.
 
     Args:
         tiles: of pixels, of all kinds; as many of each as the one with the most pixels needs.
-        weight: the element of channel k of ``grad``, place (row by row) and n has these steps.
+        weight: the element of channel k of ``grad``, tap (row by row) and n has these steps.
         x, affine: None, or the input of the batch norm and ReLU before, and that.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP)
@@ -95,10 +95,10 @@ def conv_input_grad_kernel(
     column = column * STRIDE_W + over_w
     offset = ((image * height + row) * width + column) * N
 
-    first_h = _first_place(over_h + PADDING_H, KERNEL_H, STRIDE_H, DILATION_H, STEP_H)
-    first_w = _first_place(over_w + PADDING_W, KERNEL_W, STRIDE_W, DILATION_W, STEP_W)
-    places_h, places_w = tl.cdiv(KERNEL_H - first_h, STEP_H), tl.cdiv(KERNEL_W - first_w, STEP_W)
-    # The output's pixel of which the window has this one at its first place, which may be outside.
+    first_h = _first_tap(over_h + PADDING_H, KERNEL_H, STRIDE_H, DILATION_H, STEP_H)
+    first_w = _first_tap(over_w + PADDING_W, KERNEL_W, STRIDE_W, DILATION_W, STEP_W)
+    taps_h, taps_w = tl.cdiv(KERNEL_H - first_h, STEP_H), tl.cdiv(KERNEL_W - first_w, STEP_W)
+    # The output's pixel of which the window has this one at its first tap, which may be outside.
     down = row + PADDING_H - first_h * DILATION_H
     along = column + PADDING_W - first_w * DILATION_W
     down, along = down // STRIDE_H, along // STRIDE_W
@@ -109,20 +109,20 @@ def conv_input_grad_kernel(
 
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     blocks = tl.cdiv(K, BLOCK_K)
-    for step in range(0, places_h * places_w * blocks):
-        place = step // blocks
-        k = (step - place * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        place_h, place_w = place // places_w, place % places_w
-        back_h = place_h * (STEP_H * DILATION_H // STRIDE_H)
-        back_w = place_w * (STEP_W * DILATION_W // STRIDE_W)
+    for step in range(0, taps_h * taps_w * blocks):
+        tap = step // blocks
+        k = (step - tap * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap_h, tap_w = tap // taps_w, tap % taps_w
+        back_h = tap_h * (STEP_H * DILATION_H // STRIDE_H)
+        back_w = tap_w * (STEP_W * DILATION_W // STRIDE_W)
         y, z = down - back_h, along - back_w
         mask = ((y >= 0) & (y < out_height) & (z >= 0) & (z < out_width))[:, None]
         weight_mask = n_ok[None, :]
         if not EVEN_K:
             mask, weight_mask = mask & (k < K)[None, :], weight_mask & (k < K)[:, None]
         grad_at = (grad_rows - (back_h.to(tl.int64) * out_width + back_w) * K)[:, None] + k[None, :]
-        place = (first_h + place_h * STEP_H) * KERNEL_W + first_w + place_w * STEP_W
-        weight_at = (weight + place * weight_step_place) + (k.to(tl.int64) * weight_step_k)[:, None]
+        tap = (first_h + tap_h * STEP_H) * KERNEL_W + first_w + tap_w * STEP_W
+        weight_at = (weight + tap * weight_step_tap) + (k.to(tl.int64) * weight_step_k)[:, None]
         weight_at += (n.to(tl.int64) * weight_step_n)[None, :]
         tile = tl.load(grad_at, mask=mask, other=0.0)
         weights = tl.load(weight_at, mask=weight_mask, other=0.0)
@@ -132,13 +132,13 @@ def conv_input_grad_kernel(
 
 
 def _laid_out(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The weights, and their steps in memory along the first axis, a window's places and the second."""
+    """The weights, and their steps in memory along the first axis, a window's taps and the second."""
     features, channels, *kernel_size = weight.shape
-    places = math.prod(kernel_size)
+    taps = math.prod(kernel_size)
     if weight.dtype != torch.float32:
-        return channels_last(weight), (places * channels, channels, 1)
+        return channels_last(weight), (taps * channels, channels, 1)
     # Matrix instructions take the second operand either way only in 16 bits.
-    return weight.permute(1, 2, 3, 0).contiguous(), (1, features, places * features)
+    return weight.permute(1, 2, 3, 0).contiguous(), (1, features, taps * features)
 
 
 def conv_input_grad(
@@ -163,7 +163,7 @@ def conv_input_grad(
         weight, stride, padding, dilation, config: as for :func:`conv_bias_act`.
         input_size: ``(N, C, H, W)``.
         input: where the convolution's input was
-            ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``, of ``input_size``.
+            ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, of ``input_size``.
         stats: with ``input``, as for :func:`conv_stats`, as ``bn_weight`` and ``bn_bias``.
 
     Returns:

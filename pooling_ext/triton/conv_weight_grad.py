@@ -1,6 +1,6 @@
 """The gradient of a convolution's weights: the product of the output's gradient, transposed, and the input.
 
-Its rows are features, its columns the channels at one place of the windows, and it sums over pixels, of which
+Its rows are features, its columns the channels at one tap of the windows, and it sums over pixels, of which
 there are many more than of either. So programs share the pixels of a tile (split K), each writes its sums,
 and a second kernel adds these up in a fixed order. What is read lies in channels_last.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
 from .batch_norm import affine_of
 from .conv_configs import Card, Config, Problem, card, configurations, weight_grad_problem
-from .gemm import coefficients, normalised_by, pixels, product
+from .gemm import coefficients, normalized_by, pixels, product
 from .launching import launch
 
 #: Programs for each multiprocessor, if there is as much to do, and the pixels that each sums over at least:
@@ -70,7 +70,7 @@ def conv_weight_grad_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * (KERNEL_H * KERNEL_W) * tiles_n
     split = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
-    place = tile // tiles_n % (KERNEL_H * KERNEL_W)
+    tap = tile // tiles_n % (KERNEL_H * KERNEL_W)
     m = tile // (tiles_n * KERNEL_H * KERNEL_W) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_ok, n_ok = m < M, n < N
@@ -85,22 +85,22 @@ def conv_weight_grad_kernel(
         grad_tile = tl.load(
             (grad + pixel * M)[:, None] + m[None, :], mask=ok[:, None] & m_ok[None, :], other=0.0
         )
-        # Each pixel of the output is made of the one at its own place.
+        # Each pixel of the output is made of the one at its own position.
         if KERNEL_H * KERNEL_W * STRIDE_H * STRIDE_W == 1 and PADDING_H + PADDING_W == 0:
             x_rows = x + pixel * N
         else:
             image, row, column = pixels(first, BLOCK_K, out_height, out_width)
-            row = row * STRIDE_H - PADDING_H + place // KERNEL_W * DILATION_H
-            column = column * STRIDE_W - PADDING_W + place % KERNEL_W * DILATION_W
+            row = row * STRIDE_H - PADDING_H + tap // KERNEL_W * DILATION_H
+            column = column * STRIDE_W - PADDING_W + tap % KERNEL_W * DILATION_W
             ok = ok & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             x_rows = x + ((image * height + row) * width + column) * N
         x_tile = tl.load(x_rows[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :], other=0.0)
         if affine is not None:
-            x_tile = normalised_by(x_tile, center, scale, shift, RELU)
-            x_tile = tl.where(ok[:, None], x_tile, 0.0)  # the padding is of what is normalised
+            x_tile = normalized_by(x_tile, center, scale, shift, RELU)
+            x_tile = tl.where(ok[:, None], x_tile, 0.0)  # the padding is of what is normalized
         sums = product(tl.trans(grad_tile), x_tile, sums, PRECISION)
 
-    row = (split.to(tl.int64) * M + m) * (KERNEL_H * KERNEL_W) + place
+    row = (split.to(tl.int64) * M + m) * (KERNEL_H * KERNEL_W) + tap
     at = (row * N)[:, None] + n[None, :]
     tl.store(output + at, sums.to(output.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
@@ -118,9 +118,9 @@ def _add_splits_kernel(parts, output, count, splits, SPLITS: tl.constexpr, COUNT
     tl.store(output + at, tl.sum(sums, 0).to(output.dtype.element_ty), mask=exists)
 
 
-def splits_of(problem: Problem, places: int, config: Config, card: Card) -> tuple[int, int]:
+def splits_of(problem: Problem, taps: int, config: Config, card: Card) -> tuple[int, int]:
     """How many programs share the pixels of a tile, and how many steps of block_k pixels each takes."""
-    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n) * places
+    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n) * taps
     steps = triton.cdiv(problem.k, config.block_k)
     least = triton.cdiv(LEAST_PIXELS, config.block_k)
     most = max(PROGRAMS * card.processors // tiles, 1)
@@ -150,7 +150,7 @@ def conv_weight_grad(
     """The gradient of a convolution's weights.
 
     With ``stats`` the convolution was of
-    ``batch_norm_act(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is made as ``input`` is read.
+    ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is made as ``input`` is read.
 
     Args:
         grad: ``(N, O, H_out, W_out)``, the gradient of the output, of the input's dtype.
@@ -175,13 +175,13 @@ def conv_weight_grad(
     problem = weight_grad_problem(found, input.dtype)
     available = card(input.device)
     config = config or _default(configurations(problem, available))
-    places = found.kernel_size[0] * found.kernel_size[1]
-    splits, split_steps = splits_of(problem, places, config, available)
+    taps = found.kernel_size[0] * found.kernel_size[1]
+    splits, split_steps = splits_of(problem, taps, config, available)
     output = empty(input, weight_size)
     parts = output
     if splits > 1:
         parts = input.new_empty((splits, output.numel()), dtype=torch.float32)
-    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n) * places
+    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n) * taps
     options: dict[str, Any] = config.options
     options.pop("GROUP")
     launch(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..backends.triton_library import interpreted
-from .batch_norm import store_parts, through
+from .batch_norm import relu_backward, store_parts
 
 #: The most columns of a tile that an epilogue works on at a time, so that what it reads besides finds room
 #: in registers.
@@ -26,7 +26,7 @@ _WIDEN = tl.constexpr(interpreted())
 
 @triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """The place of a program's tile: down the rows of a group of tiles first, then to the next column.
+    """The position of a program's tile: down the rows of a group of tiles first, then to the next column.
 
     So programs that run at the same time share rows of both matrices in the L2 cache.
     """
@@ -41,11 +41,11 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 def pixels(first, BLOCK_M: tl.constexpr, height, width):
     """Image (64-bit), row and column of BLOCK_M pixels from the 64-bit number ``first``."""
     image = first // (height * width)
-    place = (first - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK_M)
-    within = place // (height * width)
-    place -= within * (height * width)
-    row = place // width
-    return image + within, row, place - row * width
+    pixel = (first - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK_M)
+    within = pixel // (height * width)
+    pixel -= within * (height * width)
+    row = pixel // width
+    return image + within, row, pixel - row * width
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def product(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
+def normalized(x, affine, channel, channel_ok, C, RELU: tl.constexpr):
     """The batch norm and ReLU of a tile, rounded as if it had been stored. NaN stays NaN."""
     center, scale, shift = coefficients(affine, channel, channel_ok, C)
-    return normalised_by(x, center, scale, shift, RELU)
+    return normalized_by(x, center, scale, shift, RELU)
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def coefficients(affine, channel, channel_ok, C):
 
 
 @triton.jit
-def normalised_by(x, center, scale, shift, RELU: tl.constexpr):
-    """:func:`normalised` by :func:`coefficients`."""
+def normalized_by(x, center, scale, shift, RELU: tl.constexpr):
+    """:func:`normalized` by :func:`coefficients`."""
     y = tl.fma(x.to(tl.float32) - center[None, :], scale[None, :], shift[None, :])
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)
@@ -161,7 +161,7 @@ def finish_grad(sums, output, offset, row_ok, first, N, x, affine, partials, til
                 scale = tl.load(affine + N + column, mask=column_ok, other=0.0)
                 shift = tl.load(affine + 2 * N + column, mask=column_ok, other=0.0)
                 z = tl.fma(deviation, scale[None, :], shift[None, :])
-                sums = through(z, sums)
+                sums = relu_backward(z, sums)
             grad = sums.to(output.dtype.element_ty)
             tl.store(output + at, grad, mask=mask)
             grad = tl.where(row_ok[:, None], grad.to(tl.float32), 0.0)

@@ -38,7 +38,7 @@ STRIP = 16
 ENOUGH_PROGRAMS = 1024
 THREADS = 256
 WARP_SIZE = 64 if torch.version.hip else 32
-#: More places in a window than this are walked by a loop instead of being unrolled.
+#: More elements in a window than this are walked by a loop instead of being unrolled.
 UNROLLED = 32
 
 
@@ -57,7 +57,7 @@ class Geometry(NamedTuple):
     adaptive: bool
 
     @property
-    def places(self) -> int:
+    def window_size(self) -> int:
         return math.prod(self.kernel)
 
     @property
@@ -80,7 +80,7 @@ class Geometry(NamedTuple):
 
     @property
     def inside(self) -> Ints:
-        """Along each axis, the first place with which a window may reach beyond the input's end."""
+        """Along each axis, the first element with which a window may reach beyond the input's end."""
         if self.adaptive:
             return self.kernel
         ends = zip(self.size, self.out, self.kernel, self.stride, self.before, self.dilation, strict=True)
@@ -100,17 +100,17 @@ class Geometry(NamedTuple):
         }
 
 
-#: Of so many places nearly all are outside the input, and places_dtype in ops/max_pool.py remembers indices.
-MANY_PLACES = 2**30
+#: Of so many elements nearly all are outside the input, and offsets_dtype in ops/max_pool.py remembers indices.
+MANY_ELEMENTS = 2**30
 
 
 @lru_cache(maxsize=1024)
 def without_outside(g: Geometry) -> Geometry:
-    """``g`` for a maximum: of many places, those are left out that are inside the input in no window.
+    """``g`` for a maximum: of many elements, those are left out that are inside the input in no window.
 
-    Kernels count places in 32 bits; an average counts some of those that are left out.
+    Kernels count offsets in 32 bits; an average counts some of those that are left out.
     """
-    if g.adaptive or g.places < MANY_PLACES:
+    if g.adaptive or g.window_size < MANY_ELEMENTS:
         return g
     axes = zip(g.size, g.out, g.kernel, g.stride, g.before, g.dilation, strict=True)
     kernels, pads = [], []
@@ -236,7 +236,7 @@ def tile_pixels(TILE: tl.constexpr):
     i = tl.arange(0, TILE[0] * TILE[1] * TILE[2])
     w = i % TILE[2]
     if TILE[3] == 1:
-        # Neighbouring threads take neighbouring pixels: windows start anywhere, so that a thread with several
+        # Neighboring threads take neighboring pixels: windows start anywhere, so that a thread with several
         # would read them one by one, each in a line of its own.
         w = tl.max_contiguous(w, 1)
     return i // (TILE[1] * TILE[2]), i // TILE[2] % TILE[1], w
@@ -258,7 +258,7 @@ def program_tile(h, w, channels, TILE: tl.constexpr, STRIP: tl.constexpr):
 
 @triton.jit
 def window_start(o, size, out, STRIDE: tl.constexpr, PADDING: tl.constexpr, ADAPTIVE: tl.constexpr):
-    """The position of the first place of window ``o``, which may be in the padding."""
+    """The position of the first element of window ``o``, which may be in the padding."""
     if ADAPTIVE:
         start = (o.to(tl.int64) * size // out).to(tl.int32)
     else:
@@ -267,33 +267,33 @@ def window_start(o, size, out, STRIDE: tl.constexpr, PADDING: tl.constexpr, ADAP
 
 
 @triton.jit
-def window_places(o, size, out, KERNEL: tl.constexpr, ADAPTIVE: tl.constexpr):
-    """How many places window ``o`` has, whether in the input or not."""
+def window_length(o, size, out, KERNEL: tl.constexpr, ADAPTIVE: tl.constexpr):
+    """How many elements window ``o`` has, whether in the input or not."""
     if ADAPTIVE:
         o = o.to(tl.int64)
-        places = (((o + 1) * size + out - 1) // out - o * size // out).to(tl.int32)
+        length = (((o + 1) * size + out - 1) // out - o * size // out).to(tl.int32)
     else:
-        places = o * 0 + KERNEL
-    return places
+        length = o * 0 + KERNEL
+    return length
 
 
 @triton.jit
-def window_count(start, places, size, BEFORE: tl.constexpr, AFTER: tl.constexpr, INCLUDE_PAD: tl.constexpr):
+def window_count(start, length, size, BEFORE: tl.constexpr, AFTER: tl.constexpr, INCLUDE_PAD: tl.constexpr):
     """How many elements the average over a window divides by, along one axis."""
     if INCLUDE_PAD:
         low = tl.maximum(start, -BEFORE)
-        high = tl.minimum(start + places, size + AFTER)
+        high = tl.minimum(start + length, size + AFTER)
     else:
         low = tl.maximum(start, 0)
-        high = tl.minimum(start + places, size)
+        high = tl.minimum(start + length, size)
     return high - low
 
 
 @triton.jit
-def first_place(start, places, size, DILATION: tl.constexpr):
-    """The first place of a window that is in the input, and whether there is one."""
-    place = (tl.maximum(-start, 0) + DILATION - 1) // DILATION
-    return place, (place < places) & (start + place * DILATION < size)
+def first_element(start, length, size, DILATION: tl.constexpr):
+    """The first element of a window that is in the input, and whether there is one."""
+    element = (tl.maximum(-start, 0) + DILATION - 1) // DILATION
+    return element, (element < length) & (start + element * DILATION < size)
 
 
 @triton.jit

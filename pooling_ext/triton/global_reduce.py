@@ -67,7 +67,7 @@ def layout_of(g: Geometry, itemsize: int) -> Layout:
 def pool_planes(
     x: Tensor,
     y: Tensor,
-    places: Tensor | None,
+    offsets: Tensor | None,
     g: Geometry,
     reduction: tl.constexpr,
     *,
@@ -75,19 +75,19 @@ def pool_planes(
     magnitude: bool = False,
     divisor: int = 0,
 ) -> None:
-    """Write the reduction of each plane of dense ``x`` to ``y``, the winners' places to ``places``."""
+    """Write the reduction of each plane of dense ``x`` to ``y``, the winners' offsets to ``offsets``."""
     layout = layout_of(g, x.element_size())
     parts = min(MOST_PARTS, triton.cdiv(ENOUGH_PROGRAMS, layout.blocks), triton.cdiv(layout.size, PART))
     parts = max(parts, triton.cdiv(layout.size, 2**30))
     options = {"REDUCTION": reduction, "LOWEST": lowest(x.dtype) if reduction == MAX else 0, "NORM": norm}
     ending = {"FINISH": True, "DIVISOR": divisor or layout.size, "WHOLE": layout.size}
     if parts == 1:
-        _launch(layout, 1, x, None, y, places, MAGNITUDE=magnitude, **options, **ending)
+        _launch(layout, 1, x, None, y, offsets, MAGNITUDE=magnitude, **options, **ending)
         return
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     outputs = y.numel()
     values = torch.empty((parts, outputs), dtype=dtype, device=x.device)
-    winners = None if places is None else torch.empty((parts, outputs), dtype=torch.int64, device=x.device)
+    winners = None if offsets is None else torch.empty((parts, outputs), dtype=torch.int64, device=x.device)
     _launch(
         layout,
         parts,
@@ -102,7 +102,7 @@ def pool_planes(
         **options,
     )
     of_parts = _layout(1, outputs, parts, True, values.element_size())
-    _launch(of_parts, 1, values, winners, y, places, MAGNITUDE=False, **options | ending | {"SUMMED": True})
+    _launch(of_parts, 1, values, winners, y, offsets, MAGNITUDE=False, **options | ending | {"SUMMED": True})
 
 
 def _launch(
@@ -133,7 +133,7 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
     x,
     winners,
     y,
-    places,
+    offsets,
     count,
     size,
     output_step,
@@ -165,7 +165,7 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
     ok = first + q < count
     best = tl.full(BLOCK, LOWEST, ACC)
     where = tl.zeros((1, 1), tl.int32)
-    if places is not None:
+    if offsets is not None:
         # The first element of each thread stays its winner until something larger comes along.
         where = tl.broadcast_to(element, BLOCK)
     for step in tl.range(steps):
@@ -178,7 +178,7 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
                 best += v
             else:
                 best += power(v, NORM, MAGNITUDE)
-        elif places is not None:
+        elif offsets is not None:
             better = wins(v, best)
             best = tl.where(better, v, best)
             where = tl.where(better, at, where)
@@ -195,14 +195,14 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
             if NORM > 0:
                 result = root(result * WHOLE, NORM)
     else:
-        # The maximum first, then the place of whoever has it: the first of equals, the last NaN.
+        # The maximum first, then the offset of whoever has it: the first of equals, the last NaN.
         result = tl.max(best, 0)
         nan = best != best
         any_nan = tl.max(nan.to(tl.int32), 0) > 0
         if ACC.is_floating():
             number = tl.max(tl.where(nan, LOWEST, best), 0)
             result = tl.where(any_nan, float("nan"), number).to(ACC)
-        if places is not None:
+        if offsets is not None:
             there = start + where < size
             last = tl.max(tl.where(nan & there, where, -1), 0)
             equal = tl.min(tl.where((best == result[None, :]) & there, where, 2147483647), 0)
@@ -211,18 +211,20 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
                 winner = tl.load(winners + winner.to(tl.int64) * outputs + to, mask=to_ok, other=0)
             else:
                 winner = start + winner
-            tl.store(places + to, winner.to(places.dtype.element_ty), mask=to_ok)
+            tl.store(offsets + to, winner.to(offsets.dtype.element_ty), mask=to_ok)
     tl.store(y + to, result.to(y.dtype.element_ty), mask=to_ok)
 
 
-def spread_planes(grad: Tensor, places: Tensor | None, result: Tensor, g: Geometry, divisor: int = 0) -> None:
+def spread_planes(
+    grad: Tensor, offsets: Tensor | None, result: Tensor, g: Geometry, divisor: int = 0
+) -> None:
     """Write the gradient of planes from that of their reductions: all to the winner, or to each its share."""
     layout = layout_of(g, grad.element_size())
     launch(
         _spread_planes,
         (layout.blocks * triton.cdiv(layout.size, layout.block[0]),),
         grad,
-        places,
+        offsets,
         result,
         layout.count,
         layout.size,
@@ -238,7 +240,7 @@ def spread_planes(grad: Tensor, places: Tensor | None, result: Tensor, g: Geomet
 @triton.jit
 def _spread_planes(
     grad,
-    places,
+    offsets,
     result,
     count,
     size,
@@ -259,9 +261,9 @@ def _spread_planes(
     element = tl.arange(0, BLOCK[0])[:, None]
     ok = first + q < count
     part = tl.load(grad + (group * count + first) + q, mask=ok, other=0).to(ACC)
-    if places is not None:
-        place = tl.load(places + (group * count + first) + q, mask=ok, other=0).to(tl.int64)
-        part = tl.where(place == start + element, part, 0)
+    if offsets is not None:
+        offset = tl.load(offsets + (group * count + first) + q, mask=ok, other=0).to(tl.int64)
+        part = tl.where(offset == start + element, part, 0)
     else:
         part = tl.broadcast_to(part / tl.full((1, 1), DIVISOR, ACC), BLOCK)
     to = element * element_step + q * output_step

@@ -1,4 +1,4 @@
-"""The one place from which Triton kernels are launched."""
+"""The one module from which Triton kernels are launched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def launch(
     num_stages: int = 3,
     **constants: Any,
 ) -> None:
-    """Run ``kernel`` on the current device and stream, once for each place of ``grid``.
+    """Run ``kernel`` on the current device and stream, once for each element of ``grid``.
 
     Args:
         kernel: what ``triton.jit`` made.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemm import finish_grad, finish_output, grouped_tile, normalised, pixels, product
+from .gemm import finish_grad, finish_output, grouped_tile, normalized, pixels, product
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def matmul_kernel(
         a_tile = tl.load(a_rows[:, None] + k[None, :], mask=a_mask, other=0.0)
         b_tile = tl.load(b_columns[None, :] + (k.to(tl.int64) * b_step_k)[:, None], mask=b_mask, other=0.0)
         if a_affine is not None:
-            a_tile = normalised(a_tile, a_affine, k, k < K, K, PROLOGUE_RELU)
+            a_tile = normalized(a_tile, a_affine, k, k < K, K, PROLOGUE_RELU)
         sums = product(a_tile, b_tile, sums, PRECISION)
 
     if GRAD:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import _library
-from ..ops.max_pool import places_dtype
+from ..ops.max_pool import offsets_dtype
 from ..windows import Windows
 from .backward import spread_windows
 from .forward import pool_windows
@@ -42,7 +42,7 @@ def max_pool(
     return _pool(input, windows, None)
 
 
-def max_pool_places(
+def max_pool_with_offsets(
     input: Tensor,
     output_size: Ints,
     kernel_size: Ints,
@@ -51,27 +51,27 @@ def max_pool_places(
     dilation: Ints,
     indices: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The maxima and the places of their winners."""
+    """The maxima and the offsets of their winners."""
     windows = (output_size, kernel_size, stride, padding, dilation)
-    dtype = places_dtype(Windows(*map(tuple, windows)), input, indices)
-    places = _library.empty(input, output_size, dtype)
-    return _pool(input, windows, places), places
+    dtype = offsets_dtype(Windows(*map(tuple, windows)), input, indices)
+    offsets = _library.empty(input, output_size, dtype)
+    return _pool(input, windows, offsets), offsets
 
 
-def _pool(input: Tensor, windows: tuple[Ints, ...], places: Tensor | None) -> Tensor:
+def _pool(input: Tensor, windows: tuple[Ints, ...], offsets: Tensor | None) -> Tensor:
     output = _library.empty(input, windows[0])
     if output.numel() == 0:
         return output
     nhwc = channels_last(input, len(windows[0]))
     g = without_outside(geometry(input.shape, nhwc, *windows))
     pool = pool_planes if g.whole else pool_windows
-    pool(dense(input, nhwc), output, places, g, MAX)
+    pool(dense(input, nhwc), output, offsets, g, MAX)
     return output
 
 
 def max_pool_backward(
     grad: Tensor,
-    places: Tensor,
+    offsets: Tensor,
     input_size: Ints,
     output_size: Ints,
     kernel_size: Ints,
@@ -81,38 +81,38 @@ def max_pool_backward(
 ) -> Tensor:
     """The input's gradient: every output's goes to its winner."""
     rank = len(output_size)
-    nhwc = channels_last(places, rank)
-    result = _library.empty(places, input_size[len(input_size) - rank :], grad.dtype)
+    nhwc = channels_last(offsets, rank)
+    result = _library.empty(offsets, input_size[len(input_size) - rank :], grad.dtype)
     if result.numel() == 0:
         return result
     if grad.numel() == 0:
         return result.zero_()
     g = without_outside(geometry(input_size, nhwc, output_size, kernel_size, stride, padding, dilation))
     spread = spread_planes if g.whole else spread_windows
-    spread(dense(grad, nhwc), dense(places, nhwc), result, g)
+    spread(dense(grad, nhwc), dense(offsets, nhwc), result, g)
     return result
 
 
 def max_pool_gather(
     input: Tensor,
-    places: Tensor,
+    offsets: Tensor,
     output_size: Ints,
     kernel_size: Ints,
     stride: Ints,
     padding: Ints,
     dilation: Ints,
 ) -> Tensor:
-    """The input's values at the places, 0 where there is none."""
-    nhwc = channels_last(places, len(output_size))
-    output = _library.empty(places, output_size, input.dtype)
+    """The input's values at the offsets, 0 where there is none."""
+    nhwc = channels_last(offsets, len(output_size))
+    output = _library.empty(offsets, output_size, input.dtype)
     if output.numel() == 0:
         return output
     g = without_outside(geometry(input.shape, nhwc, output_size, kernel_size, stride, padding, dilation))
-    _gather(dense(input, nhwc), dense(places, nhwc), output, g)
+    _gather(dense(input, nhwc), dense(offsets, nhwc), output, g)
     return output
 
 
-def _gather(x: Tensor, places: Tensor, y: Tensor, g: Geometry) -> None:
+def _gather(x: Tensor, offsets: Tensor, y: Tensor, g: Geometry) -> None:
     item_size = max(g.size[0] * g.size[1] * g.size[2], g.out[1] * g.out[2]) * g.channels
     tile, _, programs, warps = tiling(
         g.outer * g.out[0], *g.out[1:], g.channels, x.element_size(), item_size, 1
@@ -121,13 +121,13 @@ def _gather(x: Tensor, places: Tensor, y: Tensor, g: Geometry) -> None:
         _max_pool_gather,
         (programs,),
         x,
-        places,
+        offsets,
         y,
         g.outer * g.out[0],
         g.channels,
         *g.size,
         *g.out,
-        INDICES=places.dtype == torch.int64,
+        INDICES=offsets.dtype == torch.int64,
         TILE=tile,
         num_warps=warps,
         num_stages=1,
@@ -138,7 +138,7 @@ def _gather(x: Tensor, places: Tensor, y: Tensor, g: Geometry) -> None:
 @triton.jit
 def _max_pool_gather(
     x,
-    places,
+    offsets,
     y,
     items,
     channels,
@@ -163,7 +163,7 @@ def _max_pool_gather(
     first_outer = first_item // out_d
     x += first_outer.to(tl.int64) * in_d * in_h * in_w * channels
     y += first_item.to(tl.int64) * out_h * out_w * channels
-    places += first_item.to(tl.int64) * out_h * out_w * channels
+    offsets += first_item.to(tl.int64) * out_h * out_w * channels
     item = first_item + item_at
     outer = (item // out_d - first_outer)[:, None]
     h = first_h + h_at
@@ -173,23 +173,23 @@ def _max_pool_gather(
         outer = outer.to(tl.int64)
         item_at = item_at.to(tl.int64)
     at = ((item_at * out_h + h) * out_w + w)[:, None] * channels + c
-    place = tl.load(places + at, mask=ok, other=0)
+    offset = tl.load(offsets + at, mask=ok, other=0)
     if INDICES:
-        there = ok & (place >= 0)
-        index = place
+        there = ok & (offset >= 0)
+        index = offset
     else:
-        if place.dtype.is_int_unsigned():
-            there = ok & (place != 255)
+        if offset.dtype.is_int_unsigned():
+            there = ok & (offset != 255)
         else:
-            there = ok & (place >= 0)
-        place = place.to(tl.int32)
+            there = ok & (offset >= 0)
+        offset = offset.to(tl.int32)
         d_start = window_start(item % out_d, in_d, out_d, STRIDE[0], PADDING[0], ADAPTIVE)[:, None]
         h_start = window_start(h, in_h, out_h, STRIDE[1], PADDING[1], ADAPTIVE)[:, None]
         w_start = window_start(w, in_w, out_w, STRIDE[2], PADDING[2], ADAPTIVE)[:, None]
         if WIDE:
             d_start = d_start.to(tl.int64)
-        d = d_start + place // (KERNEL[1] * KERNEL[2]) * DILATION[0]
-        row = h_start + place // KERNEL[2] % KERNEL[1] * DILATION[1]
-        index = (d * in_h + row) * in_w + w_start + place % KERNEL[2] * DILATION[2]
+        d = d_start + offset // (KERNEL[1] * KERNEL[2]) * DILATION[0]
+        row = h_start + offset // KERNEL[2] % KERNEL[1] * DILATION[1]
+        index = (d * in_h + row) * in_w + w_start + offset % KERNEL[2] * DILATION[2]
     v = tl.load(x + (outer * in_d * in_h * in_w + index) * channels + c, mask=there, other=0)
     tl.store(y + at, v, mask=ok)

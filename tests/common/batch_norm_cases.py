@@ -31,7 +31,7 @@ def arguments(
     residual: bool = False,
     parameters: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors to normalise, with channels of different mean and deviation.
+    """Tensors to normalize, with channels of different mean and deviation.
 
     Args:
         shape: of the input.
@@ -109,7 +109,7 @@ def expected(
     negative_slope: float = 0.01,
     after: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> dict[str, Tensor]:
-    """What :func:`results` should give, in float64; ``after`` is what follows the normalisation."""
+    """What :func:`results` should give, in float64; ``after`` is what follows the normalization."""
 
     def function(input, running_mean, running_var, weight=None, bias=None, residual=None):
         act = activation_of(activation, negative_slope)

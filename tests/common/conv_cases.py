@@ -116,7 +116,7 @@ CONVS = {
 
 
 def cases(names: Iterable[str], half: Iterable[str]) -> Any:
-    """Parametrises a test with the convolutions ``names`` in float32, and ``half`` in 16 bits."""
+    """Parametrizes a test with the convolutions ``names`` in float32, and ``half`` in 16 bits."""
     pairs = [(name, torch.float32) for name in names]
     pairs += [(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in half]
     ids = [f"{name}-{dtype_id(dtype)}" for name, dtype in pairs]
@@ -138,7 +138,7 @@ def exact_norm(channels: int) -> dict[str, Tensor]:
     }
 
 
-def normalise(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) -> Tensor:
+def normalize(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) -> Tensor:
     """The reference's batch norm, in float64."""
     mean, var = norm["stats"]
     weight, bias = norm["bn_weight"].double(), norm["bn_bias"].double()
@@ -147,7 +147,7 @@ def normalise(x: Tensor, norm: dict[str, Tensor], relu: bool, eps: float = EPS) 
 
 
 def assert_rounded(actual: Tensor, expected: Tensor) -> None:
-    """It is ``expected``, rounded once; Triton's interpreter rounds to bfloat16 towards zero."""
+    """It is ``expected``, rounded once; Triton's interpreter rounds to bfloat16 toward zero."""
     assert_close(actual, expected, exact=actual.dtype != torch.bfloat16 or actual.is_cuda)
 
 
@@ -159,7 +159,7 @@ def input_grad(conv: Conv, grad: Tensor, weight: Tensor, x: Tensor | None = None
         (result,) = torch.autograd.grad(conv.expected(leaf, weight), leaf, grad.double())
         return result, None
     relu = norm.pop("relu")
-    before = normalise(leaf, norm, False)
+    before = normalize(leaf, norm, False)
     before.retain_grad()
     conv.expected(before.relu() if relu else before, weight).backward(grad.double())
     assert before.grad is not None
@@ -173,7 +173,7 @@ def weight_grad(
 ) -> Tensor:
     """In float64, by autograd."""
     weight = conv.weight(torch.float64).requires_grad_()
-    x = x.double() if norm is None else normalise(x, norm, relu)
+    x = x.double() if norm is None else normalize(x, norm, relu)
     return torch.autograd.grad(conv.expected(x, weight), weight, grad.double())[0]
 
 
@@ -207,7 +207,7 @@ def expected_of(operator: str, conv: Conv, arguments: list[Any]) -> tuple[Tensor
         return weight_grad(conv, *arguments[:2], norm, relu=True), None
     if operator == "conv_stats":
         x, weight = arguments[:2]
-        result = conv.expected(normalise(x, norm, True), weight)
+        result = conv.expected(normalize(x, norm, True), weight)
         return result, channel_stats(result.to(x.dtype))
     grad, weight, _, x = arguments[:4]
     result, _ = input_grad(conv, grad, weight, x, relu=True, **norm)

@@ -175,7 +175,7 @@ def set_winograd(monkeypatch: Any, off: bool = False, amx: bool = False) -> None
         monkeypatch.setattr(conv_choice, name, value)
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Give batch norms statistics and parameters that matter."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -189,7 +189,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     extra = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-    return randomise(torchvision.models.get_model(name, **extra))
+    return randomize(torchvision.models.get_model(name, **extra))
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,7 +198,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def small() -> nn.Module:
-    return randomise(
+    return randomize(
         nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1, bias=False),
             nn.BatchNorm2d(16),

@@ -20,18 +20,18 @@ from torch._prims_common import suggest_memory_format
 import pooling_ext.functional as F
 from pooling_ext.backends import cpu_library
 from pooling_ext.testing.opspec import FLOATS, INTEGERS, LAYOUTS, with_layout  # noqa: F401 for the tests
-from pooling_ext.testing.reference import axis_places
+from pooling_ext.testing.reference import axis_positions
 from pooling_ext.windows import Windows, fixed_windows
 
 _ON_GPU = [pytest.param(f"{name}-cuda", marks=pytest.mark.gpu) for name in ("cuda", "triton")]
-#: Parametrises a test with the backends; "cuda" and "triton" are what stands in for a GPU on the CPU.
+#: Parametrizes a test with the backends; "cuda" and "triton" are what stands in for a GPU on the CPU.
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", *_ON_GPU], indirect=True)
 #: The same for what PyTorch's operators do too where there are no compiled kernels ("default").
 POOLING_BACKENDS = pytest.mark.parametrize("backend", ["default", "cuda", "triton", *_ON_GPU], indirect=True)
 
 
 def on_gpus(*others: str) -> pytest.MarkDecorator:
-    """Parametrises a test with the backends of a GPU, on one, and with ``others``."""
+    """Parametrizes a test with the backends of a GPU, on one, and with ``others``."""
     return pytest.mark.parametrize("backend", [*others, *_ON_GPU], indirect=True)
 
 
@@ -57,7 +57,7 @@ def dtype_id(value: Any) -> str | None:
 
 
 def sweep(**axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrises a test with ``backend`` and every combination of ``axes``.
+    """Parametrizes a test with ``backend`` and every combination of ``axes``.
 
     The interpreter is slow, so it takes two combinations of each value of the longest axis, which meet
     every value of the others.
@@ -200,7 +200,7 @@ def has_empty_window(name: str, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         return False
     windows, sizes = windows_of(name, x, *args, **kwargs), x.shape[-int(name[-2]) :]
     return any(
-        not axis_places(windows, axis, size, out)
+        not axis_positions(windows, axis, size, out)
         for axis, size in enumerate(sizes)
         for out in range(windows.output_size[axis])
     )

@@ -86,7 +86,7 @@ def batch(size: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 def gradients(
     model: nn.Module, images: Tensor, labels: Tensor, call: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Of the parameters and of the images (""), by ``call`` in the place of the model's own."""
+    """Of the parameters and of the images (""), by ``call`` in place of the model's own."""
     model.zero_grad()
     leaf = images.detach().clone().requires_grad_()
     output = (model if call is None else call)(leaf)

@@ -21,7 +21,7 @@ struct fragment {
     T x[num_elements];
 
     // The element that lane `lane` has as x[i], as 16 * row + column.
-    static int place(int lane, int i) { return (lane * num_elements + i) * 37 % 256; }
+    static int slot(int lane, int i) { return (lane * num_elements + i) * 37 % 256; }
 };
 
 template <class F, class T>
@@ -35,7 +35,7 @@ void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& to, const T* from, u
     using F = fragment<Use, 16, 16, 16, T, Layout>;
     __syncwarp();
     for (int i = 0; i < F::num_elements; ++i) {
-        const int at = F::place(cuda_on_cpu::lane(), i), row = at / 16, column = at % 16;
+        const int at = F::slot(cuda_on_cpu::lane(), i), row = at / 16, column = at % 16;
         to.x[i] = std::is_same_v<Layout, row_major> ? from[row * stride + column]
                                                     : from[column * stride + row];
     }
@@ -46,7 +46,7 @@ void store_matrix_sync(T* to, const fragment<accumulator, 16, 16, 16, T>& from, 
                        layout_t layout) {
     using F = fragment<accumulator, 16, 16, 16, T>;
     for (int i = 0; i < F::num_elements; ++i) {
-        const int at = F::place(cuda_on_cpu::lane(), i), row = at / 16, column = at % 16;
+        const int at = F::slot(cuda_on_cpu::lane(), i), row = at / 16, column = at % 16;
         to[layout == mem_row_major ? row * stride + column : column * stride + row] = from.x[i];
     }
     __syncwarp();
@@ -72,7 +72,7 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& d,
         const auto each = [&](const auto& use) {
             for (int lane = 0; lane < warpSize; ++lane)
                 for (int i = 0; i < 8; ++i) {
-                    const int at = fragment<accumulator, 16, 16, 16, float>::place(lane, i);
+                    const int at = fragment<accumulator, 16, 16, 16, float>::slot(lane, i);
                     use(*lanes[lane], i, at / 16, at % 16);
                 }
         };

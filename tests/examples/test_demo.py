@@ -45,7 +45,7 @@ def test_demo(
     assert accelerate_resnet.main(options) == 0
     printed = capsys.readouterr().out
     for text in (
-        "initialised at random (not asked)",
+        "initialized at random (not asked)",
         "these mean nothing",
         "conv1-bn1-relu-maxpool",
         "0 skipped",

@@ -96,7 +96,7 @@ def called_three_times(self, x):
     return torch.relu(self.conv(y)) + self.bn(self.conv(y[..., 2:])).mean()
 
 
-def test_a_layer_called_at_several_places_is_transformed_once_for_its_weight():
+def test_a_layer_called_several_times_is_transformed_once_for_its_weight():
     """Twice with the batch norm in it, and once without."""
     model, x = called_three_times(), torch.randn(2, 16, 12, 12)
     frozen = pooling_ext.freeze(model, x)

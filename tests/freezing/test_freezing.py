@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from freezing_cases import ACTIVATIONS, build, error, layers, randomise, run, small
+from freezing_cases import ACTIVATIONS, build, error, layers, randomize, run, small
 from torch import nn
 
 import pooling_ext
@@ -54,7 +54,7 @@ def test_memory_formats_and_sizes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations(activation):
-    model = randomise(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), activation)).eval()
+    model = randomize(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), activation)).eval()
     x = torch.randn(2, 4, 9, 9)
     frozen = pooling_ext.freeze(model, x)
     assert len(list(frozen.body.graph.children())) == 1
@@ -77,7 +77,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
 def test_convolutions(conv):
-    model = randomise(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU())).eval()
+    model = randomize(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU())).eval()
     x = torch.randn(2, 4, 9, 9)
     frozen = pooling_ext.freeze(model, x)
     assert not layers(frozen, FrozenBatchNormAct)
@@ -127,7 +127,7 @@ class Odd(nn.Module):
 
 
 def test_in_place_and_shared():
-    model = randomise(Odd()).eval()
+    model = randomize(Odd()).eval()
     x = torch.randn(2, 4, 6, 6)
     frozen = pooling_ext.freeze(model, x)
     before = x.clone()

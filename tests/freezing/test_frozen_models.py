@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from freezing_cases import build, error, layers, randomise, run
+from freezing_cases import build, error, layers, randomize, run
 from torch import nn
 
 import pooling_ext
@@ -88,7 +88,7 @@ def test_norm_before_convolution_stays_one_pass():
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
 def test_segmentation(name):
-    model = randomise(
+    model = randomize(
         torchvision.models.get_model(name, weights=None, weights_backbone=None, aux_loss=None)
     ).eval()
     x = torch.randn(1, 3, 64, 64)

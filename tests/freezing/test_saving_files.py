@@ -72,9 +72,9 @@ def test_flipped_bits(written, frozen):
     """An error, or the same model where a bit meant nothing."""
     generator, refused = random.Random(0), 0
     for _ in range(200):
-        place, bit = generator.randrange(len(written)), generator.randrange(8)
+        position, bit = generator.randrange(len(written)), generator.randrange(8)
         damaged = bytearray(written)
-        damaged[place] ^= 1 << bit
+        damaged[position] ^= 1 << bit
         try:
             twin = load(bytes(damaged))
         except ArgumentError as error:
@@ -89,8 +89,8 @@ def test_overwritten_with_others(written):
     generator = random.Random(1)
     for _ in range(30):
         damaged = bytearray(written)
-        place = generator.randrange(len(written) - 64)
-        damaged[place : place + 64] = generator.randbytes(64)
+        position = generator.randrange(len(written) - 64)
+        damaged[position : position + 64] = generator.randbytes(64)
         try:
             load(bytes(damaged))
         except ArgumentError:
@@ -351,7 +351,7 @@ def model_of(content: bytes) -> str:
 
 
 def test_random_changes_of_the_data(written):
-    """A value put in the place of another, with the checksum made right: an error of ours, or a model."""
+    """A value put in place of another, with the checksum made right: an error of ours, or a model."""
     generator = random.Random(0)
     values = [
         None,
@@ -371,15 +371,15 @@ def test_random_changes_of_the_data(written):
     for _ in range(150):
 
         def change(model: Any) -> None:
-            place = model["region"]
+            position = model["region"]
             while True:
-                keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+                keys = list(position) if isinstance(position, dict) else list(range(len(position)))
                 key = generator.choice(keys)
-                inner = place[key]
+                inner = position[key]
                 if isinstance(inner, (dict, list)) and inner and generator.random() < 0.85:
-                    place = inner
+                    position = inner
                     continue
-                place[key] = generator.choice(values)
+                position[key] = generator.choice(values)
                 return
 
         try:

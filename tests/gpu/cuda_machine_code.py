@@ -44,7 +44,7 @@ def disassembler() -> str | None:
     for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = find_spec(package)
         if spec is not None:
-            folders += [Path(place) / inside for place in spec.submodule_search_locations or ()]
+            folders += [Path(folder) / inside for folder in spec.submodule_search_locations or ()]
     found = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=str(f)) for f in folders)]
     return next((path for path in found if path), None)
 
@@ -60,8 +60,8 @@ def includes() -> list[str]:
     if any((top / folder / "cuda_bf16.h").exists() for folder in ("include", "targets/x86_64-linux/include")):
         return []
     spec = find_spec("nvidia")
-    places = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    return [f"-I{path.parent}" for place in places for path in place.glob("cu*/include/cuda_bf16.h")][:1]
+    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    return [f"-I{path.parent}" for folder in folders for path in folder.glob("cu*/include/cuda_bf16.h")][:1]
 
 
 def measured() -> list[Kernel]:
@@ -83,7 +83,7 @@ def measured() -> list[Kernel]:
 
 def _chosen(code: Kernel) -> bool:
     """Whether networks in float32 and bfloat16 take it, with what is read whole vectors at a time."""
-    stem = re.search(r"Normalised<|ThroughNorm<|NormalMaxOp<", code.name)
+    stem = re.search(r"Normalized<|ToWinnerThroughNorm<|NormalMaxOp<", code.name)
     if stem and "Square<3, 2, 1>" not in code.name:
         return False
     return bool(code.loads.get(16)) and not re.search(r"double|__half", code.name)
@@ -148,23 +148,25 @@ def _way_round(instructions: dict[int, str]) -> list[int]:
 
 def _rare(instructions: dict[int, str], order: list[int], at: int, target: int) -> bool:
     """Whether what a branch leaves out is not for every vector: loops, or accesses to less than one."""
-    over = [place for place in order if at < place < target]
-    narrow = any((_access(instructions[place], kind) or 16) < 16 for place in over for kind in ("LDG", "STG"))
-    back = any((_target(instructions[place]) or place) < place for place in over)
+    over = [position for position in order if at < position < target]
+    narrow = any(
+        (_access(instructions[position], kind) or 16) < 16 for position in over for kind in ("LDG", "STG")
+    )
+    back = any((_target(instructions[position]) or position) < position for position in over)
     return narrow or back
 
 
 def _shortest(instructions: dict[int, str], order: list[int], start: int, stop: int) -> list[int] | None:
     """Addresses from ``start`` to before ``stop``, without going back; None where there is no way."""
-    place = {at: i for i, at in enumerate(order)}
+    position = {at: i for i, at in enumerate(order)}
     best: dict[int, tuple[int, int | None]] = {start: (0, None)}
-    for at in order[place[start] : place[stop]]:
+    for at in order[position[start] : position[stop]]:
         if at not in best:
             continue
         text, steps = instructions[at], best[at][0] + 1
         target = _target(text)
         always = re.match(r"(BRA|EXIT|RET)", text) is not None
-        nexts = [] if always else [order[place[at] + 1]]
+        nexts = [] if always else [order[position[at] + 1]]
         if target is not None and target > at and (always or _rare(instructions, order, at, target)):
             nexts.append(target)
         for following in nexts:

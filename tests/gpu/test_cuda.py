@@ -37,7 +37,7 @@ from pooling_ext.testing.launches import (
 
 ROOT = Path(__file__).parents[2]
 #: The operators whose CUDA kernels are called instead of Triton's.
-IN_TRITONS_PLACE = sorted(
+LEFT_TO_TRITON = sorted(
     op.name
     for op in REGISTRY.operators.values()
     if op.kernels.get("cuda") and op.kernels["cuda"] == op.kernels.get("triton")
@@ -45,7 +45,7 @@ IN_TRITONS_PLACE = sorted(
 OURS = [
     case
     for case in CASES + ACTIVATION_CASES
-    if case.op in {*IN_TRITONS_PLACE, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
+    if case.op in {*LEFT_TO_TRITON, "max_pool2d", "avg_pool2d", "global_avg_pool2d"}
 ]
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 on_cpu = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def test_which_gpus_the_kernels_run_on(capability, built, runs):
 
 
 @on_cpu
-@pytest.mark.parametrize("op", IN_TRITONS_PLACE)
+@pytest.mark.parametrize("op", LEFT_TO_TRITON)
 def test_every_operator_has_its_kernels(op):
     for name in REGISTRY.operators[op].kernels["cuda"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pooling_ext::{name}", "PrivateUse1"), name
@@ -132,7 +132,7 @@ def triton_runs_on_gpus(op: str) -> bool:
 
 @on_cpu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own kernels are registered")
-@pytest.mark.parametrize("op", IN_TRITONS_PLACE)
+@pytest.mark.parametrize("op", LEFT_TO_TRITON)
 @pytest.mark.parametrize(
     ("capabilities", "chosen"),
     [

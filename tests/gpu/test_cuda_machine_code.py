@@ -48,11 +48,11 @@ def test_every_way_round_reads_and_writes_whole_vectors(codes):
 def test_all_loads_of_a_step_are_asked_for_before_the_first_is_used(codes):
     for code in codes:
         asked = code.asked
-        if "ThroughNorm" in code.name:  # which reads the input where its gradient is made
+        if "ToWinnerThroughNorm" in code.name:  # which reads the input where its gradient is made
             asked -= code.written
-        elif "Normalised" in code.name:  # whose coefficients leave registers for half of them
+        elif "Normalized" in code.name:  # whose coefficients leave registers for half of them
             asked /= 2
-        # But for a byte or two of a neighbour.
+        # But for a byte or two of a neighbor.
         assert code.in_flight >= asked - 4, code
 
 

@@ -1,4 +1,4 @@
-"""The mask that CUDA's batch norm with a residual keeps of ReLU in the place of the output."""
+"""The mask that CUDA's batch norm with a residual keeps of ReLU in place of the output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_it_has_a_bit_for_each_element_that_lets_gradients_through(shape, dtype,
     x, residual, _, norm = tensors(shape, dtype, format)
     with pooling_ext.use_backend("cuda"):
         output, mask = ops.batch_norm_relu_mask(x, *norm, residual, 1e-5)
-        expected = ops.batch_norm_act(x, *norm, residual, 1e-5, *RELU.arguments)
+        expected = ops.batch_norm_act_elemt(x, *norm, residual, 1e-5, *RELU.arguments)
     torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
     each = 16 // x.element_size()
     assert mask.numel() == -(-x.numel() // each)

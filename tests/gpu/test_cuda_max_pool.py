@@ -59,9 +59,9 @@ def agree(x: torch.Tensor, kernel: int, stride: int, padding, ceil_mode: bool) -
         number = ~expected.isnan()
         assert torch.equal(result.signbit()[number], expected.signbit()[number])
     assert torch.equal(ours.contiguous(), indices)
-    places = torch.zeros(*x.shape[:2], x[0, 0].numel())
-    places.scatter_add_(2, indices.flatten(2), grad.to(x.dtype).float().flatten(2))
-    torch.testing.assert_close(leaf.grad.contiguous().float(), places.reshape(x.shape), rtol=0, atol=0)
+    expected = torch.zeros(*x.shape[:2], x[0, 0].numel())
+    expected.scatter_add_(2, indices.flatten(2), grad.to(x.dtype).float().flatten(2))
+    torch.testing.assert_close(leaf.grad.contiguous().float(), expected.reshape(x.shape), rtol=0, atol=0)
 
 
 @dtypes

@@ -34,16 +34,16 @@ def agree(x: torch.Tensor, window: Windows, kernel: str) -> None:
     """With the operators in turn: the output, whose element it is, and that element."""
     stats, weight, bias, eps = norm_of(x)
     with pooling_ext.use_backend("cuda"):
-        normal = ops.batch_norm_act(x, stats, weight, bias, None, eps, *IDENTITY.arguments)
-        largest, places = ops.max_pool_places(normal, *window, False)
-        elements = ops.max_pool_gather(x, places, *window)
+        normal = ops.batch_norm_act_elemt(x, stats, weight, bias, None, eps, *IDENTITY.arguments)
+        largest, offsets = ops.max_pool_with_offsets(normal, *window, False)
+        elements = ops.max_pool_gather(x, offsets, *window)
         with counted() as counts:
             plain = ops.batch_norm_relu_max_pool(x, stats, weight, bias, eps, *window)
             found = ops.batch_norm_relu_max_pool_winners(x, stats, weight, bias, eps, *window)
     names = [count.kernel.replace("{anonymous}::", "") for count in counts]
     assert len([name for name in names if kernel in name]) == 2, names
     output = torch.where(largest < 0, 0, largest)
-    for actual, expected in zip((plain, *found), (output, output, places, elements), strict=True):
+    for actual, expected in zip((plain, *found), (output, output, offsets, elements), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
         number = ~expected.isnan()
         assert torch.equal(actual.signbit()[number], expected.signbit()[number])
@@ -59,7 +59,7 @@ def test_winners_are_those_of_two_operators(window, dtype, format, values):
             x = torch.randn(2, *shape).to(dtype).contiguous(memory_format=format)
         else:
             x = draw(values, (2, *shape), dtype, format)
-        agree(x, fixed_windows(2, x.shape, *window, 1, ceil_mode % 2 == 0), "max_pool_rows<Normalised")
+        agree(x, fixed_windows(2, x.shape, *window, 1, ceil_mode % 2 == 0), "max_pool_rows<Normalized")
 
 
 @formats
@@ -71,7 +71,7 @@ def test_other_windows(dtype, format):
 
 
 @formats
-def test_backward_reads_no_input_by_its_places(format):
+def test_backward_reads_no_input_by_its_offsets(format):
     """The sums are those of a batch norm of what won."""
     x = torch.randn(2, 16, 24, 32).contiguous(memory_format=format).requires_grad_()
     weight = torch.rand(16, requires_grad=True)

@@ -55,7 +55,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the worker says of each kernel, one entry for each specialisation."""
+    """What the worker says of each kernel, one entry for each specialization."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder.parent if WORKER else folder) / f"compiled-{target}"
     return [json.loads(line) for line in once(path, lambda: compile_for(target, folder)).splitlines()]
@@ -77,7 +77,7 @@ def test_every_kernel_compiles(compiled):
 
 def test_no_kernel_spills(working, target, request):
     if target == "gfx942":
-        reason = "a scalar register of the stem's forward with places in bfloat16"
+        reason = "a scalar register of the stem's forward with offsets in bfloat16"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     assert not {label(facts): facts["spills"] for facts in working if facts["spills"]}
 

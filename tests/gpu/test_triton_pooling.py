@@ -72,9 +72,9 @@ def test_planes_in_parts(backend, dtype, layout):
         x[0, 3] = -math.inf
     x = with_layout(x, layout)
     expected, indices = reference.max_pool(x, global_windows(2, x.shape))
-    output, places = F.adaptive_max_pool2d(x, 1, return_indices=True)
+    output, found = F.adaptive_max_pool2d(x, 1, return_indices=True)
     assert_close(output, expected, exact=True)
-    assert torch.equal(places, indices)
+    assert torch.equal(found, indices)
     assert_close(F.global_max_pool2d(x), expected, exact=True)
     if dtype.is_floating_point:
         assert_close(F.global_avg_pool2d(x), reference.avg_pool(x, global_windows(2, x.shape)), scale=2)

@@ -170,9 +170,9 @@ class Scope:
         unread = [value for value in found if not value.read and not value.memory.input]
         if unread and self.rng.random() < 0.4:
             found = unread
-        place = min(int(self.rng.expovariate(0.7)), len(found) - 1)
-        found[-1 - place].read = True
-        return found[-1 - place]
+        back = min(int(self.rng.expovariate(0.7)), len(found) - 1)
+        found[-1 - back].read = True
+        return found[-1 - back]
 
     def unread(self) -> list[Value]:
         return [value for value in self.values.values() if not value.read and not value.memory.input]

@@ -118,26 +118,26 @@ def convolution(program: Program, shape: Shape, channels: int | None = None, kee
 
 def norm(program: Program, channels: int) -> str:
     rng = program.rng
-    place = rng.random()
-    if place < 0.68:
+    draw = rng.random()
+    if draw < 0.68:
         return f"nn.BatchNorm2d({channels})"
-    if place < 0.84:
+    if draw < 0.84:
         options = ("affine=False", "momentum=None", "eps=0.01", "momentum=0.5")
         return f"nn.BatchNorm2d({channels}, {rng.choice(options)})"
-    if place < 0.89:
+    if draw < 0.89:
         return f"{program.helper('Norm', _NORM_CLASS)}({channels})"
-    if place < 0.91:
+    if draw < 0.91:
         return f"{program.helper('NormAct', _NORM_ACT_CLASS)}({channels})"
-    if place < 0.95:
+    if draw < 0.95:
         name = program.helper("NormAct2d", _WRITTEN_OUT_CLASS)
         act = rng.choice(
             ("", "", f", {activation(rng, rng.random() < 0.5)}", ", nn.Identity()", ", drop=0.25")
         )
         return f"{name}({channels}{act})"
-    if place < 0.98:
+    if draw < 0.98:
         name = rng.choice(tuple(_FROZEN_CLASSES))
         return f"{program.helper(name, _FROZEN_CLASSES[name])}({channels})"
-    if place < 0.99:
+    if draw < 0.99:
         program.tags.add("batch statistics")
         return f"nn.BatchNorm2d({channels}, track_running_stats=False)"
     return f"nn.GroupNorm(1, {channels})"

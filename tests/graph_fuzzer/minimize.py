@@ -23,24 +23,24 @@ def minimize(source: Source, fails: Callable[[Source], bool], tries: int = 2000)
     while improved:
         improved = False
         for change in (_without_class, _without_statement, _without_name, _simpler_expression):
-            place = 0
+            position = 0
             while tries > 0:
-                text = _changed(source.classes, change, place)
+                text = _changed(source.classes, change, position)
                 if text is None:
                     break
                 tries -= 1
                 candidate = replace(source, classes=text)
                 if text != source.classes and fails(candidate):
-                    source, improved = candidate, True  # what stands at this place now is the next
+                    source, improved = candidate, True  # what stands at this position now is the next
                 else:
-                    place += 1
+                    position += 1
     return source
 
 
-def _changed(text: str, change: Callable[[ast.Module, int], bool], place: int) -> str | None:
-    """The program with one thing less; None where there is no such place."""
+def _changed(text: str, change: Callable[[ast.Module, int], bool], position: int) -> str | None:
+    """The program with one thing less; None where there is no such position."""
     tree = ast.parse(text)
-    if not change(tree, place):
+    if not change(tree, position):
         return None
     ast.fix_missing_locations(tree)
     return _unparse(tree)
@@ -65,10 +65,10 @@ def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
                 yield body
 
 
-def _places(tree: ast.AST) -> list[tuple[list[ast.stmt], int]]:
+def _positions(tree: ast.AST) -> list[tuple[list[ast.stmt], int]]:
     """Statements that may go, from the end, so that what is read later goes first."""
-    places = [(body, place) for body in _bodies(tree) for place in range(len(body))]
-    return [(body, place) for body, place in reversed(places) if not _is_super(body[place])]
+    positions = [(body, position) for body in _bodies(tree) for position in range(len(body))]
+    return [(body, position) for body, position in reversed(positions) if not _is_super(body[position])]
 
 
 def _is_super(statement: ast.stmt) -> bool:
@@ -76,16 +76,20 @@ def _is_super(statement: ast.stmt) -> bool:
 
 
 def _without_statement(tree: ast.Module, number: int) -> bool:
-    places = _places(tree)
+    positions = _positions(tree)
     # An if or with may give way to what is in it, too.
-    inner = [(body, place) for body, place in places if isinstance(body[place], (ast.If, ast.With, ast.For))]
-    if number < len(places):
-        body, place = places[number]
-        body[place : place + 1] = [] if len(body) > 1 else [ast.Pass()]
+    inner = [
+        (body, position)
+        for body, position in positions
+        if isinstance(body[position], (ast.If, ast.With, ast.For))
+    ]
+    if number < len(positions):
+        body, position = positions[number]
+        body[position : position + 1] = [] if len(body) > 1 else [ast.Pass()]
         return True
-    if number - len(places) < len(inner):
-        body, place = inner[number - len(places)]
-        body[place : place + 1] = body[place].body  # type: ignore[attr-defined]
+    if number - len(positions) < len(inner):
+        body, position = inner[number - len(positions)]
+        body[position : position + 1] = body[position].body  # type: ignore[attr-defined]
         return True
     return False
 
@@ -93,20 +97,20 @@ def _without_statement(tree: ast.Module, number: int) -> bool:
 def _without_name(tree: ast.Module, number: int) -> bool:
     """Drop an assignment in favor of a name that it reads."""
     found = []
-    for body, place in _places(tree):
-        statement = body[place]
+    for body, position in _positions(tree):
+        statement = body[position]
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             names = {n.id for n in ast.walk(statement.value) if isinstance(n, ast.Name)}
-            found += [(body, place, name) for name in sorted(names - {"self", "F", "torch", "nn"})]
+            found += [(body, position, name) for name in sorted(names - {"self", "F", "torch", "nn"})]
     if number >= len(found):
         return False
-    body, place, name = found[number]
-    target = body[place].targets[0].id  # type: ignore[attr-defined]
-    for statement in body[place + 1 :]:
+    body, position, name = found[number]
+    target = body[position].targets[0].id  # type: ignore[attr-defined]
+    for statement in body[position + 1 :]:
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and node.id == target:
                 node.id = name
-    body[place : place + 1] = [] if len(body) > 1 else [ast.Pass()]
+    body[position : position + 1] = [] if len(body) > 1 else [ast.Pass()]
     return True
 
 

@@ -181,7 +181,7 @@ def _result(scope: Scope) -> str:
     rng = scope.rng
     last = list(scope.values.values())[-1]
     unread = [value for value in scope.unread() if value is not last]
-    place = rng.random()
+    draw = rng.random()
     if unread and rng.random() < 0.4:
         means = [f"{value.name}.mean((2, 3))" for value in (*unread, last)]
         text = f"torch.cat([{', '.join(means)}], 1)"
@@ -191,15 +191,15 @@ def _result(scope: Scope) -> str:
     # What was written through another name shows in the values that are returned beside.
     others = [value.name for value in scope.values.values() if value is not last]
     more = [value.name for value in unread] if rng.random() < 0.8 else []
-    if place < 0.45 and not more:
+    if draw < 0.45 and not more:
         return text
     more = more or rng.sample(others, min(len(others), rng.choice((1, 1, 2))))
-    if place < 0.7 or not more:
+    if draw < 0.7 or not more:
         return f"({', '.join([text, *more])},)" if rng.random() < 0.8 else f"[{', '.join([text, *more])}]"
     items = [f"'out': {text}", *(f"'{name}': {name}" for name in more)]
-    if place < 0.93:
+    if draw < 0.93:
         return "{" + ", ".join(items) + "}"
-    if place < 0.96:
+    if draw < 0.96:
         return (
             "OrderedDict("
             + ", ".join(f"{item.partition(':')[0][1:-1]}={item.partition(': ')[2]}" for item in items)

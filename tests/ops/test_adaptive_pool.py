@@ -70,9 +70,9 @@ FEW_OUTPUTS = OUTPUTS | {
 def test_table(backend, out, averages, maxima, indices):
     line = here(LINE)
     torch.testing.assert_close(F.adaptive_avg_pool1d(line, out).tolist(), [averages])
-    output, places = F.adaptive_max_pool1d(line, out, return_indices=True)
+    output, found = F.adaptive_max_pool1d(line, out, return_indices=True)
     assert output.tolist() == [maxima]
-    assert places.tolist() == [indices]
+    assert found.tolist() == [indices]
     assert F.adaptive_max_pool1d(line, out).tolist() == [maxima]
 
 
@@ -110,10 +110,10 @@ def test_maximum(backend, rank, out, layout):
     pool = our_op(f"adaptive_max_pool{rank}d")
     for dtype in FLOATS:
         x = with_layout(numbers.to(dtype), layout)
-        output, places = pool(x, out[rank], return_indices=True)
+        output, found = pool(x, out[rank], return_indices=True)
         assert output.dtype == dtype
         assert_close(output, expected, exact=True, what=f"{dtype}")
-        assert torch.equal(places, indices)
+        assert torch.equal(found, indices)
         assert torch.equal(pool(x, out[rank]), output)
         # PyTorch itself loses the memory format in 3-d.
         if rank == 2 or (rank == 3 and (NATIVE or backend != "default")):
@@ -125,7 +125,7 @@ def test_maximum(backend, rank, out, layout):
 
 @pytest.mark.parametrize("name", ["adaptive_max_pool2d", "adaptive_avg_pool2d"])
 def test_large_windows(name):
-    """More than 255 places in a window, and windows of unlike size."""
+    """More than 255 elements in a window, and windows of unlike size."""
     x = torch.randperm(2 * 3 * 100 * 107).to(torch.float64).reshape(2, 3, 100, 107)
     actual = gradient(lambda x: our_op(name)(x, (3, 4)), x)
     torch.testing.assert_close(actual, gradient(lambda x: torch_op(name)(x, (3, 4)), x))

@@ -91,7 +91,7 @@ def test_the_resnet_stem_saves_one_byte_an_output(dtype):
 
 @pytest.mark.native
 @pytest.mark.parametrize(
-    "kernel, bytes_an_output", [((15, 17), 1), ((16, 16), 4)], ids=["255-places", "256-places"]
+    "kernel, bytes_an_output", [((15, 17), 1), ((16, 16), 4)], ids=["255-elements", "256-elements"]
 )
 def test_larger_windows_save_four_bytes(kernel, bytes_an_output):
     x = torch.randn(1, 2, 20, 20, requires_grad=True)

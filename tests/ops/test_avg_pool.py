@@ -128,7 +128,7 @@ def test_per_side_padding_with_ceil_mode(backend, ceil_mode):
 @pytest.mark.parametrize("rank", [1, 2, 3], ids="{}d".format)
 @pytest.mark.parametrize("padding", [1, "same", (1, 0, 0, 1, 1, 1)], ids=["symmetric", "same", "per-side"])
 def test_integers_keep_their_dtype(rank, padding):
-    """PyTorch averages int64 too and rounds towards zero; padding must not change the dtype."""
+    """PyTorch averages int64 too and rounds toward zero; padding must not change the dtype."""
     x = integers((2, 3, *SPATIAL[rank]), torch.int64)
     pads = padding[: 2 * rank] if isinstance(padding, tuple) else padding
     output = our_op(f"avg_pool{rank}d")(x, 2, 2, pads)

@@ -26,14 +26,14 @@ WINDOWS = {
     "ceil-padded": {"kernel_size": (2, 3), "stride": (3, 2), "padding": 1, "ceil_mode": True},
     "per-side": {"kernel_size": 3, "stride": 2, "padding": (0, 1, 1, 0)},
     "same": {"kernel_size": (3, 2), "stride": 2, "padding": "same"},
-    "36-places": {"kernel_size": 6, "stride": 3, "padding": 3},
+    "36-elements": {"kernel_size": 6, "stride": 3, "padding": 3},
     "one": {"kernel_size": 1, "stride": 1, "padding": 0},
     "wide": {"kernel_size": (1, 7), "stride": 1, "padding": (0, 3)},
-    "255-places": {"kernel_size": (5, 51), "stride": 2, "padding": (2, 25)},
+    "255-elements": {"kernel_size": (5, 51), "stride": 2, "padding": (2, 25)},
     "dilated": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2},
-    "256-places": {"kernel_size": 16, "stride": 2, "padding": 8},
+    "256-elements": {"kernel_size": 16, "stride": 2, "padding": 8},
 }
-NOT_FUSED = ("dilated", "256-places")
+NOT_FUSED = ("dilated", "256-elements")
 
 
 def two_operators(
@@ -99,7 +99,7 @@ def test_as_two_operators(training, kind, layout, dtype):
 @BACKENDS
 @pytest.mark.parametrize(
     "kind, dtype",
-    [(kind, torch.float32) for kind in WINDOWS if kind not in ("255-places", *NOT_FUSED)]
+    [(kind, torch.float32) for kind in WINDOWS if kind not in ("255-elements", *NOT_FUSED)]
     + [("resnet", dtype) for dtype in FLOATS[1:]],
     ids=dtype_id,
 )
@@ -315,7 +315,7 @@ def test_peak_memory_of_a_training_step(backend, layout, dtype):
     input_bytes = leaves["input"].nbytes
     assert peak_bytes(lambda: step(theirs)) > 3 * input_bytes
     assert peak_bytes(lambda: step(ours)) < 0.5 * peak_bytes(lambda: step(theirs))
-    # The input's gradient and the output with its places. What else a GPU keeps is gone by then.
+    # The input's gradient and the output with its offsets. What else a GPU keeps is gone by then.
     assert peak_bytes(lambda: step(ours)) < 1.4 * input_bytes
 
 

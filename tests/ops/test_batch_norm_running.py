@@ -56,7 +56,7 @@ class Called(TorchDispatchMode):
 @RESIDUAL
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("activation", [RELU, Activation("silu"), Activation("leaky_relu", 0.2)], ids=str)
-def test_normalises(activation, shape, residual, layout, dtype):
+def test_normalizes(activation, shape, residual, layout, dtype):
     t = arguments(shape, dtype, layout, residual)
     vectors = [t[name] for name in ("running_mean", "running_var", "weight", "bias")]
     added = t.get("residual")
@@ -67,7 +67,7 @@ def test_normalises(activation, shape, residual, layout, dtype):
         t["input"].double(), mean, variance, weight, bias, False, 1e-5, wide, activation
     )
     rest = added, 1e-5, *activation.arguments
-    output = batch_norm_running.normalise(t["input"], *vectors, *rest)
+    output = batch_norm_running.normalize(t["input"], *vectors, *rest)
     assert_close(output, expected, scale=2.0)
     overwritten = with_layout(t["input"].clone(), layout)
     assert batch_norm_running.overwrite(overwritten, *vectors, *rest) is None
@@ -82,10 +82,10 @@ def test_vectors_of_any_kind(dtype):
     mean, variance = torch.randn(10).to(dtype)[::2], torch.rand(5, 2).to(dtype)[:, 1]
     expected = TF.batch_norm(x, mean.float(), variance.float())
     rest = None, None, None, 1e-5, *IDENTITY.arguments
-    output = batch_norm_running.normalise(x, mean, variance, *rest)
+    output = batch_norm_running.normalize(x, mean, variance, *rest)
     torch.testing.assert_close(output, expected)
     with pytest.raises(RuntimeError, match="value per channel"):
-        batch_norm_running.normalise(x, mean[:4], variance, *rest)
+        batch_norm_running.normalize(x, mean[:4], variance, *rest)
 
 
 @DTYPES

@@ -118,7 +118,7 @@ def test_frozen_statistics_of_a_module_in_training():
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4), (0, 3)], ids=str)
 @RESIDUAL
 @TRAINING
-def test_nothing_to_normalise(backend, training, residual, shape):
+def test_nothing_to_normalize(backend, training, residual, shape):
     """As PyTorch: an empty result, statistics as they were, gradients of zero."""
     tensors = arguments(shape, residual=residual)
     fresh = copies(tensors)
@@ -174,14 +174,14 @@ def test_training_in_one_operator_is_that_of_its_parts(layout, activation, param
         act = 1e-5, *activation.arguments
         output, stats = ops.batch_norm_act_training(x, weight, bias, residual, *act)
         assert_same(stats, ops.batch_norm_stats(x))
-        assert_same(output, ops.batch_norm_act(x, stats, weight, bias, residual, *act))
+        assert_same(output, ops.batch_norm_act_elemt(x, stats, weight, bias, residual, *act))
         kept = None if residual is None else output if activation == RELU else residual
         found = ops.batch_norm_act_training_backward(grad, x, stats, weight, bias, kept, *act)
-        masked, sums = ops.batch_norm_act_sums(grad, x, stats, weight, bias, kept, *act)
+        masked, sums = ops.batch_norm_act_backward_reduce(grad, x, stats, weight, bias, kept, *act)
         inner, rest = (grad, activation) if kept is None else (masked, IDENTITY)
         after = sums, 378.0, 1e-5, *rest.arguments
-        through = ops.batch_norm_act_backward(inner, x, stats, weight, bias, *after)
-        assert_same(found[0], through)
+        grad_input = ops.batch_norm_act_backward_elemt(inner, x, stats, weight, bias, *after)
+        assert_same(found[0], grad_input)
         assert_same(found[1], masked)
         slopes = (sums[1] * (stats[1] + 1e-5).rsqrt()).to(parameters)
         torch.testing.assert_close(found[2], slopes, rtol=2 * torch.finfo(parameters).eps, atol=0)

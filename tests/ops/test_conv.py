@@ -22,7 +22,7 @@ from conv_cases import (
     exact_norm,
     input_grad,
     kernels,
-    normalise,
+    normalize,
     weight_grad,
 )
 from helpers import dtype_id, integers
@@ -77,7 +77,7 @@ def test_prologue(backend, conv, dtype):
     x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
     for relu in (False, True):
         actual, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, relu, *conv.window)
-        assert_rounded(actual, conv.expected(normalise(x, norm, relu), weight))
+        assert_rounded(actual, conv.expected(normalize(x, norm, relu), weight))
         assert_stats(stats, actual)
 
 
@@ -97,7 +97,7 @@ def test_statistics_of_a_large_mean(backend, dtype):
 
     norm = {"stats": stats, "bn_weight": torch.rand(16) + 0.5, "bn_bias": torch.randn(16)}
     z, _ = ops.conv_stats(y, weight, None, *norm.values(), EPS, True, *conv.window)
-    assert_close(z, conv.expected(normalise(y, norm, True).to(dtype), weight), scale=4.0)
+    assert_close(z, conv.expected(normalize(y, norm, True).to(dtype), weight), scale=4.0)
 
 
 @TRITON

@@ -17,7 +17,7 @@ from conv_cases import (
     exact_norm,
     input_grad,
     kernels,
-    normalise,
+    normalize,
     weight_grad,
 )
 from helpers import LAYOUTS, dtype_id, integers, with_layout
@@ -47,7 +47,7 @@ def test_layouts(backend, name, layout):
     actual = ops.conv_bias_act(x, weight, bias, residual, *conv.window, False)
     assert_rounded(actual, conv.expected(x, weight, bias) + residual.double())
     actual, _ = ops.conv_stats(x, weight, bias, *norm.values(), EPS, True, *conv.window)
-    assert_rounded(actual, conv.expected(normalise(x, norm, True), weight, bias))
+    assert_rounded(actual, conv.expected(normalize(x, norm, True), weight, bias))
     if backend == "cuda":
         return  # the gradient is Triton's
     actual, _ = conv_input_grad(grad, weight, x.shape, x, *norm.values(), EPS, True, *conv.window)
@@ -156,7 +156,7 @@ def test_tiles(backend, conv, dtype):
     x, weight, norm = conv.input(dtype), conv.weight(dtype), exact_norm(conv.shape[1])
     residual, bias = conv.output(dtype), integers((conv.features,), torch.float32)
     expected = (conv.expected(x, weight, bias) + residual.double()).relu()
-    expected_norm = conv.expected(normalise(x, norm, True), weight, bias)
+    expected_norm = conv.expected(normalize(x, norm, True), weight, bias)
     for tile in range(len(cuda_library.conv_tiles())):
         ops, found = kernels(backend, tile), []
         for seed in (1, 2):

@@ -13,7 +13,7 @@ from conv_cases import (
     exact_norm,
     input_grad,
     kernels,
-    normalise,
+    normalize,
     weight_grad,
 )
 
@@ -41,7 +41,7 @@ def test_any_geometry(backend, data):
     x, weight, norm = conv.input(torch.float32), conv.weight(torch.float32), exact_norm(channels)
     ops = kernels(backend)
     actual, stats = ops.conv_stats(x, weight, None, *norm.values(), EPS, True, *conv.window)
-    assert_rounded(actual, conv.expected(normalise(x, norm, True), weight))
+    assert_rounded(actual, conv.expected(normalize(x, norm, True), weight))
     assert_stats(stats, actual)
     if backend == "cuda":
         return  # the gradient is Triton's

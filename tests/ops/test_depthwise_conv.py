@@ -97,8 +97,8 @@ BOTH_FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window, activation: str = "identity") -> Tensor:
-    place = ops.ACTIVATIONS.index(activation)
-    return ops.depthwise_conv(x, weight, bias, *window, place, LEAKY_SLOPE)
+    index = ops.ACTIVATIONS.index(activation)
+    return ops.depthwise_conv(x, weight, bias, *window, index, LEAKY_SLOPE)
 
 
 def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:

@@ -27,7 +27,7 @@ from pooling_ext.testing import reference
 from pooling_ext.testing.tolerances import assert_close
 
 FAR = 2**28
-#: Of two dimensions a window has more places than 32 bits count, of three fewer than 64 bits do.
+#: Of two dimensions a window has more elements than 32 bits count, of three fewer than 64 bits do.
 LONG = 2**17
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def cases(*kinds: str, **sets: dict[str, Any]) -> pytest.MarkDecorator:
     )
 
 
-#: Triton's kernels count places and offsets in 32 bits, which these sums and dilations go beyond.
+#: Triton's kernels count elements and offsets in 32 bits, which these sums and dilations go beyond.
 NOT_TRITON = pytest.mark.parametrize(
     "backend", ["cpu", "cuda", pytest.param("cuda-cuda", marks=pytest.mark.gpu)], indirect=True
 )
@@ -157,7 +157,7 @@ def test_dilated(backend, kind, rank, arguments):
 @pytest.mark.timing
 @all_pools
 def test_at_once(kind, rank, arguments):
-    """Nothing is made for each step of a stride, or for each place of a window, beyond the input."""
+    """Nothing is made for each step of a stride, or for each element of a window, beyond the input."""
     check_time(kind, rank, arguments)
 
 
@@ -193,7 +193,7 @@ def test_every_dtype(dtype):
 
 @pytest.mark.native
 def test_padding_of_one_side():
-    """Each window's last place alone is inside, at the end of what PyTorch's padding cannot say."""
+    """Each window's last element alone is inside, at the end of what PyTorch's padding cannot say."""
     x = integers((2, 3, 9), torch.float32)
     output, indices = F.max_pool1d(x, 2, 4, padding=(FAR, 0), dilation=FAR, return_indices=True)
     assert torch.equal(output, x[..., ::4])

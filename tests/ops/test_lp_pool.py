@@ -74,7 +74,7 @@ def test_every_norm_against_torch(rank, ceil_mode, norm):
 
 @pytest.mark.parametrize("norm", [1, 2, 3, 4], ids=str)
 def test_signs_against_torch(norm):
-    """Inputs of both signs, zeros among them: the same NaN in the same places, and the same gradients."""
+    """Inputs of both signs, zeros among them: the same NaN in the same positions, and the same gradients."""
     x = integers((2, 3, 12, 12), torch.float64, -2, 2)
     actual = gradient(lambda x: F.lp_pool2d(x, norm, 2), x)
     expected = gradient(lambda x: torch_op("lp_pool2d")(x, norm, 2), x)

@@ -64,9 +64,9 @@ SPATIAL = {1: (75,), 2: (5, 38), 3: (3, 4, 21)}
     ],
 )
 def test_table(backend, kwargs, values, indices):
-    output, places = F.max_pool2d(here(PLANE), **kwargs, return_indices=True)
+    output, found = F.max_pool2d(here(PLANE), **kwargs, return_indices=True)
     assert output.tolist() == [values]
-    assert places.tolist() == [indices]
+    assert found.tolist() == [indices]
     assert F.max_pool2d(here(PLANE), **kwargs).tolist() == [values]
 
 
@@ -88,10 +88,10 @@ def test_table_1d_and_3d(backend):
 
 
 @pytest.mark.parametrize("kernel", [(15, 17), (16, 16), (1, 255), (20, 20)], ids=str)
-def test_windows_around_one_byte_of_places(kernel):
-    """255 places are the most that one saved byte can tell apart."""
+def test_windows_around_one_byte_of_offsets(kernel):
+    """255 elements are the most that one saved byte can tell apart."""
     x = torch.randperm(2 * 40 * 300).to(torch.float64).reshape(1, 2, 40, 300)
-    # The last place of the first window is its winner, the highest offset there is.
+    # The last element of the first window is its winner, the highest offset there is.
     x[..., kernel[0] - 1, kernel[1] - 1] = 1e6
     actual = gradient(lambda x: F.max_pool2d(x, kernel, 1), x)
     assert_same(actual, gradient(lambda x: TF.max_pool2d(x, kernel, 1), x))
@@ -103,10 +103,10 @@ def test_padding_beyond_pytorch(backend, rank, padding, dtype):
     pads = (2, 0, 1, 2, 0, 1)[: 2 * rank] if padding == "per-side" else padding
     windows = fixed_windows(rank, x.shape, 3, 2, pads, 1, False)
     expected, indices = reference.max_pool(x, windows)
-    output, places = our_op(f"max_pool{rank}d")(x, 3, 2, pads, return_indices=True)
+    output, found = our_op(f"max_pool{rank}d")(x, 3, 2, pads, return_indices=True)
     assert_close(output, expected, exact=True)
     assert output.dtype == dtype
-    assert torch.equal(places, indices)
+    assert torch.equal(found, indices)
     if padding == "same":
         assert output.shape[2:] == tuple(-(-size // 2) for size in x.shape[2:])
 

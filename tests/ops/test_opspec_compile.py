@@ -29,7 +29,7 @@ def test_compiled(case):
 
 @EACH_POOL_AND_NORM
 def test_compiled_with_dynamic_shapes(case):
-    """One compilation serves all sizes alike in parity, in up to 255 places, in uneven adaptive windows."""
+    """One compilation serves all sizes alike in parity, in up to 255 elements, in uneven adaptive windows."""
     graphs = checks.check_compiled(case, sides(case, (2, 10, 11), (4, 14, 13), (3, 8, 17)))
     # One for inference, one for training.
     assert graphs == 2 or not NATIVE

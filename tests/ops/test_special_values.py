@@ -104,9 +104,9 @@ def test_extreme_integers(backend, layout):
         choices = torch.tensor([info.min, info.max, info.max - 1, info.min + 1, 0], dtype=dtype)
         x = with_layout(choices[torch.randint(5, wide(backend))], layout)
         expected, indices = reference.max_pool(x, fixed_windows(2, x.shape, 3, 2, 1, 1, False))
-        output, places = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+        output, found = F.max_pool2d(x, 3, 2, 1, return_indices=True)
         assert torch.equal(output, expected.to(dtype))
-        assert torch.equal(places, indices)
+        assert torch.equal(found, indices)
 
 
 @sweep(layout=["contiguous", "channels_last"], dtype=FLOATS)
@@ -203,9 +203,9 @@ def test_windows_without_elements(backend, size, layout, dtype):
     windows = fixed_windows(2, x.shape, 2, 1, kwargs["padding"], (1, 2), False)
     expected, indices = reference.max_pool(x, windows)
     assert (indices < 0).any() or size[1] > 1
-    output, places = F.max_pool2d(x, **kwargs, return_indices=True)
+    output, found = F.max_pool2d(x, **kwargs, return_indices=True)
     assert_close(output, expected, exact=True)
-    assert torch.equal(places, indices)
+    assert torch.equal(found, indices)
     assert torch.equal(F.max_pool2d(x, **kwargs), output)
     if dtype.is_floating_point:
         grad = torch.randint(1, 9, output.shape).to(dtype)
@@ -215,15 +215,15 @@ def test_windows_without_elements(backend, size, layout, dtype):
 
 @POOLING_BACKENDS
 def test_windows_without_elements_next_to_a_large_kernel(backend):
-    """More than 255 places: the saved offset is an int32 there, and -1 for no element."""
+    """More than 255 elements: the saved offset is an int32 there, and -1 for no element."""
     x = torch.rand(3, 5, 1, 1)
     kwargs = {"kernel_size": (1, 301), "stride": 1, "padding": (301, 300, 0, 0), "dilation": (1, 2)}
     windows = fixed_windows(2, x.shape, *kwargs.values(), False)
     expected, indices = reference.max_pool(x, windows)
     assert indices[0, 0].tolist() == [[-1, 0]]
-    output, places = F.max_pool2d(x, **kwargs, return_indices=True)
+    output, found = F.max_pool2d(x, **kwargs, return_indices=True)
     assert_close(output, expected, exact=True)
-    assert torch.equal(places, indices)
+    assert torch.equal(found, indices)
     grad = torch.ones_like(output)
     _, actual = gradient(lambda x: F.max_pool2d(x, **kwargs), x, grad)
     assert_close(actual, reference.max_pool_backward(grad, indices, (1, 1)), exact=True)

@@ -44,7 +44,7 @@ def check_contents(wheel: Path) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in sources if "__pycache__" not in path.parts}
     found = {name for name in names if ".dist-info/" not in name} - {library}
     assert found == expected, f"missing {expected - found}, too many {found - expected}"
-    assert any(name.endswith("licenses/LICENSE") for name in names), "the licence is missing"
+    assert any(name.endswith("licenses/LICENSE") for name in names), "the license is missing"
     requires = metadata.get_all("Requires-Dist") or []
     own = sorted(line for line in requires if "extra ==" not in line)
     assert own == ["numpy", "torch>=2.11"], own

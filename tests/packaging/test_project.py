@@ -43,7 +43,7 @@ def test_hosted_ci_calls_targets_of_the_makefile():
     assert called <= set(re.findall(r"\bmake ([a-z-]+)", text(".ci/run"))) | {"wheel-test"}
 
 
-def test_the_licence_is_one():
+def test_the_license_is_one():
     assert 'license = "Apache-2.0"' in text("pyproject.toml") and "license: Apache-2.0" in text(
         "CITATION.cff"
     )

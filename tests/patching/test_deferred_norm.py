@@ -25,7 +25,7 @@ CHANNELS_LAST = torch.channels_last
 
 @pytest.fixture
 def deferred(monkeypatch):
-    """A clock for which "deferred" is fastest; gives the convolutions that normalise what they read."""
+    """A clock for which "deferred" is fastest; gives the convolutions that normalize what they read."""
     calls = []
 
     def measured(call, ways, input):

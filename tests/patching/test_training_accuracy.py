@@ -41,8 +41,8 @@ def fit(kind: str) -> tuple[float, list[float], dict[str, int]]:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, EPOCHS * len(images) // BATCH)
     losses: list[float] = []
 
-    def step(places: Tensor) -> None:
-        loss = F.cross_entropy(model(images[places]), labels[places])
+    def step(indices: Tensor) -> None:
+        loss = F.cross_entropy(model(images[indices]), labels[indices])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -51,11 +51,11 @@ def fit(kind: str) -> tuple[float, list[float], dict[str, int]]:
 
     kernels: dict[str, int] = {}
     for _ in range(EPOCHS):
-        for places in torch.randperm(len(images)).split(BATCH):
+        for indices in torch.randperm(len(images)).split(BATCH):
             if losses:
-                step(places)
+                step(indices)
             else:
-                _, kernels = ran(lambda places=places: step(places))
+                _, kernels = ran(lambda indices=indices: step(indices))
     with torch.no_grad():
         return float((model.eval()(asked).argmax(1) == answers).float().mean()), losses, kernels
 

@@ -1,4 +1,4 @@
-// Launchers of batch normalisation on the CPU. The operators are defined in
+// Launchers of batch normalization on the CPU. The operators are defined in
 // pooling_ext/ops/batch_norm_act.py.
 #include "launchers/cpu/batch_norm_launch.h"
 
@@ -65,9 +65,9 @@ Tensor batch_norm_stats(const Tensor& input) {
     return stats_of(call);
 }
 
-Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-                      const MaybeTensor& bias, const MaybeTensor& residual, double eps,
-                      int64_t activation, double negative_slope) {
+Tensor batch_norm_act_elemt(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+                            const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+                            int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor output = call.empty_like_input();
@@ -78,11 +78,10 @@ Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTenso
     return output;
 }
 
-std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor& input,
-                                               const Tensor& stats, const MaybeTensor& weight,
-                                               const MaybeTensor& bias, const MaybeTensor& kept,
-                                               double eps, int64_t activation,
-                                               double negative_slope) {
+std::tuple<Tensor, Tensor> batch_norm_act_backward_reduce(
+    const Tensor& grad, const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation,
+    double negative_slope) {
     BatchNormCall call(input);
     const Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     call.job.grad = call.like_input(grad);
@@ -93,10 +92,10 @@ std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor&
     return {residual_grad, sums};
 }
 
-Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Tensor& stats,
-                               const MaybeTensor& weight, const MaybeTensor& bias,
-                               const MaybeTensor& sums, double count, double eps,
-                               int64_t activation, double negative_slope) {
+Tensor batch_norm_act_backward_elemt(const Tensor& grad, const Tensor& input, const Tensor& stats,
+                                     const MaybeTensor& weight, const MaybeTensor& bias,
+                                     const MaybeTensor& sums, double count, double eps,
+                                     int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     Affines affines(call.job, stats, weight, bias, eps, is_double(input));
     Tensor result = call.empty_like_input();
@@ -162,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_training_backward(
             job.grad = job.residual_grad;
             job.gate = Gate::None;
         }
-        affines.normalise(data + job.channels);
+        affines.normalize(data + job.channels);
         call.run(Step::Backward);
     } else {
         const ChannelArguments arguments(job, stats, weight, bias, eps);
@@ -202,9 +201,10 @@ void batch_norm_update_running(Tensor running_mean, Tensor running_var, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
     m.impl("batch_norm_stats", TORCH_BOX(&pooling_ext::batch_norm_stats));
-    m.impl("batch_norm_act", TORCH_BOX(&pooling_ext::batch_norm_act));
-    m.impl("batch_norm_act_sums", TORCH_BOX(&pooling_ext::batch_norm_act_sums));
-    m.impl("batch_norm_act_backward", TORCH_BOX(&pooling_ext::batch_norm_act_backward));
+    m.impl("batch_norm_act_elemt", TORCH_BOX(&pooling_ext::batch_norm_act_elemt));
+    m.impl("batch_norm_act_backward_reduce",
+           TORCH_BOX(&pooling_ext::batch_norm_act_backward_reduce));
+    m.impl("batch_norm_act_backward_elemt", TORCH_BOX(&pooling_ext::batch_norm_act_backward_elemt));
     m.impl("batch_norm_act_training", TORCH_BOX(&pooling_ext::batch_norm_act_training));
     m.impl("batch_norm_act_training_backward",
            TORCH_BOX(&pooling_ext::batch_norm_act_training_backward));

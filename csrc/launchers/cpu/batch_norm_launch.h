@@ -1,4 +1,4 @@
-// From tensors to batch normalisation's kernels: what its launchers share.
+// From tensors to batch normalization's kernels: what its launchers share.
 #pragma once
 
 #include <algorithm>
@@ -96,7 +96,7 @@ struct BatchNormCall {
 
     // Whether what is written goes past the cache, which large results do: a line is then not read
     // before it is written, nor does it drive out what is read once more.
-    bool streams() const {
+    bool non_temporal() const {
         constexpr int64_t kLeast = int64_t(4) << 20, kLine = 64;
         const int64_t size = input.element_size();
         const int64_t run = job.channels_last ? job.channels : job.inner;
@@ -106,7 +106,7 @@ struct BatchNormCall {
 
     void run(Step step) {
         if (job.numel() == 0) return;
-        job.streams = streams();
+        job.non_temporal = non_temporal();
         const Units units(job, step);
         launch(kernels::batch_norm(dtype_of(input), step), job, {units.count, units.size});
     }
@@ -169,8 +169,8 @@ struct Affines {
         for (int64_t c = 0; c < channels; ++c) data[channels + c] -= away[c] * data[c];
     }
 
-    // From sums of products with x - mean to products with the normalised x, the weight's gradient.
-    void normalise(double* products) const {
+    // From sums of products with x - mean to products with the normalized x, the weight's gradient.
+    void normalize(double* products) const {
         for (size_t c = 0; c < inverse.size(); ++c) products[c] *= inverse[c];
     }
 
@@ -181,10 +181,10 @@ struct Affines {
         slope.resize(job.channels);
         offset.resize(job.channels);
         for (int64_t c = 0; c < job.channels; ++c) {
-            const Through through = through_of(both[c] * share, both[job.channels + c] * share,
+            const StatsGrad stats = stats_grad(both[c] * share, both[job.channels + c] * share,
                                                away[c], scale[c], inverse[c]);
-            slope[c] = through.slope;
-            offset[c] = through.offset;
+            slope[c] = stats.slope;
+            offset[c] = stats.offset;
         }
         job.slope = slope.data();
         job.offset = offset.data();

@@ -1,8 +1,8 @@
-// Launchers of batch normalisation, ReLU and max pooling as one operator on the CPU, which is
+// Launchers of batch normalization, ReLU and max pooling as one operator on the CPU, which is
 // defined in pooling_ext/ops/batch_norm_relu_max_pool.py.
 //
-// In channels-last, windows of few places have kernels of their own. For the rest what is pooled is
-// made a tile at a time, in memory that stays in the cache, by the kernels of batch_norm_act and
+// In channels-last, windows of few elements have kernels of their own. For the rest what is pooled
+// is made a tile at a time, in memory that stays in the cache, by the kernels of batch_norm_act and
 // max_pool; so is its gradient.
 #include "kernels/cpu/norm/batch_norm_relu_max_pool.h"
 
@@ -47,7 +47,7 @@ class Tiled {
     void forward(int64_t begin, int64_t end) const {
         const BatchNormKernel act = kernels::batch_norm(dtype_, Step::Act);
         const Kernel maxima =
-            kernels::max_pool(dtype_, pool_.places_out ? Places::Byte : Places::None);
+            kernels::max_pool(dtype_, pool_.offsets_out ? Offsets::Byte : Offsets::None);
         const ThreadScratch<1> memory(largest_tile());
         void* const buffer = memory.get();
         for (int64_t i = begin; i < end; ++i) {
@@ -71,7 +71,8 @@ class Tiled {
             }
             pool.src = buffer;
             pool.dst = static_cast<char*>(pool_.dst) + first * element_;
-            if (pool_.places_out) pool.places_out = static_cast<uint8_t*>(pool_.places_out) + first;
+            if (pool_.offsets_out)
+                pool.offsets_out = static_cast<uint8_t*>(pool_.offsets_out) + first;
             const Rows rows = plan_forward(pool, int64_t(element_), false);
             run_all(maxima, pool, rows.count);
         }
@@ -82,7 +83,7 @@ class Tiled {
     template <class Element, class Use>
     void winners(int64_t begin, int64_t end, const Use& use) const {
         const PoolParams& p = pool_.p;
-        std::vector<int64_t> jump;  // from a window's start to each of its places
+        std::vector<int64_t> jump;  // from a window's start to each of its elements
         for (int64_t h = 0; h < p.h.kernel; ++h)
             for (int64_t w = 0; w < p.w.kernel; ++w)
                 jump.push_back((h * p.h.dilation * p.w.in + w * p.w.dilation) * p.channels);
@@ -96,7 +97,7 @@ class Tiled {
             const int64_t row0 = last ? tile.out_begin : 0,
                           rows = last ? tile.out_end - row0 : p.h.out;
             const int64_t first = (plane * p.h.out + row0) * p.out_row();
-            const uint8_t* place = static_cast<const uint8_t*>(pool_.places_in) + first;
+            const uint8_t* offset = static_cast<const uint8_t*>(pool_.offsets_in) + first;
             Element* to = buffer;
             for (int64_t n = 0; n < planes; ++n) {
                 const Element* x =
@@ -108,16 +109,16 @@ class Tiled {
                         prefetch_rows(below, p.in_row());
                         const Element* from = x + start - p.w.pad_before;
                         for (int64_t ow = 0; ow < p.w.out; ++ow, from += p.w.stride)
-                            to[ow] = from[jump[place[ow]]];
+                            to[ow] = from[jump[offset[ow]]];
                         to += p.w.out;
-                        place += p.w.out;
+                        offset += p.w.out;
                         continue;
                     }
                     for (int64_t ow = 0; ow < p.w.out; ++ow) {
                         const int64_t column = p.w.start(ow) * p.channels;
                         prefetch_rows(below + column, p.w.stride * p.channels);
                         const Element* from = x + start + column;
-                        for (int64_t c = 0; c < p.channels; ++c) *to++ = from[c + jump[*place++]];
+                        for (int64_t c = 0; c < p.channels; ++c) *to++ = from[c + jump[*offset++]];
                     }
                 }
             }
@@ -132,7 +133,7 @@ class Tiled {
     // Calls use(job, tile) with the gradient of each tile in the job's `grad`.
     template <class Use>
     void backward(int64_t begin, int64_t end, const Use& use) const {
-        const Kernel scatter = kernels::max_pool_backward(dtype_, Places::Byte);
+        const Kernel scatter = kernels::max_pool_backward(dtype_, Offsets::Byte);
         const ThreadScratch<1> memory(largest_tile());
         void* const buffer = memory.get();
         for (int64_t i = begin; i < end; ++i) {
@@ -145,7 +146,7 @@ class Tiled {
                 p.outer = 1;
                 const int64_t first = tile.image * p.h.out * p.out_row();
                 pool.src = static_cast<const char*>(pool_.src) + first * element_;
-                pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
+                pool.offsets_in = static_cast<const uint8_t*>(pool_.offsets_in) + first;
                 pool.dst =
                     reinterpret_cast<void*>(uintptr_t(buffer) - tile.begin * p.in_row() * element_);
                 pool.by_plane = false;
@@ -155,9 +156,9 @@ class Tiled {
                 p.outer = tile.end - tile.begin;
                 const int64_t first = (tile.image * norm_.channels + tile.begin) * p.out_plane();
                 pool.src = static_cast<const char*>(pool_.src) + first * element_;
-                pool.places_in = static_cast<const uint8_t*>(pool_.places_in) + first;
+                pool.offsets_in = static_cast<const uint8_t*>(pool_.offsets_in) + first;
                 pool.dst = buffer;
-                plan_max_backward(pool, dtype_, Places::Byte);
+                plan_max_backward(pool, dtype_, Offsets::Byte);
                 run_all(scatter, pool, max_backward_rows(pool).count);
             }
             BatchNormJob norm = norm_of(tile);
@@ -264,14 +265,14 @@ struct BnReluMaxPoolCall {
 
     Tensor empty_output(ScalarType dtype) const { return empty(out_, dtype, norm.channels_last); }
 
-    void with_gradient(const Tensor& grad, const Tensor& places) {
-        STD_TORCH_CHECK(sizes_of(grad) == out_ && sizes_of(places) == out_ &&
-                            places.scalar_type() == ScalarType::Byte,
-                        "pooling_ext: grad and places must have the output's size");
+    void with_gradient(const Tensor& grad, const Tensor& offsets) {
+        STD_TORCH_CHECK(sizes_of(grad) == out_ && sizes_of(offsets) == out_ &&
+                            offsets.scalar_type() == ScalarType::Byte,
+                        "pooling_ext: grad and offsets must have the output's size");
         grad_ = dense(grad, norm.channels_last);
-        places_ = dense(places, norm.channels_last);
+        offsets_ = dense(offsets, norm.channels_last);
         pool.src = grad_.data_ptr();
-        pool.places_in = places_.data_ptr();
+        pool.offsets_in = offsets_.data_ptr();
     }
 
     Tiled tiled() const {
@@ -300,7 +301,7 @@ struct BnReluMaxPoolCall {
 
   private:
     Ints out_;
-    Tensor grad_, places_;
+    Tensor grad_, offsets_;
 };
 
 Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, MaybeTensor bias,
@@ -314,28 +315,28 @@ Tensor pooled(const Tensor& input, const Tensor& stats, MaybeTensor weight, Mayb
     return output;
 }
 
-std::tuple<Tensor, Tensor> pooled_places(const Tensor& input, const Tensor& stats,
-                                         MaybeTensor weight, MaybeTensor bias, double eps,
-                                         Ints output_size, Ints kernel_size, Ints stride,
-                                         Ints padding, Ints dilation) {
+std::tuple<Tensor, Tensor> pooled_with_offsets(const Tensor& input, const Tensor& stats,
+                                               MaybeTensor weight, MaybeTensor bias, double eps,
+                                               Ints output_size, Ints kernel_size, Ints stride,
+                                               Ints padding, Ints dilation) {
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
-    STD_TORCH_CHECK(call.pool.p.window_places() <= kByteWindow,
-                    "pooling_ext: kernel_size must have at most 255 places");
+    STD_TORCH_CHECK(call.pool.p.window_size() <= kByteWindow,
+                    "pooling_ext: kernel_size must have at most 255 elements");
     Tensor output = call.empty_output(input.scalar_type());
-    Tensor places = call.empty_output(ScalarType::Byte);
+    Tensor offsets = call.empty_output(ScalarType::Byte);
     call.pool.dst = output.data_ptr();
-    call.pool.places_out = places.data_ptr();
+    call.pool.offsets_out = offsets.data_ptr();
     call.forward();
-    return {output, places};
+    return {output, offsets};
 }
 
-Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+Tensor sums(const Tensor& grad, const Tensor& offsets, const Tensor& input, const Tensor& stats,
             MaybeTensor weight, MaybeTensor bias, double eps, Ints output_size, Ints kernel_size,
             Ints stride, Ints padding, Ints dilation) {
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
-    call.with_gradient(grad, places);
+    call.with_gradient(grad, offsets);
     const int64_t channels = call.norm.job.channels;
     Tensor result = empty({2, channels}, ScalarType::Double, false);
     double* const total = static_cast<double*>(result.data_ptr());
@@ -374,12 +375,12 @@ Tensor sums(const Tensor& grad, const Tensor& places, const Tensor& input, const
     return result;
 }
 
-Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+Tensor backward(const Tensor& grad, const Tensor& offsets, const Tensor& input, const Tensor& stats,
                 MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
                 Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
-    call.with_gradient(grad, places);
+    call.with_gradient(grad, offsets);
     if (sums) call.affines.add_slopes(call.norm.job, *sums, count);
     Tensor result = call.norm.empty_like_input();
     call.norm.job.y = result.data_ptr();
@@ -399,7 +400,7 @@ Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, c
 
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, CPU, m) {
     m.impl("batch_norm_relu_max_pool", TORCH_BOX(&pooling_ext::pooled));
-    m.impl("batch_norm_relu_max_pool_places", TORCH_BOX(&pooling_ext::pooled_places));
-    m.impl("batch_norm_relu_max_pool_sums", TORCH_BOX(&pooling_ext::sums));
-    m.impl("batch_norm_relu_max_pool_backward", TORCH_BOX(&pooling_ext::backward));
+    m.impl("batch_norm_relu_max_pool_with_offsets", TORCH_BOX(&pooling_ext::pooled_with_offsets));
+    m.impl("batch_norm_relu_max_pool_backward_reduce", TORCH_BOX(&pooling_ext::sums));
+    m.impl("batch_norm_relu_max_pool_backward_elemt", TORCH_BOX(&pooling_ext::backward));
 }

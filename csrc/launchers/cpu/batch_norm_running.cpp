@@ -1,4 +1,4 @@
-// Launchers of batch normalisation with running statistics on the CPU, and of folding them into a
+// Launchers of batch normalization with running statistics on the CPU, and of folding them into a
 // convolution. The operators are defined in pooling_ext/ops/batch_norm_running.py.
 #include "launchers/cpu/batch_norm_launch.h"
 

@@ -5,7 +5,7 @@
 #include "kernels/cpu/conv/image.h"
 #include "launchers/activation.h"
 #include "launchers/cpu/launch.h"
-#include "launchers/cpu/streaming.h"
+#include "launchers/cpu/non_temporal.h"
 
 namespace pooling_ext {
 namespace {
@@ -66,7 +66,7 @@ class ImageCall {
         job.y = result.data_ptr();
         const int64_t size = result.element_size();
         const int64_t run = (job.channels_last ? job.features : job.w.out) * size;
-        job.streams = goes_past_cache(job.y, result.numel() * size, run);
+        job.non_temporal = goes_past_cache(job.y, result.numel() * size, run);
         return result;
     }
 

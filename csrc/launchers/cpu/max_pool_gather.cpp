@@ -6,16 +6,16 @@
 namespace pooling_ext {
 namespace {
 
-// Where the winner of each output lies in its plane, from either kind of place; -1 for none.
+// Where the winner of each output lies in its plane, from either kind of offset; -1 for none.
 class Decoder {
   public:
-    Decoder(const PoolParams& p, const void* places, Places kind)
-        : p_(p), kind_(kind), data_(places) {}
+    Decoder(const PoolParams& p, const void* offsets, Offsets kind)
+        : p_(p), kind_(kind), data_(offsets) {}
 
     int64_t operator()(int64_t i, int64_t od, int64_t oh, int64_t ow) const {
-        if (kind_ == Places::Index) return static_cast<const int64_t*>(data_)[i];
+        if (kind_ == Offsets::Index) return static_cast<const int64_t*>(data_)[i];
         int64_t offset;
-        if (kind_ == Places::Byte) {
+        if (kind_ == Offsets::Byte) {
             offset = static_cast<const uint8_t*>(data_)[i];
             if (offset == kByteWindow) return -1;
         } else {
@@ -30,7 +30,7 @@ class Decoder {
 
   private:
     const PoolParams& p_;
-    const Places kind_;
+    const Offsets kind_;
     const void* data_;
 };
 
@@ -56,8 +56,8 @@ void gather(const PoolParams& p, const Decoder& decode, const void* from, void* 
 
 }  // namespace
 
-void gather_winners(const PoolJob& call, DType dtype, Places kind) {
-    const Decoder decode(call.p, call.places_in, kind);
+void gather_winners(const PoolJob& call, DType dtype, Offsets kind) {
+    const Decoder decode(call.p, call.offsets_in, kind);
     switch (size_of(dtype)) {
         case 8:
             return gather<uint64_t>(call.p, decode, call.src, call.dst);

@@ -5,6 +5,6 @@
 
 namespace pooling_ext {
 
-void gather_winners(const PoolJob& job, DType dtype, Places kind);
+void gather_winners(const PoolJob& job, DType dtype, Offsets kind);
 
 }  // namespace pooling_ext

@@ -3,8 +3,8 @@
 #include "launchers/cpu/winograd.h"
 
 #include "launchers/activation.h"
+#include "launchers/cpu/non_temporal.h"
 #include "launchers/cpu/scratch.h"
-#include "launchers/cpu/streaming.h"
 
 namespace pooling_ext {
 namespace {
@@ -74,8 +74,8 @@ Tensor merged(const WinogradShape& s, const std::vector<double>& units) {
     const int64_t channels = s.groups * s.features, count = s.units();
     std::vector<double> sizes(count, 0.0);
     for (int64_t tile = 0; tile < s.tiles(); ++tile) {
-        const WinogradPlace at = s.place(tile / s.columns() / s.rows(),
-                                         tile / s.columns() % s.rows(), tile % s.columns());
+        const WinogradPosition at = s.position(tile / s.columns() / s.rows(),
+                                               tile / s.columns() % s.rows(), tile % s.columns());
         sizes[tile / kWinogradUnit] += double(s.rows_of(at) * s.columns_of(at));
     }
     Tensor stats = empty({2, channels}, ScalarType::Double, false);
@@ -159,7 +159,7 @@ struct ForwardCall {
         if (s.batch == 0) return;
         const WinogradKernels table = winograd_kernels(input.scalar_type(), s.kind);
         const WinogradMachine m = machine_of(input.scalar_type());
-        job.streams = streams();
+        job.non_temporal = non_temporal();
         const WinogradGrid grid = winograd_grid(s, m, job.stats != nullptr, workers(), plain);
         in_parallel(grid.tasks(), [&](int64_t task) {
             const WinogradShare share = grid.share(task, s, m);
@@ -175,7 +175,7 @@ struct ForwardCall {
     Tensor result() const { return dense(output, channels_last); }
 
   private:
-    bool streams() const {
+    bool non_temporal() const {
         const WinogradShape& s = job.shape;
         const int64_t run = s.features * input.element_size();  // of a group's pixel
         return !s.planar && goes_past_cache(job.y, s.pixels() * s.groups * run, run);

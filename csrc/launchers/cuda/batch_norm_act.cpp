@@ -1,4 +1,4 @@
-// Launchers of batch normalisation on a GPU. The operators are defined in
+// Launchers of batch normalization on a GPU. The operators are defined in
 // pooling_ext/ops/batch_norm_act.py.
 #include "launchers/activation.h"
 #include "launchers/cuda/batch_norm_call.h"
@@ -44,7 +44,7 @@ Tensor act(BatchNormCall& call, const Norm& norm, const MaybeTensor& residual,
     job.y = output.data_ptr();
     job.activation = activation;
     job.mask = static_cast<uint8_t*>(mask);
-    cuda::batch_norm_act(job, call.device.stream());
+    cuda::batch_norm_act_elemt(job, call.device.stream());
     return output;
 }
 
@@ -96,9 +96,9 @@ Tensor input_grad(BatchNormCall& call, const Tensor& grad, const Norm& norm,
 
 Tensor batch_norm_stats(const Tensor& input) { return stats_of(BatchNormCall(input)); }
 
-Tensor batch_norm_act(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
-                      const MaybeTensor& bias, const MaybeTensor& residual, double eps,
-                      int64_t activation, double negative_slope) {
+Tensor batch_norm_act_elemt(const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+                            const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+                            int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     return act(call, call.norm(stats, weight, bias, eps), residual,
                function_of(activation, negative_slope));
@@ -114,20 +114,19 @@ std::tuple<Tensor, Tensor> batch_norm_relu_mask(const Tensor& input, const Tenso
     return {output, mask};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_act_sums(const Tensor& grad, const Tensor& input,
-                                               const Tensor& stats, const MaybeTensor& weight,
-                                               const MaybeTensor& bias, const MaybeTensor& kept,
-                                               double eps, int64_t activation,
-                                               double negative_slope) {
+std::tuple<Tensor, Tensor> batch_norm_act_backward_reduce(
+    const Tensor& grad, const Tensor& input, const Tensor& stats, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation,
+    double negative_slope) {
     BatchNormCall call(input);
     return sums_of(call, grad, call.norm(stats, weight, bias, eps), kept,
                    function_of(activation, negative_slope));
 }
 
-Tensor batch_norm_act_backward(const Tensor& grad, const Tensor& input, const Tensor& stats,
-                               const MaybeTensor& weight, const MaybeTensor& bias,
-                               const MaybeTensor& sums, double count, double eps,
-                               int64_t activation, double negative_slope) {
+Tensor batch_norm_act_backward_elemt(const Tensor& grad, const Tensor& input, const Tensor& stats,
+                                     const MaybeTensor& weight, const MaybeTensor& bias,
+                                     const MaybeTensor& sums, double count, double eps,
+                                     int64_t activation, double negative_slope) {
     BatchNormCall call(input);
     Norm norm = call.norm(stats, weight, bias, eps);
     if (sums) norm.sums = call.sums(*sums);
@@ -189,10 +188,11 @@ void batch_norm_update_running(Tensor running_mean, Tensor running_var, const Te
 
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("batch_norm_stats", TORCH_BOX(&pooling_ext::batch_norm_stats));
-    m.impl("batch_norm_act", TORCH_BOX(&pooling_ext::batch_norm_act));
+    m.impl("batch_norm_act_elemt", TORCH_BOX(&pooling_ext::batch_norm_act_elemt));
     m.impl("batch_norm_relu_mask", TORCH_BOX(&pooling_ext::batch_norm_relu_mask));
-    m.impl("batch_norm_act_sums", TORCH_BOX(&pooling_ext::batch_norm_act_sums));
-    m.impl("batch_norm_act_backward", TORCH_BOX(&pooling_ext::batch_norm_act_backward));
+    m.impl("batch_norm_act_backward_reduce",
+           TORCH_BOX(&pooling_ext::batch_norm_act_backward_reduce));
+    m.impl("batch_norm_act_backward_elemt", TORCH_BOX(&pooling_ext::batch_norm_act_backward_elemt));
     m.impl("batch_norm_act_training", TORCH_BOX(&pooling_ext::batch_norm_act_training));
     m.impl("batch_norm_act_training_backward",
            TORCH_BOX(&pooling_ext::batch_norm_act_training_backward));

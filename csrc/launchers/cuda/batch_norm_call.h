@@ -1,4 +1,4 @@
-// From tensors to batch normalisation's kernels on a GPU: what its launchers share.
+// From tensors to batch normalization's kernels on a GPU: what its launchers share.
 #pragma once
 
 #include <initializer_list>

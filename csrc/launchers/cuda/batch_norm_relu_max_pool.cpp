@@ -1,4 +1,4 @@
-// Launchers of batch normalisation, ReLU and max pooling as one operator on a GPU, which is defined
+// Launchers of batch normalization, ReLU and max pooling as one operator on a GPU, which is defined
 // in pooling_ext/ops/batch_norm_relu_max_pool.py.
 #include "kernels/cuda/norm/batch_norm_relu_max_pool.h"
 
@@ -20,8 +20,8 @@ struct BnReluMaxPoolCall {
           job({params_of(sizes_of(input), windows, norm.channels_last)}, dtype_of(input),
               norm.channels_last) {
         STD_TORCH_CHECK(input.dim() == 4, "pooling_ext: input must have four dimensions");
-        STD_TORCH_CHECK(job.pool.p.window_places() <= kByteWindow,
-                        "pooling_ext: kernel_size must have at most 255 places");
+        STD_TORCH_CHECK(job.pool.p.window_size() <= kByteWindow,
+                        "pooling_ext: kernel_size must have at most 255 elements");
         job.norm = norm.norm(stats, weight, bias, eps);
         job.x = norm.input.data_ptr();
     }
@@ -30,7 +30,7 @@ struct BnReluMaxPoolCall {
         return norm.device.empty(out, dtype, norm.channels_last);
     }
 
-    // The normalisation as the kernels of windows read it.
+    // The normalization as the kernels of windows read it.
     void make_coefficients() {
         const bool wide = norm.input.scalar_type() == ScalarType::Double;
         kept_.push_back(
@@ -39,22 +39,22 @@ struct BnReluMaxPoolCall {
         cuda::stem_coefficients(job, norm.device.stream());
     }
 
-    void with_gradient(const Tensor& grad, const Tensor& places) {
-        STD_TORCH_CHECK(sizes_of(grad) == out && sizes_of(places) == out &&
+    void with_gradient(const Tensor& grad, const Tensor& offsets) {
+        STD_TORCH_CHECK(sizes_of(grad) == out && sizes_of(offsets) == out &&
                             grad.scalar_type() == norm.input.scalar_type() &&
-                            places.scalar_type() == ScalarType::Byte,
-                        "pooling_ext: grad and places must have the output's size");
+                            offsets.scalar_type() == ScalarType::Byte,
+                        "pooling_ext: grad and offsets must have the output's size");
         kept_.push_back(dense(grad, norm.channels_last));
         job.pool.src = kept_.back().data_ptr();
-        kept_.push_back(dense(places, norm.channels_last));
-        job.pool.places_in = kept_.back().data_ptr();
+        kept_.push_back(dense(offsets, norm.channels_last));
+        job.pool.offsets_in = kept_.back().data_ptr();
     }
 
-    void forward(const Tensor& output, void* places) {
+    void forward(const Tensor& output, void* offsets) {
         if (output.numel() == 0) return;
         job.pool.src = norm.input.data_ptr();
         job.pool.dst = output.data_ptr();
-        job.pool.places_out = places;
+        job.pool.offsets_out = offsets;
         make_coefficients();
         cuda::stem_forward(job, norm.device.stream());
     }
@@ -80,19 +80,19 @@ std::tuple<Tensor, Tensor, Tensor> pooled_winners(const Tensor& input, const Ten
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
     Tensor output = call.empty_output(input.scalar_type());
-    Tensor places = call.empty_output(ScalarType::Byte);
+    Tensor offsets = call.empty_output(ScalarType::Byte);
     Tensor winners = call.empty_output(input.scalar_type());
     call.job.winners = winners.data_ptr();
-    call.forward(output, places.data_ptr());
-    return {output, places, winners};
+    call.forward(output, offsets.data_ptr());
+    return {output, offsets, winners};
 }
 
-Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, const Tensor& stats,
+Tensor backward(const Tensor& grad, const Tensor& offsets, const Tensor& input, const Tensor& stats,
                 MaybeTensor weight, MaybeTensor bias, MaybeTensor sums, double count, double eps,
                 Ints output_size, Ints kernel_size, Ints stride, Ints padding, Ints dilation) {
     BnReluMaxPoolCall call(input, stats, weight, bias, eps,
                            {output_size, kernel_size, stride, padding, dilation});
-    call.with_gradient(grad, places);
+    call.with_gradient(grad, offsets);
     Tensor result = call.norm.empty_like_input();
     if (call.norm.empty()) return result;
     if (sums) call.job.norm.sums = call.norm.sums(*sums);
@@ -109,5 +109,5 @@ Tensor backward(const Tensor& grad, const Tensor& places, const Tensor& input, c
 STABLE_TORCH_LIBRARY_IMPL(pooling_ext, POOLING_EXT_DISPATCH_KEY, m) {
     m.impl("batch_norm_relu_max_pool", TORCH_BOX(&pooling_ext::pooled));
     m.impl("batch_norm_relu_max_pool_winners", TORCH_BOX(&pooling_ext::pooled_winners));
-    m.impl("batch_norm_relu_max_pool_backward", TORCH_BOX(&pooling_ext::backward));
+    m.impl("batch_norm_relu_max_pool_backward_elemt", TORCH_BOX(&pooling_ext::backward));
 }

@@ -77,7 +77,7 @@ class ConvCall {
         job_.vectors_out = job_.vectors_out && is_aligned(job_.residual);
     }
 
-    void normalise(const Tensor& stats, const MaybeTensor& weight, const MaybeTensor& bias,
+    void normalize(const Tensor& stats, const MaybeTensor& weight, const MaybeTensor& bias,
                    double eps, bool relu) {
         const Numbers scale = numbers(weight, job_.channels), shift = numbers(bias, job_.channels);
         STD_TORCH_CHECK(sizes_of(stats) == Ints({2, job_.channels}) &&
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> conv_stats(const Tensor& input, const Tensor& weight,
                                       double eps, bool relu, Ints stride, Ints padding,
                                       Ints dilation, int64_t tile) {
     ConvCall call(input, weight, bias, stride, padding, dilation, tile);
-    if (stats) call.normalise(*stats, bn_weight, bn_bias, eps, relu);
+    if (stats) call.normalize(*stats, bn_weight, bn_bias, eps, relu);
     Tensor output_stats = call.run_with_statistics();
     return {call.output(), output_stats};
 }

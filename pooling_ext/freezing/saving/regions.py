@@ -134,13 +134,13 @@ def _encode_node(node: fx.Node, encoder: Encoder) -> dict[str, Any]:
 def _decode_graph(nodes: list[Any], made: dict[str, Any], inputs: int) -> fx.Graph:
     graph = fx.Graph()
     decoder = Decoder({})  # arguments of nodes are no tensors
-    for place, node in enumerate(nodes):
-        data = Fields(node, f"node {place}")
+    for position, node in enumerate(nodes):
+        data = Fields(node, f"node {position}")
         op, name, target = data.get("op", str), data.get("name", str), data.get("target", str)
         data.where = name
         if op not in _OPS or not _is_name(name) or name in decoder.nodes:
-            raise ArgumentError(f"node {place}: {op!r} {name!r} is no node")
-        if (op == "output") != (place == len(nodes) - 1):
+            raise ArgumentError(f"node {position}: {op!r} {name!r} is no node")
+        if (op == "output") != (position == len(nodes) - 1):
             raise ArgumentError(f"{name}: a graph has one output, at its end")
         args, kwargs = decoder.value(data.get("args")), decoder.value(data.get("kwargs"))
         if type(args) is not tuple or type(kwargs) is not dict or not all(map(_is_name, kwargs)):
@@ -246,7 +246,7 @@ def _decode_outputs(data: Fields, decoder: Decoder, inputs: int) -> Outputs:
         if len(pair) != 2 or pair[0] not in range(len(same)) or pair[1] not in range(inputs):
             raise ArgumentError(f"outputs: same has {pair!r}")
         same[pair[0]] = pair[1]
-    if any(place not in range(inputs) for place in changed):
+    if any(position not in range(inputs) for position in changed):
         raise ArgumentError(f"outputs: changed is {changed!r} of {inputs} arguments")
     spec = _spec(decoder.value(data.get("nest")), len(contiguous), data.where)
     return Outputs(spec, contiguous, changed, same)

@@ -29,7 +29,7 @@ LEAST_ELEMENTS = {
     TRAINING: (1 << 16, 1 << 16, 1 << 16, 1 << 16),
     NO_ACTIVATION: (1 << 17, 1 << 16, 1 << 17, 1 << 17),
     EVALUATION: (1 << 17, 1 << 18, 1 << 17, 1 << 17),  # with gradients, or traced
-    INFERENCE: (0, 0, 0, 0),  # without; one call takes the place of two or three
+    INFERENCE: (0, 0, 0, 0),  # without; one call replaces two or three
     FOLDED: (1 << 18, 1 << 20, 1 << 18, 1 << 19),  # rather than INFERENCE
     POOLED: (1 << 17, 1 << 17, 1 << 17, 1 << 17),
 }

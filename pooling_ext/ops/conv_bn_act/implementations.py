@@ -142,7 +142,7 @@ def from_size(elements: int, keep: Sequence[str] = (), fold_ratio: int | None = 
 
     Args:
         keep: the ways, of call.LEAST_ELEMENTS, whose sizes stay as they are.
-        fold_ratio: in the place of cpu.FOLD_RATIO.
+        fold_ratio: in place of cpu.FOLD_RATIO.
     """
     global _small
     before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO, _small

@@ -98,7 +98,7 @@ def run_running(call: Call, _: None = None) -> Tensor:
     if call.fresh:
         batch_norm_running.overwrite(input, mean, variance, *rest)
         return input
-    return batch_norm_running.normalise(input, mean, variance, *rest)
+    return batch_norm_running.normalize(input, mean, variance, *rest)
 
 
 def fused_why_not(call: Call) -> str | None:

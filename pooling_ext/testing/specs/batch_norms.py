@@ -106,14 +106,18 @@ def _norm_calls() -> Iterator[LowLevelCall]:
     for residual, activation in product((None, torch.rand_like(x)), (RELU, Activation("leaky_relu", 0.2))):
         label = f"{activation.name}-{'plain' if residual is None else 'residual'}"
         act = 1e-5, *activation.arguments
-        output = ops.batch_norm_act(*affine, residual, *act)
+        output = ops.batch_norm_act_elemt(*affine, residual, *act)
         kept = None if residual is None else output if activation == RELU else residual
-        _, sums = ops.batch_norm_act_sums(x, *affine, kept, *act)
-        yield f"batch_norm_act-{label}", ops.batch_norm_act, (*affine, residual, *act)
-        yield f"batch_norm_act_sums-{label}", ops.batch_norm_act_sums, (x, *affine, kept, *act)
+        _, sums = ops.batch_norm_act_backward_reduce(x, *affine, kept, *act)
+        yield f"batch_norm_act_elemt-{label}", ops.batch_norm_act_elemt, (*affine, residual, *act)
+        yield (
+            f"batch_norm_act_backward_reduce-{label}",
+            ops.batch_norm_act_backward_reduce,
+            (x, *affine, kept, *act),
+        )
         passed = None if residual is None else sums
         back = (x, *affine, passed, 112.0, *act)
-        yield f"batch_norm_act_backward-{label}", ops.batch_norm_act_backward, back
+        yield f"batch_norm_act_backward_elemt-{label}", ops.batch_norm_act_backward_elemt, back
         forward = (x, weight, bias, residual, *act)
         yield f"batch_norm_act_training-{label}", ops.batch_norm_act_training, forward
         back = (x, x, stats, weight, None, kept, *act)
@@ -131,13 +135,13 @@ def _stem_calls() -> Iterator[LowLevelCall]:
     ops, x = torch.ops.pooling_ext, torch.rand(2, 3, 7, 8)
     affine = (x, ops.batch_norm_stats(x), torch.rand(3), torch.rand(3))
     windows = fixed_windows(2, x.shape, 3, 2, 1, 1, False)
-    pooled, places = ops.batch_norm_relu_max_pool_places(*affine, 1e-5, *windows)
-    back = (pooled, places, *affine)
-    sums = ops.batch_norm_relu_max_pool_sums(*back, 1e-5, *windows)
+    pooled, offsets = ops.batch_norm_relu_max_pool_with_offsets(*affine, 1e-5, *windows)
+    back = (pooled, offsets, *affine)
+    sums = ops.batch_norm_relu_max_pool_backward_reduce(*back, 1e-5, *windows)
     yield "stem", ops.batch_norm_relu_max_pool, (*affine, 1e-5, *windows)
-    yield "stem-offsets", ops.batch_norm_relu_max_pool_places, (*affine, 1e-5, *windows)
-    yield "stem-sums", ops.batch_norm_relu_max_pool_sums, (*back, 1e-5, *windows)
-    yield "stem-backward", ops.batch_norm_relu_max_pool_backward, (*back, sums, 112.0, 1e-5, *windows)
+    yield "stem-offsets", ops.batch_norm_relu_max_pool_with_offsets, (*affine, 1e-5, *windows)
+    yield "stem-sums", ops.batch_norm_relu_max_pool_backward_reduce, (*back, 1e-5, *windows)
+    yield "stem-backward", ops.batch_norm_relu_max_pool_backward_elemt, (*back, sums, 112.0, 1e-5, *windows)
 
 
 def _tail_calls() -> Iterator[LowLevelCall]:

@@ -145,11 +145,11 @@ def _low_level() -> Iterator[LowLevelCall]:
         grad = torch.rand(2, 3, *fixed.output_size)
         for indices in (False, True):
             label = f"{kind}-{'indices' if indices else 'offsets'}"
-            yield f"max_pool_places-{label}", ops.max_pool_places, (x, *windows, indices)
+            yield f"max_pool_with_offsets-{label}", ops.max_pool_with_offsets, (x, *windows, indices)
             if cpu_library.module is not None:
-                _, places = ops.max_pool_places(x, *windows, indices)
-                yield f"max_pool_gather-{label}", ops.max_pool_gather, (x, places, *windows)
-                yield f"max_pool_backward-{label}", ops.max_pool_backward, (grad, places, x.shape, *windows)
+                _, offsets = ops.max_pool_with_offsets(x, *windows, indices)
+                yield f"max_pool_gather-{label}", ops.max_pool_gather, (x, offsets, *windows)
+                yield f"max_pool_backward-{label}", ops.max_pool_backward, (grad, offsets, x.shape, *windows)
         yield f"avg_pool-{kind}", ops.avg_pool, (x, *windows, True, None)
         back = (grad, x.shape, False, *windows, True, None)
         yield f"avg_pool_backward-{kind}", ops.avg_pool_backward, back

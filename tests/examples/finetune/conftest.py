@@ -49,6 +49,6 @@ def images(tmp_path: Path) -> Path:
         for index, name in enumerate(("cat", "dog")):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
-            for place in range(4):
-                Image.new("RGB", (40, 36), (200 * index, 30 * place, 90)).save(folder / f"{place}.jpg")
+            for position in range(4):
+                Image.new("RGB", (40, 36), (200 * index, 30 * position, 90)).save(folder / f"{position}.jpg")
     return tmp_path / "images"

@@ -25,7 +25,7 @@ def test_learns_digits(tiny: str, output: Path, capsys: pytest.CaptureFixture[st
     options = ("--model", tiny, "--limit", "40", "--epochs-all", "3", "--output", str(output))
     assert finetune.main([*QUICK, *options, "--timing", "0.01"]) == 0
     printed = capsys.readouterr().out
-    for text in ("tiny, initialised at random", "best validation accuracy", "training", "inference"):
+    for text in ("tiny, initialized at random", "best validation accuracy", "training", "inference"):
         assert text in printed
     for name in ("curves.png", "predictions.png"):
         with Image.open(output / name) as image:
@@ -72,7 +72,7 @@ def test_titles_are_green_or_red(
     finetune_report.draw_predictions(tmp_path / "x.png", Dogs(), splits, options, torch.device("cpu"), "")
     titles = [axis.title for axis in drawn[0].axes if axis.images]
     assert len(titles) == 8
-    green, red = (colors.to_hex(colour) for colour in ("#2b8a3e", "#c92a2a"))
+    green, red = (colors.to_hex(color) for color in ("#2b8a3e", "#c92a2a"))
     shown = sorted((title.get_text(), colors.to_hex(title.get_color())) for title in titles)
     assert shown == [("dog", green)] * 4 + [("dog\nnot cat", red)] * 4
 
@@ -92,7 +92,7 @@ def test_two_processes(digits: Path, output: Path) -> None:
     model = finetune_model.make_model("resnet18", 10)
     model.load_state_dict(last["model"])
     splits = finetune_data.open_splits(digits, 32, digits=False, flip=False, limit=3)
-    images, targets = zip(*(splits.valid[place] for place in range(len(splits.valid))), strict=True)
+    images, targets = zip(*(splits.valid[position] for position in range(len(splits.valid))), strict=True)
     with torch.no_grad():
         loss, logits = finetune_model.loss_of(model.eval()(torch.stack(images)), torch.tensor(targets))
     assert last["history"][-1]["valid_loss"] == pytest.approx(loss.item(), rel=1e-3)
@@ -100,14 +100,14 @@ def test_two_processes(digits: Path, output: Path) -> None:
     assert last["history"][-1]["valid_accuracy"] == pytest.approx(right)
 
 
-SYNCHRONISED = """
+SYNCHRONIZED = """
 import copy, os, sys
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {examples!r})
 import pooling_ext
-from finetune_model import synchronised
+from finetune_model import synchronized
 from finetune_training import as_batch_norm
 
 rank = int(os.environ["RANK"])
@@ -120,7 +120,7 @@ single = nn.Sequential(*layers).double()
 images = torch.randn(8, 3, 14, 14, dtype=torch.float64)
 images[1::2] += 3
 
-model, why = synchronised(copy.deepcopy(single), images[:2], patched=True)
+model, why = synchronized(copy.deepcopy(single), images[:2], patched=True)
 assert why is None, why
 pooling_ext.patch(model)
 with as_batch_norm(model):
@@ -143,7 +143,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.native
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """SyncBatchNorm and DistributedDataParallel: a step is that of one process with all images."""
-    code = SYNCHRONISED.format(examples=str(EXAMPLES), store=f"file://{tmp_path / 'store'}")
+    code = SYNCHRONIZED.format(examples=str(EXAMPLES), store=f"file://{tmp_path / 'store'}")
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda rank: run_python(code, RANK=str(rank)), range(2)))
     for result in results:

@@ -1,4 +1,4 @@
-"""The fine-tuning's models: their heads, what a stage trains, and synchronised batch norm."""
+"""The fine-tuning's models: their heads, what a stage trains, and synchronized batch norm."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class Untraceable(Tiny):
 
 @pytest.mark.native
 @pytest.mark.parametrize(("build", "patched"), [(Tiny, True), (Tiny, False), (Untraceable, True)])
-def test_batch_norm_is_synchronised_where_it_can_be(group: None, build: Any, patched: bool) -> None:
-    model, why = finetune_model.synchronised(build(), torch.randn(2, 3, 32, 32), patched)
+def test_batch_norm_is_synchronized_where_it_can_be(group: None, build: Any, patched: bool) -> None:
+    model, why = finetune_model.synchronized(build(), torch.randn(2, 3, 32, 32), patched)
     converted = type(model.get_submodule("features.1")) is nn.SyncBatchNorm
     assert converted == patched
     assert (why is None) == converted
 
 
-def test_nothing_to_synchronise() -> None:
-    assert finetune_model.synchronised(nn.Linear(2, 2), torch.randn(2, 2), True)[1] is None
+def test_nothing_to_synchronize() -> None:
+    assert finetune_model.synchronized(nn.Linear(2, 2), torch.randn(2, 2), True)[1] is None

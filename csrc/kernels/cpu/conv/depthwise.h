@@ -79,7 +79,7 @@ struct DepthwiseWalk {
     int64_t phase(int64_t at) const { return backward_ ? (at + padding) % phases : 0; }
     // How many taps the results of a phase have.
     int64_t taps(int64_t phase) const { return ceil_div(kernel - phase, phases); }
-    // Which of the kernel's places the i-th tap of a phase is: backward they are turned.
+    // Which of the kernel's elements the i-th tap of a phase is: backward they are turned.
     int64_t tap(int64_t phase, int64_t i) const {
         return backward_ ? phase + phases * (taps(phase) - 1 - i) : i;
     }
@@ -140,7 +140,7 @@ struct DepthwisePlan {
             const int64_t end = count * columns.phases;
             across = end > across ? end : across;
         }
-        // Odd, so that rows do not all lie at the same places of the first-level cache.
+        // Odd, so that rows do not all lie at the same addresses of the first-level cache.
         width = (lead + (width > columns.source ? width : columns.source)) | 1;
         across |= 1;
         set_rows(rows);

@@ -356,10 +356,10 @@ void weight_grad(const DepthwiseJob& job, int64_t begin, int64_t end, void* scra
     run(WeightGrad<In>(job, scratch));
 }
 
-// Where the sums of a channel are among those of all: in place the last vector ends with the last
+// Where the sums of a channel are among those of all: in slot the last vector ends with the last
 // channel.
 template <class In>
-int64_t place_of(const DepthwiseJob& job, int64_t channel) {
+int64_t slot_of(const DepthwiseJob& job, int64_t channel) {
     constexpr int64_t kSize = Lanes<In>::kSize;
     const int64_t last = (job.channels - 1) / kSize * kSize;
     return channel < last || !job.in_place ? channel : channel + last - (job.channels - kSize);
@@ -373,9 +373,9 @@ void total(const DepthwiseJob& job, int64_t begin, int64_t end, void*) {
     const int64_t taps = job.taps(), piece = job.padded_channels() * (taps + 1);
     const int64_t most = end * kDepthwiseBlock;
     for (int64_t c = begin * kDepthwiseBlock; c < most && c < job.channels; ++c) {
-        const int64_t place = place_of<In>(job, c);
+        const int64_t slot = slot_of<In>(job, c);
         const T* const from =
-            static_cast<const T*>(job.sums) + place / kSize * kSize * (taps + 1) + place % kSize;
+            static_cast<const T*>(job.sums) + slot / kSize * kSize * (taps + 1) + slot % kSize;
         for (int64_t tap = 0; tap <= taps; ++tap) {
             if (tap == taps && job.bias_grad == nullptr) break;
             double sum = 0;

@@ -31,7 +31,7 @@ struct ImageJob {
     ImageAxis h, w;
     bool image_last = false, channels_last = false;  // the formats of the input and of the output
     // The output goes past the cache: a pixel's channels, or a plane's row, are whole lines.
-    bool streams = false;
+    bool non_temporal = false;
     const void* x = nullptr;
     const void* grad = nullptr;    // the output's gradient
     void* y = nullptr;             // the output

@@ -185,7 +185,7 @@ class ImageForward {
         return static_cast<const T*>(job_.prepared) + job_.padded_features() * job_.depth();
     }
 
-    // function(x + bias) in the place of each x.
+    // function(x + bias) in place of each x.
     template <class Function>
     POOLING_EXT_INLINE void in_place(const Function& function) const {
         for (int64_t v = 0; v < vectors_; ++v) {
@@ -199,7 +199,7 @@ class ImageForward {
     void write_planes(int64_t n, int64_t r) const {
         for (int64_t v = 0; v * L::kSize < job_.features; ++v) {
             const T* const row = row_ + v * job_.w.out * L::kSize;
-            if (kWholeLines && job_.streams && (v + 1) * L::kSize <= job_.features)
+            if (kWholeLines && job_.non_temporal && (v + 1) * L::kSize <= job_.features)
                 stream_planes(to_.at(n, v * L::kSize, r * job_.w.out), row);
             else
                 store_rows<In>(to_, n, v * L::kSize, r, 1, row, job_.w.out);
@@ -214,7 +214,8 @@ class ImageForward {
             for (int64_t k = 0; k < L::kSize; ++k) x[k] = L::own(from + (i + k) * L::kSize);
             L::transpose(x);
 #pragma GCC unroll 16
-            for (int64_t k = 0; k < L::kSize; ++k) stream_register(to + k * to_.pixels() + i, x[k]);
+            for (int64_t k = 0; k < L::kSize; ++k)
+                store_non_temporal(to + k * to_.pixels() + i, x[k]);
         }
     }
 
@@ -232,8 +233,8 @@ class ImageForward {
                     put(y, function(x));
                 }
         };
-        if (kWholeLines && job_.streams)
-            each([](In* to, auto x) POOLING_EXT_INLINE_LAMBDA { stream_register(to, x); });
+        if (kWholeLines && job_.non_temporal)
+            each([](In* to, auto x) POOLING_EXT_INLINE_LAMBDA { store_non_temporal(to, x); });
         else
             each([](In* to, auto x) POOLING_EXT_INLINE_LAMBDA { L::put(to, x); });
     }
@@ -252,7 +253,7 @@ template <class In>
 void forward(const ImageJob& job, int64_t begin, int64_t end, void* scratch) {
     ImageForward<In> convolution(job, scratch);
     for (int64_t unit = begin; unit < end; ++unit) convolution.run(unit);
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 void merge(const ImageJob& job, int64_t begin, int64_t end, void*) {

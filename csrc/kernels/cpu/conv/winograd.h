@@ -35,7 +35,7 @@ struct WinogradJob {
     bool input_is_there = false;
     // The output goes past the cache, where a vector is a whole line of it: every pixel's channels
     // of a group begin with a line.
-    bool streams = false;
+    bool non_temporal = false;
 };
 
 // Transforms kernels: for vectors [begin, end) of the output's channels, counted over the groups.
@@ -96,7 +96,7 @@ struct WinogradMachine {
 };
 
 // Rows of transformed inputs are this long, so that neither they nor the points they belong to lie
-// at multiples of 2048 bytes, which fall on the same places of the first-level cache.
+// at multiples of 2048 bytes, which fall on the same addresses of the first-level cache.
 POOLING_EXT_INLINE int64_t winograd_row(int64_t elements, const WinogradMachine& m) {
     const int64_t line = 64 / m.element, row = ceil_div(elements, line) * line;
     return row * m.element % 2048 == 0 ? row + line : row;
@@ -145,10 +145,10 @@ struct WinogradPanels {
     int64_t begin, end;
     POOLING_EXT_INLINE WinogradPanels(const WinogradShape& s, const WinogradMachine& m,
                                       int64_t first, int64_t last)
-        : begin(place(s, m, first)), end(place(s, m, last - 1) + size(s, m, last - 1)) {}
+        : begin(start(s, m, first)), end(start(s, m, last - 1) + size(s, m, last - 1)) {}
 
   private:
-    static POOLING_EXT_INLINE int64_t place(const WinogradShape& s, const WinogradMachine& m,
+    static POOLING_EXT_INLINE int64_t start(const WinogradShape& s, const WinogradMachine& m,
                                             int64_t index) {
         const int64_t vectors = winograd_vectors(s.features, m), even = index % vectors / 2 * 2;
         return index / vectors * s.weight_size() + WinogradPanel(s, even, m.lanes).offset;

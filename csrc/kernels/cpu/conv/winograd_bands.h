@@ -20,7 +20,7 @@ POOLING_EXT_INLINE int64_t winograd_block_end(const WinogradShape& s, int64_t ti
 // What tiles [first, last) read.
 POOLING_EXT_INLINE WinogradBand winograd_input_band(const WinogradShape& s, int64_t first,
                                                     int64_t last) {
-    const WinogradPlace a = s.tile_at(first), b = s.tile_at(last - 1);
+    const WinogradPosition a = s.tile_at(first), b = s.tile_at(last - 1);
     const int64_t begin = a.image * s.height + within(a.in_y - s.pad_top, 0, s.height);
     const int64_t end =
         b.image * s.height + within(b.in_y - s.pad_top + s.tile().rows.in, 0, s.height);
@@ -35,7 +35,7 @@ POOLING_EXT_INLINE WinogradBand winograd_input_band(const WinogradShape& s, int6
 // What they write, and with it what others of the same rows do.
 POOLING_EXT_INLINE WinogradBand winograd_output_band(const WinogradShape& s, int64_t first,
                                                      int64_t last) {
-    const WinogradPlace a = s.tile_at(first), b = s.tile_at(last - 1);
+    const WinogradPosition a = s.tile_at(first), b = s.tile_at(last - 1);
     const int64_t begin = a.image * s.out_height + a.y;
     const int64_t end = b.image * s.out_height + b.y + s.rows_of(b);
     if (a.image == b.image && a.y == b.y)

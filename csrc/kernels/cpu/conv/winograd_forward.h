@@ -104,11 +104,12 @@ struct Epilogue {
 
     // Finishes a tile and writes what of it lies in the output.
     template <class Seen>
-    POOLING_EXT_INLINE void finish(const WinogradPlace& place, X* tile, const Seen& seen) const {
+    POOLING_EXT_INLINE void finish(const WinogradPosition& position, X* tile,
+                                   const Seen& seen) const {
         const WinogradShape& s = job.shape;
         const int64_t pixel = s.dilation_x * y.strides.column, line = s.dilation_y * y.strides.row;
-        const int64_t start = y.strides.offset(place.image, place.y, place.x) + channel;
-        const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
+        const int64_t start = y.strides.offset(position.image, position.y, position.x) + channel;
+        const int64_t rows = s.rows_of(position), columns = s.columns_of(position);
 #pragma GCC unroll 64
         for (int i = 0; i < kPixels; ++i) tile[i] += bias;
         if (job.residual != nullptr) {
@@ -119,9 +120,9 @@ struct Epilogue {
         }
         activate<T>(tile, kPixels, job.activation, T(job.slope));
         In* const to = y.first + start;
-        if (kWholeLines && job.streams && lanes == L::kSize)
+        if (kWholeLines && job.non_temporal && lanes == L::kSize)
             each_pixel(rows, columns, line, pixel, [&](int64_t i, int64_t at) {
-                stream_register(to + at, tile[i]);
+                store_non_temporal(to + at, tile[i]);
                 seen(i);
             });
         else if (lanes == L::kSize)
@@ -228,7 +229,8 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const P
                 for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
                     X tile[Finish::kPixels];
                     transform_back<Tile>(from, blocks.m_point, tile);
-                    epilogue.finish(walk.place(), tile, [](int64_t) POOLING_EXT_INLINE_LAMBDA {});
+                    epilogue.finish(walk.position(), tile,
+                                    [](int64_t) POOLING_EXT_INLINE_LAMBDA {});
                 }
                 continue;
             }
@@ -236,7 +238,7 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const P
             for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
                 X tile[Finish::kPixels];
                 transform_back<Tile>(from, blocks.m_point, tile);
-                epilogue.finish(walk.place(), tile,
+                epilogue.finish(walk.position(), tile,
                                 [&](int64_t i) POOLING_EXT_INLINE_LAMBDA { sums.add(tile[i]); });
             }
             double* const mean = job.stats + unit * 2 * channels + channel;
@@ -253,17 +255,17 @@ void write_band(const WinogradShape& s, const Pixels<In>& band, int64_t first_ti
                 int64_t last_tile, int64_t first_channel, int64_t last_channel, In* planes) {
     const int64_t columns = s.columns(), plane = s.out_height * s.out_width;
     for (int64_t tile = first_tile; tile < last_tile;) {
-        const WinogradPlace at = s.tile_at(tile);
+        const WinogradPosition at = s.tile_at(tile);
         const int64_t row_end = (tile / columns + 1) * columns;
         int64_t end = smaller(row_end, last_tile), rows = s.rows_of(at);
         const bool whole = tile % columns == 0 && end == row_end;
         if (whole) {
             const int64_t image_end = (at.image + 1) * columns * s.rows();
             end = smaller(last_tile / columns * columns, image_end);
-            const WinogradPlace last = s.tile_at(end - 1);
+            const WinogradPosition last = s.tile_at(end - 1);
             rows = last.y + s.rows_of(last) - at.y;
         }
-        const WinogradPlace last = s.tile_at(end - 1);
+        const WinogradPosition last = s.tile_at(end - 1);
         const int64_t pixels = whole ? rows * s.out_width : last.x + s.columns_of(last) - at.x;
         for (int64_t row = 0; row < (whole ? 1 : rows); ++row) {
             const In* const from = band.at(at.image, at.y + row, at.x) + first_channel;
@@ -318,8 +320,8 @@ void forward(const WinogradJob& job, void* scratch) {
                 // Once for a block: where it is written, and what the next one reads.
                 const bool first_pass = vector == begin && s.groups == 1;
                 const int64_t next = smaller(last_tile + job.block.tiles, share.last_tile);
-                const bool streams = Epilogue<In, Tile>::kWholeLines && job.streams;
-                const bool in_place = first_pass && !streams && !s.planar;
+                const bool non_temporal = Epilogue<In, Tile>::kWholeLines && job.non_temporal;
+                const bool in_place = first_pass && !non_temporal && !s.planar;
                 const Stretch written(in_place ? job.y : nullptr, y_size, tile, last_tile, tiles);
                 const Stretch read(first_pass ? job.x : nullptr, x_size, last_tile, next, tiles);
                 multiply(s, blocks, last_tile - tile, v, weight, vector, last, products, written,
@@ -341,7 +343,7 @@ void forward(const WinogradJob& job, void* scratch) {
             }
         }
     }
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 // That of a dtype, or nullptr.

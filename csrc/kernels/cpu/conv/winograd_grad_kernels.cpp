@@ -25,9 +25,9 @@ void transform_grads(const WinogradShape& s, const Pixels<const In>& grad, int64
     const int64_t line = s.dilation_y * grad.strides.row;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), d += row) {
-        const WinogradPlace place = walk.place();
-        const In* const corner = grad.at(place.image, place.y, place.x) + from;
-        const int64_t rows = s.rows_of(place), columns = s.columns_of(place);
+        const WinogradPosition position = walk.position();
+        const In* const corner = grad.at(position.image, position.y, position.x) + from;
+        const int64_t rows = s.rows_of(position), columns = s.columns_of(position);
         if (rows == Tile::kSizes.rows.out && columns == Tile::kSizes.columns.out) {
             const auto inside = [=](int a, int64_t c) POOLING_EXT_INLINE_LAMBDA {
                 return PixelRow<In>(made_anew(corner + c) + a * line, pixel);

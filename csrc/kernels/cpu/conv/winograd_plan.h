@@ -125,7 +125,7 @@ inline WinogradBlock winograd_block(const WinogradShape& s, const WinogradMachin
             const double blocks = double(ceil_div(tiles, block.tiles));
             const double passes = double(ceil_div(vectors, block.vectors));
             // What does not fit is written to the far cache and read back: transformed inputs row
-            // by row, which the processor foresees, products at 36 places at a time.
+            // by row, which the processor foresees, products at 36 points at a time.
             const double bands = double((parts.x_size + parts.y_size) * m.element);
             const double over = std::clamp((v + p + bands + 2 * panel) / near - 1, 0.0, 1.0);
             const double beside = std::clamp(p / near - 0.2, 0.0, 1.0);

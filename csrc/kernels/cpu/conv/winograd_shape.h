@@ -58,7 +58,7 @@ constexpr WinogradTile kWinogradTiles[] = {
     {kWinogradSingle, kWinogradDense},  {kWinogradSingle, kWinogradSeven}};
 
 // A tile by its image and its first pixels.
-struct WinogradPlace {
+struct WinogradPosition {
     int64_t image, y, x;  // of the output
     int64_t in_y, in_x;   // of the input with its padding
 };
@@ -124,21 +124,21 @@ struct WinogradShape {
                kWinogradChannels;
     }
 
-    POOLING_EXT_INLINE WinogradPlace place(int64_t image, int64_t row, int64_t column) const {
+    POOLING_EXT_INLINE WinogradPosition position(int64_t image, int64_t row, int64_t column) const {
         const WinogradTile& t = tile();
-        WinogradPlace found{image, 0, 0, 0, 0};
+        WinogradPosition found{image, 0, 0, 0, 0};
         along(row, t.rows, out_height, dilation_y, found.y, found.in_y);
         along(column, t.columns, out_width, dilation_x, found.x, found.in_x);
         return found;
     }
-    POOLING_EXT_INLINE WinogradPlace tile_at(int64_t tile) const {
-        return place(tile / columns() / rows(), tile / columns() % rows(), tile % columns());
+    POOLING_EXT_INLINE WinogradPosition tile_at(int64_t tile) const {
+        return position(tile / columns() / rows(), tile / columns() % rows(), tile % columns());
     }
     // Pixels of a tile that lie in the output.
-    POOLING_EXT_INLINE int64_t rows_of(const WinogradPlace& at) const {
+    POOLING_EXT_INLINE int64_t rows_of(const WinogradPosition& at) const {
         return within(out_height - at.y, dilation_y, tile().rows.out);
     }
-    POOLING_EXT_INLINE int64_t columns_of(const WinogradPlace& at) const {
+    POOLING_EXT_INLINE int64_t columns_of(const WinogradPosition& at) const {
         return within(out_width - at.x, dilation_x, tile().columns.out);
     }
 

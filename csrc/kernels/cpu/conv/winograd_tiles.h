@@ -24,7 +24,9 @@ class TileWalk {
         row_ = tile / columns_ % rows_;
         image_ = tile / columns_ / rows_;
     }
-    POOLING_EXT_INLINE WinogradPlace place() const { return shape_.place(image_, row_, column_); }
+    POOLING_EXT_INLINE WinogradPosition position() const {
+        return shape_.position(image_, row_, column_);
+    }
     POOLING_EXT_INLINE void next() {
         if (++column_ < columns_) return;
         column_ = 0;
@@ -244,12 +246,12 @@ void transform_inputs(const WinogradShape& s, const Pixels<const In>& x, int64_t
     const int64_t pixel = s.dilation_x * x.strides.column, line = s.dilation_y * x.strides.row;
     TileWalk walk(s, first);
     for (int64_t t = first; t < last; ++t, walk.next(), v += row) {
-        const WinogradPlace place = walk.place();
-        const int64_t y = place.in_y - s.pad_top, x0 = place.in_x - s.pad_left;
+        const WinogradPosition position = walk.position();
+        const int64_t y = position.in_y - s.pad_top, x0 = position.in_x - s.pad_left;
         const bool whole = y >= 0 && x0 >= 0 && y + (kRows - 1) * s.dilation_y < s.height &&
                            x0 + (kColumns - 1) * s.dilation_x < s.width;
-        const int64_t image = place.image / s.out_depth;
-        const int64_t front = place.image % s.out_depth * s.plane_stride - s.pad_front;
+        const int64_t image = position.image / s.out_depth;
+        const int64_t front = position.image % s.out_depth * s.plane_stride - s.pad_front;
         each_plane(s, begin, end, [&](int64_t plane, int64_t channel, int64_t count, int64_t at_v) {
             const int64_t z = front + plane * s.plane_dilation;
             T* const to = v + at_v;

@@ -10,7 +10,7 @@
 namespace pooling_ext::POOLING_EXT_ISA::conv {
 
 // What multiplies what in a Cook-Toom algorithm with the points 0, infinity, and pairs p and -p,
-// which share their sums over even and over odd places. With M(x) = x (x^2 - p^2) (x^2 - q^2) ...,
+// which share their sums over even and over odd points. With M(x) = x (x^2 - p^2) (x^2 - q^2) ...,
 // row p of B^T has the coefficients of M(x) / (x - p), row p of G powers of p over M'(p), and
 // column p of A^T powers of p; those of infinity have the coefficients of M, and 1 in the last
 // place.

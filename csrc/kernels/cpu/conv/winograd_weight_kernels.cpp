@@ -1,7 +1,7 @@
 // The transforms of kernels for Winograd's convolution, compiled once for each instruction set.
 //
 // A panel of the result is a run of memory for each point, which lie far apart, often at the same
-// places of every cache. So some channels of a panel are transformed into a small buffer, and
+// addresses of every cache. So some channels of a panel are transformed into a small buffer, and
 // written from there in pieces of some kilobytes.
 #include "kernels/cpu/conv/winograd_tables.h"
 #include "kernels/cpu/conv/winograd_tiles.h"
@@ -179,7 +179,8 @@ void transform_weights(const WinogradWeightJob& job, int64_t begin, int64_t end)
     const WinogradShape& s = job.shape;
     const int64_t vectors = winograd_vectors(s.features, m);
     Taps<In, Tile> taps(job);
-    // A vector more for each point, so that points do not all fall on the same places of a cache.
+    // A vector more for each point, so that points do not all fall on the same addresses of a
+    // cache.
     alignas(64) T buffer[kPoints][2 * kChannels + 1][L::kSize];
     for (int64_t index = begin; index < end;) {
         const int64_t group = index / vectors, vector = index % vectors;

@@ -1,4 +1,4 @@
-// Batch normalisation with residual and activation: what its launchers and kernels agree on.
+// Batch normalization with residual and activation: what its launchers and kernels agree on.
 #pragma once
 
 #include <cmath>
@@ -26,13 +26,13 @@ inline Affine affine_of(double mean, double variance, double weight, double bias
 }
 
 // What a backward pass through the statistics adds to a gradient: (x - center) * slope + offset.
-struct Through {
+struct StatsGrad {
     double slope, offset;
 };
 
 // From the mean of the gradient and of its product with x - mean, where `away` is mean - center.
-inline Through through_of(double gradient, double product, double away, double scale,
-                          double inverse) {
+inline StatsGrad stats_grad(double gradient, double product, double away, double scale,
+                            double inverse) {
     const double share = product * inverse * inverse;
     return {-scale * share, scale * (away * share - gradient)};
 }
@@ -80,8 +80,8 @@ struct BatchNormJob {
     Activation activation = Activation::None;
     double negative_slope = 0;  // of LeakyRelu
     Gate gate = Gate::None;
-    bool streams = false;    // what is written goes past the cache
-    bool undivided = false;  // all is one unit, in channels-last
+    bool non_temporal = false;  // what is written goes past the cache
+    bool undivided = false;     // all is one unit, in channels-last
     // Stats: mean and sum of squared deviations; Sums: of the gradient, and of its product with
     // x - center. Two rows of `channels`, for each unit in channels-last.
     double* sums = nullptr;

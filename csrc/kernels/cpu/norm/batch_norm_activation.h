@@ -1,7 +1,7 @@
-// Activations of batch normalisation beside ReLU, which its loops apply themselves.
+// Activations of batch normalization beside ReLU, which its loops apply themselves.
 //
 // Values are kept for some elements at a time, in the fastest cache, so that a loop over them with
-// one activation takes the place of a loop with all of them; that is compiled once for a type.
+// one activation replaces a loop with all of them; that is compiled once for a type.
 #pragma once
 
 #include "kernels/cpu/norm/batch_norm.h"

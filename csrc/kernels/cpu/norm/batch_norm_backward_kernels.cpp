@@ -1,4 +1,4 @@
-// The backward pass of batch normalisation with residual and activation, compiled once for each
+// The backward pass of batch normalization with residual and activation, compiled once for each
 // instruction set: sums of the gradient, the input's gradient, and both for one channel after the
 // other.
 #include "kernels/cpu/norm/batch_norm_activation.h"
@@ -49,7 +49,7 @@ struct Gradients {
     const BatchNormJob& job;
     const In *x, *grad, *kept;
     In* residual_grad;
-    bool streams;
+    bool non_temporal;
 
     Gradients(const BatchNormJob& job, int64_t start)
         : job(job),
@@ -59,7 +59,7 @@ struct Gradients {
           residual_grad(writes_gradient(kGate) ? static_cast<In*>(job.residual_grad) + start
                                                : nullptr),
           // What one thread reads again for the same channel stays in the cache.
-          streams(job.streams && (job.channels_last || kGate != Gate::DerivativeKept)) {}
+          non_temporal(job.non_temporal && (job.channels_last || kGate != Gate::DerivativeKept)) {}
 
     POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
         prefetch(x + from, n, ahead);
@@ -82,11 +82,11 @@ struct Gradients {
                                 [[maybe_unused]] Ready& derivatives, X& s1, X& s2) const {
         const X d = kind.get(x + i) - center;
         X g = kind.get(grad + i);
-        if constexpr (kGate == Gate::Relu) g = through(kind, X(d * scale + shift), g);
-        if constexpr (kGate == Gate::Relu6) g = through_six(kind, X(d * scale + shift), g);
-        if constexpr (kGate == Gate::ReluOutput) g = through(kind, kind.get(kept + i), g);
+        if constexpr (kGate == Gate::Relu) g = relu_backward(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::Relu6) g = relu6_backward(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::ReluOutput) g = relu_backward(kind, kind.get(kept + i), g);
         if constexpr (derives(kGate)) g = multiplied(kind, derivatives.take(kind), g);
-        if constexpr (writes_gradient(kGate)) write(kind, residual_grad + i, g, streams);
+        if constexpr (writes_gradient(kGate)) write(kind, residual_grad + i, g, non_temporal);
         s1 += g;
         s2 += g * d;
     }
@@ -100,7 +100,7 @@ using Derivatives =
     std::conditional_t<derives(kGate), Values<In, kMost + Vector<In>::kSize>, NoDerivatives>;
 
 // The sums of a block of channels in the contiguous format, of which the coefficients are given.
-// `writes`: the place of the input's gradient is going to be written next.
+// `writes`: the input's gradient is going to be written next.
 template <Gate kGate, class In, class T>
 void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool writes,
                   const T* centers, const T* scales, const T* shifts, double* first,
@@ -115,7 +115,7 @@ void channel_sums(const BatchNormJob& job, int64_t channel, int64_t count, bool 
         [&](int64_t k, int64_t start, int64_t n) {
             const T center = centers[k], scale = scales[k], shift = shifts[k];
             const Gradients<kGate, In> all(job, start);
-            if (writes_gradient(kGate) && !all.streams) prefetch_written(all.residual_grad, n);
+            if (writes_gradient(kGate) && !all.non_temporal) prefetch_written(all.residual_grad, n);
             if (writes) prefetch_written(static_cast<const In*>(job.y) + start, n);
             const auto add = [&](auto& derivatives, int64_t from, int64_t some) {
                 sums[k].add_row(some, [&](auto kind, int64_t i, auto& s1, auto& s2) {
@@ -225,7 +225,7 @@ void sums(const BatchNormJob& job, int64_t begin, int64_t end, void* memory) {
             add_lanes(job, s2, out + channels);
         }
     });
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 void add_units(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
@@ -247,14 +247,14 @@ struct Spreads {
     const BatchNormJob& job;
     const In *x, *grad;
     In* y;
-    bool streams;
+    bool non_temporal;
 
     Spreads(const BatchNormJob& job, const void* gradient, int64_t start)
         : job(job),
           x(static_cast<const In*>(job.x) + start),
           grad(static_cast<const In*>(gradient) + start),
           y(static_cast<In*>(job.y) + start),
-          streams(job.streams) {}
+          non_temporal(job.non_temporal) {}
 
     POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
         if constexpr (kBatch || kGate != Gate::None) prefetch(x + from, n, ahead);
@@ -271,12 +271,12 @@ struct Spreads {
                                    X offset, [[maybe_unused]] Ready& derivatives) const {
         X g = kind.get(grad + i);
         const X d = kind.get(x + i) - center;
-        if constexpr (kGate == Gate::Relu) g = through(kind, X(d * scale + shift), g);
-        if constexpr (kGate == Gate::Relu6) g = through_six(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::Relu) g = relu_backward(kind, X(d * scale + shift), g);
+        if constexpr (kGate == Gate::Relu6) g = relu6_backward(kind, X(d * scale + shift), g);
         if constexpr (derives(kGate)) g = multiplied(kind, derivatives.take(kind), g);
         g *= scale;
         if constexpr (kBatch) g += d * slope + offset;
-        write(kind, y + i, g, streams);
+        write(kind, y + i, g, non_temporal);
     }
 };
 
@@ -353,7 +353,7 @@ void spread_units(const BatchNormJob& job, int64_t begin, int64_t end, void* mem
                 spread(std::type_identity<Spreads<false, kGate, In>>{});
         }
     });
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 template <class In>
@@ -380,16 +380,16 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
             }
             double* const sums = job.sums + first;
             double* const products = sums + channels;
-            const bool writes = !job.streams && job.y != job.residual_grad;
+            const bool writes = !job.non_temporal && job.y != job.residual_grad;
             channel_sums<kGate, In>(job, first, many, writes, block.center, block.scale,
                                     block.shift, sums, products);
             for (int64_t k = 0; k < many; ++k) {
                 const double away = job.moments[first + k] - affines[k].center;
                 const double product = products[k] - away * sums[k];
                 products[k] = product * affines[k].inverse;
-                const Through through = through_of(sums[k] / count, product / count, away,
+                const StatsGrad stats = stats_grad(sums[k] / count, product / count, away,
                                                    affines[k].scale, affines[k].inverse);
-                slope[k] = T(through.slope), offset[k] = T(through.offset);
+                slope[k] = T(stats.slope), offset[k] = T(stats.offset);
             }
             for (int64_t n = job.batch - 1; n >= 0; --n)
                 for (int64_t k = 0; k < many; ++k)
@@ -398,7 +398,7 @@ void train_backward(const BatchNormJob& job, int64_t begin, int64_t end, void*) 
                                             block.shift[k], slope[k], offset[k]);
         });
     });
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The forward pass of batch normalisation with residual and activation, compiled once for each
+// The forward pass of batch normalization with residual and activation, compiled once for each
 // instruction set: statistics, output, and both for one channel after the other.
 #include "kernels/cpu/norm/batch_norm_activation.h"
 #include "kernels/cpu/norm/batch_norm_rows.h"
@@ -35,7 +35,7 @@ Accumulator<In> mean_of_some(const In* x, int64_t n) {
     return Accumulator<In>(sum / double(few));
 }
 
-// Those of a block of channels. `writes`: the output's place is going to be written next.
+// Those of a block of channels. `writes`: the output is going to be written next.
 template <class In>
 void channel_moments(const BatchNormJob& job, int64_t channel, int64_t count, bool writes,
                      Moments* moments) {
@@ -194,7 +194,7 @@ void merge(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
 
 // --- output --------------------------------------------------------------------------------
 
-// What follows the sum of the normalised input and the residual: nothing, ReLU, ReLU6, or another
+// What follows the sum of the normalized input and the residual: nothing, ReLU, ReLU6, or another
 // activation.
 enum class After { None, Relu, Relu6, Other };
 
@@ -206,14 +206,14 @@ struct Acts {
     const BatchNormJob& job;
     const In *x, *residual;
     In* y;
-    bool streams;
+    bool non_temporal;
 
     Acts(const BatchNormJob& job, int64_t start)
         : job(job),
           x(static_cast<const In*>(job.x) + start),
           residual(kResidual ? static_cast<const In*>(job.residual) + start : nullptr),
           y(static_cast<In*>(job.y) + start),
-          streams(job.streams) {}
+          non_temporal(job.non_temporal) {}
 
     POOLING_EXT_INLINE void prefetch_all(int64_t from, int64_t n, int64_t ahead) const {
         prefetch(x + from, n, ahead);
@@ -237,7 +237,7 @@ struct Acts {
 
     template <class Kind, class X = typename Kind::X>
     POOLING_EXT_INLINE void put(Kind kind, int64_t i, X z) const {
-        write(kind, y + i, z, streams);
+        write(kind, y + i, z, non_temporal);
     }
 };
 
@@ -328,7 +328,7 @@ void act_units(const BatchNormJob& job, int64_t begin, int64_t end, void* memory
                                      *shift(channel));
         });
     });
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 // --- both ----------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
         ChannelBlock::each(job, sizeof(In), begin, end, [&](int64_t first, int64_t many) {
             Moments moments[ChannelBlock::kMost];
             T center[ChannelBlock::kMost], scale[ChannelBlock::kMost], shift[ChannelBlock::kMost];
-            channel_moments<In>(job, first, many, !job.streams, moments);
+            channel_moments<In>(job, first, many, !job.non_temporal, moments);
             for (int64_t k = 0; k < many; ++k) {
                 const int64_t channel = first + k;
                 const double variance = moments[k].deviation / count;
@@ -360,7 +360,7 @@ void train(const BatchNormJob& job, int64_t begin, int64_t end, void*) {
                                          job.inner, center[k], scale[k], shift[k]);
         });
     });
-    if (job.streams) end_streaming();
+    if (job.non_temporal) fence_non_temporal();
 }
 
 }  // namespace

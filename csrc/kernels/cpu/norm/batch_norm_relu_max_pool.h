@@ -1,7 +1,7 @@
-// Batch normalisation, ReLU and max pooling as one step in channels-last, for windows of few
-// places: what the launchers and kernels agree on.
+// Batch normalization, ReLU and max pooling as one step in channels-last, for windows of few
+// offsets: what the launchers and kernels agree on.
 //
-// The places of these kernels say what ReLU let through, too: a window whose maximum is not above
+// The offsets of these kernels say what ReLU let through, too: a window whose maximum is not above
 // zero has none, so that backward passes need not look at the input for that.
 #pragma once
 
@@ -17,7 +17,7 @@ struct BnReluMaxPoolJob {
     static constexpr int64_t kMost = 3;  // rows and columns of a window
 
     BatchNormJob norm;  // x, the coefficients, `y` of a backward pass and `sums`
-    Job pool;           // dst and places_out, or src and places_in
+    Job pool;           // dst and offsets_out, or src and offsets_in
 
     // The dtypes that networks are trained in; others go by tiles.
     static bool has(DType dtype) { return dtype == DType::Float32 || dtype == DType::BFloat16; }
@@ -38,7 +38,7 @@ struct BnReluMaxPoolJob {
     }
     int64_t bands() const { return ceil_div(pool.p.h.out, band()); }
 
-    // Rows of the outputs that are made at a time where their inputs are normalised first.
+    // Rows of the outputs that are made at a time where their inputs are normalized first.
     int64_t rows_at_once() const {
         constexpr int64_t kInputs = 1 << 15;  // elements
         const int64_t rows = kInputs / (pool.p.h.stride * pool.p.in_row());

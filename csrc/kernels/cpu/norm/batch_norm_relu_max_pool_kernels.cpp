@@ -1,4 +1,4 @@
-// Batch normalisation, ReLU and max pooling as one step, compiled once for each instruction set.
+// Batch normalization, ReLU and max pooling as one step, compiled once for each instruction set.
 #include "kernels/cpu/norm/batch_norm_relu_max_pool.h"
 #include "kernels/cpu/pool/max_pool_backward_nhwc.h"
 #include "kernels/cpu/pool/pool_nhwc.h"
@@ -26,9 +26,9 @@ void backwards(int64_t begin, int64_t end, const Run& run) {
         run(last - kRows > begin ? last - kRows : begin, last);
 }
 
-// What is compared: of floats the normalised value, made as often as there are windows over it.
+// What is compared: of floats the normalized value, made as often as there are windows over it.
 template <class In>
-struct Normalised {
+struct Normalized {
     using T = In;
     const T* __restrict center, * __restrict scale, * __restrict shift;
 
@@ -42,7 +42,7 @@ struct Normalised {
     static POOLING_EXT_INLINE bool any_nan(T seen, T) { return seen != seen; }
 };
 
-// Of 16-bit floats, which are normalised and rounded before, the bits as an integer, twice as many
+// Of 16-bit floats, which are normalized and rounded before, the bits as an integer, twice as many
 // to a register: those above zero are in the same order. A NaN has no sign.
 template <class In>
 struct Rounded {
@@ -63,11 +63,11 @@ struct Rounded {
 };
 
 template <class In>
-using Key = std::conditional_t<sizeof(In) == 2, Rounded<In>, Normalised<In>>;
+using Key = std::conditional_t<sizeof(In) == 2, Rounded<In>, Normalized<In>>;
 
 // y[i] = what Rounded compares of x[i], for rows of a few pixels.
 template <class In>
-void normalise(const In* __restrict x, In* __restrict y, int64_t n, const float* __restrict center,
+void normalize(const In* __restrict x, In* __restrict y, int64_t n, const float* __restrict center,
                const float* __restrict scale, const float* __restrict shift) {
     constexpr int64_t kAhead = 4096, kLine = 64 / sizeof(In);
     for (int64_t i = 0; i < n; i += kLine)
@@ -78,18 +78,18 @@ void normalise(const In* __restrict x, In* __restrict y, int64_t n, const float*
 
 // The maxima of a window above zero and the offsets of the first that have them; x holds its
 // elements in order. Returns whether there was a NaN.
-template <int kCount, bool kPlaces, class In>
-bool max_of_window(In* __restrict y, uint8_t* __restrict places, const In* const* elements,
+template <int kCount, bool kOffsets, class In>
+bool max_of_window(In* __restrict y, uint8_t* __restrict winners, const In* const* elements,
                    const uint8_t* offsets, int64_t n, const Key<In> key) {
     using T = typename Key<In>::T;
-    using Place = BitsOf<T>;
+    using Word = BitsOf<T>;
     const In* x[kCount];
-    Place offset[kCount];
+    Word offset[kCount];
     for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
-    Place strange = 0;
+    Word strange = 0;
     for (int64_t i = 0; i < n; ++i) {
         T best = T(0), seen = T(0);
-        Place where = Place(kByteWindow);
+        Word where = Word(kByteWindow);
         for (int k = 0; k < kCount; ++k) {
             const T v = key(x[k][i], i);
             const bool wins = v > best;
@@ -98,15 +98,15 @@ bool max_of_window(In* __restrict y, uint8_t* __restrict places, const In* const
             seen = Key<In>::see(seen, v);
         }
         put(y, i, Key<In>::store(best));
-        if constexpr (kPlaces) places[i] = uint8_t(where);
-        strange |= Place(-Place(Key<In>::any_nan(seen, best)));
+        if constexpr (kOffsets) winners[i] = uint8_t(where);
+        strange |= Word(-Word(Key<In>::any_nan(seen, best)));
     }
     return strange != 0;
 }
 
 // The same where there may be NaNs, of which the last wins.
 template <class In>
-__attribute__((noinline)) void max_with_nan(In* y, uint8_t* places, const In* const* x,
+__attribute__((noinline)) void max_with_nan(In* y, uint8_t* winners, const In* const* x,
                                             const uint8_t* offsets, int count, int64_t n,
                                             const Key<In>& key) {
     for (int64_t i = 0; i < n; ++i) {
@@ -116,7 +116,7 @@ __attribute__((noinline)) void max_with_nan(In* y, uint8_t* places, const In* co
             if (const auto v = key(x[k][i], i); v > best || Key<In>::nan(v))
                 best = v, where = offsets[k];
         put(y, i, Key<In>::store(best));
-        if (places) places[i] = uint8_t(where);
+        if (winners) winners[i] = uint8_t(where);
     }
 }
 
@@ -127,22 +127,23 @@ constexpr int count_of(Rows, Columns) {
     return Rows::value <= BnReluMaxPoolJob::kMost ? Rows::value * Columns::value : 0;
 }
 
-// Pools rows [oh_begin, oh_end) of the outputs of an image, whose tensors begin at x, y and places.
-template <bool kPlaces, class In>
-void pool(const PoolParams& p, const In* x, In* y, uint8_t* places, int64_t oh_begin,
+// Pools rows [oh_begin, oh_end) of the outputs of an image, whose tensors begin at x, y and
+// winners.
+template <bool kOffsets, class In>
+void pool(const PoolParams& p, const In* x, In* y, uint8_t* winners, int64_t oh_begin,
           int64_t oh_end, const Key<In>& key) {
     PixelWalker<In> walk(p);
     const int64_t channels = p.channels;
     for (int64_t oh = oh_begin; oh < oh_end; ++oh) {
         In* const row = y + oh * p.out_row();
-        uint8_t* const place_row = kPlaces ? places + oh * p.out_row() : nullptr;
+        uint8_t* const winner_row = kOffsets ? winners + oh * p.out_row() : nullptr;
         walk(x, 0, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
             constexpr int kCount = count_of(rows, columns);
             In* const to = row + o * channels;
-            uint8_t* const place = kPlaces ? place_row + o * channels : nullptr;
+            uint8_t* const winner = kOffsets ? winner_row + o * channels : nullptr;
             if constexpr (kCount == 0) {
                 fill(to, Ordered<In>::store(Ordered<In>::lowest()), channels);
-                if constexpr (kPlaces) fill(place, uint8_t(kByteWindow), channels);
+                if constexpr (kOffsets) fill(winner, uint8_t(kByteWindow), channels);
             } else {
                 const In* elements[kCount];
                 uint8_t offsets[kCount];
@@ -150,8 +151,8 @@ void pool(const PoolParams& p, const In* x, In* y, uint8_t* places, int64_t oh_b
                     elements[k] = taps.at(k, columns.value);
                     offsets[k] = uint8_t(walk.offset(o, k, columns.value));
                 }
-                if (max_of_window<kCount, kPlaces>(to, place, elements, offsets, channels, key))
-                    max_with_nan(to, place, elements, offsets, kCount, channels, key);
+                if (max_of_window<kCount, kOffsets>(to, winner, elements, offsets, channels, key))
+                    max_with_nan(to, winner, elements, offsets, kCount, channels, key);
             }
         });
     }
@@ -168,13 +169,13 @@ void each_image(int64_t begin, int64_t end, int64_t rows, const Visit& visit) {
     }
 }
 
-template <class In, bool kPlaces>
+template <class In, bool kOffsets>
 void forward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scratch scratch) {
     const PoolParams& p = job.pool.p;
     const BatchNormJob& norm = job.norm;
     const In* const x = static_cast<const In*>(norm.x);
     In* const y = static_cast<In*>(job.pool.dst);
-    uint8_t* const places = static_cast<uint8_t*>(job.pool.places_out);
+    uint8_t* const winners = static_cast<uint8_t*>(job.pool.offsets_out);
     const int64_t in = p.in_plane() * p.channels, out = p.out_plane() * p.channels;
     using T = Accumulator<In>;
     if constexpr (sizeof(In) > 2) {
@@ -183,8 +184,8 @@ void forward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scrat
                           row_of<T>(norm.shift, p.channels, scratch)};
         backwards(begin, end, [&](int64_t first, int64_t last) {
             each_image(first, last, p.h.out, [&](int64_t image, int64_t from, int64_t to) {
-                pool<kPlaces>(p, x + image * in, y + image * out,
-                              kPlaces ? places + image * out : nullptr, from, to, key);
+                pool<kOffsets>(p, x + image * in, y + image * out,
+                               kOffsets ? winners + image * out : nullptr, from, to, key);
             });
         });
     } else {
@@ -212,13 +213,13 @@ void forward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scrat
                 In* const to_row = tile + (fresh - first) * p.in_row();
                 const int64_t n = (last - fresh) * p.in_row();
                 for (int64_t at = 0; at < n; at += row)
-                    normalise(source + at, to_row + at, n - at < row ? n - at : row, center, scale,
+                    normalize(source + at, to_row + at, n - at < row ? n - at : row, center, scale,
                               shift);
                 // The tile holds only these rows of the plane.
                 const In* const plane = reinterpret_cast<const In*>(
                     uintptr_t(tile) - first * p.in_row() * int64_t(sizeof(In)));
-                pool<kPlaces>(p, plane, y + image * out, kPlaces ? places + image * out : nullptr,
-                              oh, oh_end, Key<In>{});
+                pool<kOffsets>(p, plane, y + image * out,
+                               kOffsets ? winners + image * out : nullptr, oh, oh_end, Key<In>{});
             }
         });
     }
@@ -226,7 +227,7 @@ void forward_rows(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, Scrat
 
 template <class In>
 void forward(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory) {
-    if (job.pool.places_out)
+    if (job.pool.offsets_out)
         forward_rows<In, true>(job, begin, end, Scratch(memory));
     else
         forward_rows<In, false>(job, begin, end, Scratch(memory));
@@ -234,7 +235,7 @@ void forward(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memo
 
 // s1 += g and s2 += g * (x - center) for the channels of a window, of which x holds the elements.
 template <int kCount, class In, class T>
-void add_winners(const In* __restrict grad, const uint8_t* __restrict places,
+void add_winners(const In* __restrict grad, const uint8_t* __restrict winners,
                  const In* const* elements, const uint8_t* offsets, int64_t n,
                  const T* __restrict center, T* __restrict s1, T* __restrict s2) {
     using Bits = BitsOf<In>;
@@ -242,7 +243,7 @@ void add_winners(const In* __restrict grad, const uint8_t* __restrict places,
     Bits offset[kCount];
     for (int k = 0; k < kCount; ++k) x[k] = elements[k], offset[k] = offsets[k];
     for (int64_t i = 0; i < n; ++i) {
-        const Bits at = places[i];
+        const Bits at = winners[i];
         Bits won = 0;
         for (int k = 0; k < kCount; ++k) won |= Bits(bit_cast<Bits>(x[k][i]) & same(at, offset[k]));
         const T g =
@@ -264,7 +265,7 @@ void sums(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory)
     T* const lanes = scratch.take<T>(2 * channels);
     const In* const x = static_cast<const In*>(job.norm.x);
     const In* const grad = static_cast<const In*>(job.pool.src);
-    const uint8_t* const places = static_cast<const uint8_t*>(job.pool.places_in);
+    const uint8_t* const winners = static_cast<const uint8_t*>(job.pool.offsets_in);
     PixelWalker<In> walk(p);
     for (int64_t band = begin; band < end; ++band) {
         double* const total = job.norm.sums + band * 2 * channels;
@@ -292,8 +293,8 @@ void sums(const BnReluMaxPoolJob& job, int64_t begin, int64_t end, void* memory)
                         offsets[k] = uint8_t(walk.offset(o, k, columns.value));
                     }
                     const int64_t at = row + o * channels;
-                    add_winners<kCount>(grad + at, places + at, elements, offsets, channels, center,
-                                        lanes, lanes + channels);
+                    add_winners<kCount>(grad + at, winners + at, elements, offsets, channels,
+                                        center, lanes, lanes + channels);
                     if (++pending == kPixels) flush();
                 }
             });

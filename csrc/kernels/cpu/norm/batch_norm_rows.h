@@ -1,4 +1,4 @@
-// What batch normalisation's kernels share: rows, walked a vector at a time.
+// What batch normalization's kernels share: rows, walked a vector at a time.
 //
 // In channels-last a row is a few pixels and has its own coefficients for each element; in the
 // contiguous format a row lies in one channel and has the same for all.
@@ -66,7 +66,7 @@ POOLING_EXT_INLINE X rectified_to_six(Kind kind, X z) {
 // The gradient of what ReLU was given, where `z` is its input or output. A NaN lets it through, as
 // in PyTorch.
 template <class Kind, class X = typename Kind::X>
-POOLING_EXT_INLINE X through(Kind, X z, X grad) {
+POOLING_EXT_INLINE X relu_backward(Kind, X z, X grad) {
     using T = typename Kind::T;
     return by_registers<T, T>(z, grad, [](auto value, auto given) POOLING_EXT_INLINE_LAMBDA {
         const decltype(value) zero{};
@@ -76,7 +76,7 @@ POOLING_EXT_INLINE X through(Kind, X z, X grad) {
 
 // The same of ReLU6, where `z` is its input.
 template <class Kind, class X = typename Kind::X>
-POOLING_EXT_INLINE X through_six(Kind, X z, X grad) {
+POOLING_EXT_INLINE X relu6_backward(Kind, X z, X grad) {
     using T = typename Kind::T;
     return by_registers<T, T>(z, grad, [](auto value, auto given) POOLING_EXT_INLINE_LAMBDA {
         const decltype(value) zero{}, six = zero + T(6);
@@ -231,7 +231,7 @@ POOLING_EXT_INLINE void down_rows(int64_t rows, int64_t n, int64_t i, const Run&
             [&](int v) POOLING_EXT_INLINE_LAMBDA { run(r * n + i + v * Some::kSize, v); });
 }
 
-// Rows that are walked together. It pays where few tensors are: rows of many lie at the same place
+// Rows that are walked together. It pays where few tensors are: rows of many lie at the same offset
 // in their pages too often.
 constexpr int64_t kRowsTogether = 8;
 

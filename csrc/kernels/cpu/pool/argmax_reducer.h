@@ -54,12 +54,12 @@ class ArgmaxReducer {
     const int32_t* offsets() const { return offset_; }
 
     void operator()(const In* plane, int64_t od, int64_t oh) {
-        if (p_.channels >= kLeastChannels && p_.window_places() <= kDirectWindow)
+        if (p_.channels >= kLeastChannels && p_.window_size() <= kDirectWindow)
             return reduce_pixels(plane, od, oh);
         const Axis& w = p_.w;
         const In* last = nullptr;
-        each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
-            const int32_t offset = int32_t(place * w.kernel);
+        each_row(p_, plane, od, oh, [&](const In* row, int64_t kernel_row) {
+            const int32_t offset = int32_t(kernel_row * w.kernel);
             if (last)
                 add_row(row, offset);
             else
@@ -98,7 +98,7 @@ class ArgmaxReducer {
     }
 
   private:
-    // In channels-last, windows of few places are faster reduced in one step than in two.
+    // In channels-last, windows of few elements are faster reduced in one step than in two.
     static constexpr int64_t kDirectWindow = 9, kLeastChannels = 16;
 
     template <class U>
@@ -107,11 +107,11 @@ class ArgmaxReducer {
         static POOLING_EXT_INLINE U get(U x) { return x; }
     };
 
-    // The places of a window are met in order, so a later one never wins a tie.
+    // The elements of a window are met in order, so a later one never wins a tie.
     void reduce_pixels(const In* plane, int64_t od, int64_t oh) {
         const Axis& w = p_.w;
         const int64_t channels = p_.channels;
-        // Until something larger comes along, the first place of the window wins, if it has any.
+        // Until something larger comes along, the first element of the window wins, if it has any.
         const int64_t kd = p_.d.first(od), kh = p_.h.first(oh);
         const bool any = kd < p_.d.end(od) && kh < p_.h.end(oh);
         for (int64_t o = 0, i = 0; o < w.out; ++o) {
@@ -122,14 +122,14 @@ class ArgmaxReducer {
                 offset_[i] = start;
             }
         }
-        each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
+        each_row(p_, plane, od, oh, [&](const In* row, int64_t kernel_row) {
             for (int64_t o = 0; o < w.out; ++o) {
                 const int64_t last = w.end(o), step = w.dilation * channels;
                 int64_t c = w.first(o);
                 T* const best = value_ + o * channels;
                 int32_t* const where = offset_ + o * channels;
                 const In* x = row + w.start(o) * channels + c * step;
-                const int32_t offset = int32_t(place * w.kernel);
+                const int32_t offset = int32_t(kernel_row * w.kernel);
                 for (; c + 3 <= last; c += 3, x += 3 * step)
                     add_pixels<3>(best, where, x, step, offset + int32_t(c), channels);
                 for (; c < last; ++c, x += step)

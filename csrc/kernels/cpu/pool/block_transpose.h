@@ -103,10 +103,10 @@ inline void transpose(void* to, const void* from, int64_t rows, int64_t columns,
     }
 }
 
-// Runs `pool` on blocks [begin, end) of job.block planes each. `size` and `places_size` are those
-// of an element and of a place (0 if there are none).
+// Runs `pool` on blocks [begin, end) of job.block planes each. `size` and `offsets_size` are those
+// of an element and of an offset (0 if there are none).
 inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scratch, Kernel pool,
-                        bool forward, size_t size, size_t places_size) {
+                        bool forward, size_t size, size_t offsets_size) {
     Job inner = job;
     inner.block = 0;
     PoolParams& p = inner.p;
@@ -114,10 +114,10 @@ inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scra
     const int64_t from = forward ? in : out, to = forward ? out : in;
     char* const src = scratch.take<char>(from * job.block * size);
     char* const dst = scratch.take<char>(to * job.block * size);
-    char* const places = scratch.take<char>(out * job.block * places_size);
+    char* const offsets = scratch.take<char>(out * job.block * offsets_size);
     inner.src = src;
     inner.dst = dst;
-    inner.places_out = places;
+    inner.offsets_out = offsets;
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * job.block;
         p.channels = first + job.block <= job.planes ? job.block : job.planes - first;
@@ -125,9 +125,9 @@ inline void pool_blocks(const Job& job, int64_t begin, int64_t end, Scratch scra
                   size);
         pool(inner, 0, forward ? p.out_rows() : p.in_rows(), scratch.take<char>(0));
         transpose(static_cast<char*>(job.dst) + first * to * size, dst, to, p.channels, size);
-        if (places_size)
-            transpose(static_cast<char*>(job.places_out) + first * out * places_size, places, out,
-                      p.channels, places_size);
+        if (offsets_size)
+            transpose(static_cast<char*>(job.offsets_out) + first * out * offsets_size, offsets,
+                      out, p.channels, offsets_size);
     }
 }
 

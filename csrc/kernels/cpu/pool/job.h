@@ -12,7 +12,8 @@ namespace pooling_ext {
 // Windows too wide for a pass over the row for each column are reduced one by one.
 constexpr int64_t kWideWindow = 16;
 
-// The largest window, in places, that max pooling's backward gathers from by comparing each place.
+// The largest window, in elements, that max pooling's backward gathers from by comparing each
+// offset.
 constexpr int64_t kGatherWindow = 27;
 
 // How many planes max pooling's backward scatters to at a time in channels-last.

@@ -117,7 +117,7 @@ void power_average(const Job& job, int64_t begin, int64_t end, void* memory) {
             if (!whole_plane) powers = add_columns(sum, 0, 0);
             // PyTorch takes the average and multiplies by the full window's size.
             const T whole =
-                T(double(p.d.places(od)) * double(p.h.places(oh)) * double(p.w.places(0)));
+                T(double(p.d.length(od)) * double(p.h.length(oh)) * double(p.w.length(0)));
             divisors.divide(
                 od, oh, [=](int64_t i) { return powers[i]; },
                 [=](int64_t i, T mean) { powers[i] = mean * whole; });

@@ -5,7 +5,7 @@
 
 namespace pooling_ext {
 
-POOLING_EXT_KERNELS(max_pool, Kernel(DType, Places))
-POOLING_EXT_KERNELS(max_pool_backward, Kernel(DType, Places))
+POOLING_EXT_KERNELS(max_pool, Kernel(DType, Offsets))
+POOLING_EXT_KERNELS(max_pool_backward, Kernel(DType, Offsets))
 
 }  // namespace pooling_ext

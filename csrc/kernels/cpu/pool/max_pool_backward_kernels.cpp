@@ -1,14 +1,14 @@
 // The backward pass of max pooling, compiled once for each instruction set: each gradient goes to
-// the place that won.
+// the offset that won.
 #include "kernels/cpu/pool/max_pool.h"
 #include "kernels/cpu/pool/max_pool_backward_nhwc.h"
 
 namespace pooling_ext::POOLING_EXT_ISA {
 namespace {
 
-template <class Place>
-POOLING_EXT_INLINE bool is_place(Place at) {
-    if constexpr (std::is_same_v<Place, uint8_t>)
+template <class Offset>
+POOLING_EXT_INLINE bool is_offset(Offset at) {
+    if constexpr (std::is_same_v<Offset, uint8_t>)
         return at != kByteWindow;
     else
         return at >= 0;
@@ -17,7 +17,7 @@ POOLING_EXT_INLINE bool is_place(Place at) {
 // The gradients of a plane are scattered, each to its winner. A thread has the plane to itself
 // (in channels-last: kScatterChannels planes), so the order of the sums does not depend on how many
 // there are. Where no two windows overlap there is nothing to sum, and gradients are stored.
-template <class G, class Place>
+template <class G, class Offset>
 class Scatter {
   public:
     using T = Accumulator<G>;
@@ -25,7 +25,7 @@ class Scatter {
     Scatter(const Job& job, Scratch& scratch)
         : p_(job.p),
           grad_(static_cast<const G*>(job.src)),
-          places_(static_cast<const Place*>(job.places_in)),
+          offsets_(static_cast<const Offset*>(job.offsets_in)),
           dst_(static_cast<G*>(job.dst)),
           apart_(p_.d.apart() && p_.h.apart() && p_.w.apart()),
           direct_(kInPlace || apart_),
@@ -52,8 +52,8 @@ class Scatter {
         slice_inverse_ = 65536 / p_.h.kernel + 1;
         row_step_ = uint32_t(p_.h.dilation * p_.w.in - p_.w.dilation * p_.w.kernel);
         slice_step_ = uint32_t((p_.d.dilation * p_.h.in - p_.h.dilation * p_.h.kernel) * p_.w.in);
-        if (!std::is_same_v<Place, uint8_t>) return;
-        for (int64_t offset = 0; offset < p_.window_places(); ++offset)
+        if (!std::is_same_v<Offset, uint8_t>) return;
+        for (int64_t offset = 0; offset < p_.window_size(); ++offset)
             lead_[offset] = lead_of(offset);
     }
 
@@ -72,7 +72,7 @@ class Scatter {
             std::memset(dst, 0, (last - first) * in * sizeof(G));
             if (whole) {
                 for (int64_t plane = first; plane < last; ++plane)
-                    if (const Place at = places_[plane]; is_place(at))
+                    if (const Offset at = offsets_[plane]; is_offset(at))
                         dst[(plane - first) * in + at] = grad_[plane];
             } else if (apart_) {
                 scatter(first, last, dst, [](G& to, G g) { to = g; });
@@ -82,7 +82,7 @@ class Scatter {
         }
     }
 
-    // Units of kScatterChannels channels; neighbours are taken together where that is possible.
+    // Units of kScatterChannels channels; neighbors are taken together where that is possible.
     void channels(int64_t begin, int64_t end) {
         const int64_t all = p_.channels, groups = ceil_div(all, kScatterChannels);
         while (begin < end) {
@@ -137,11 +137,11 @@ class Scatter {
             std::memset(dst + pixel * p_.channels, 0, n * sizeof(G));
     }
 
-    // Where a place leads in the window that starts at `start`.
-    POOLING_EXT_INLINE int64_t input_of(int64_t start, Place at) const {
-        if constexpr (std::is_same_v<Place, int64_t>)
+    // Where an offset leads in the window that starts at `start`.
+    POOLING_EXT_INLINE int64_t input_of(int64_t start, Offset at) const {
+        if constexpr (std::is_same_v<Offset, int64_t>)
             return at * pitch_;
-        else if constexpr (std::is_same_v<Place, uint8_t>)
+        else if constexpr (std::is_same_v<Offset, uint8_t>)
             return start + lead_[at];
         else
             return start + lead_of(at);
@@ -176,32 +176,32 @@ class Scatter {
     // Where the winners of outputs [first, first + n) after `from` lie, computed by vectors; -1 for
     // none.
     void locate(int64_t from, int64_t first, int64_t n, int64_t to) const {
-        const Place* const places = places_ + from + first;
-        if constexpr (std::is_same_v<Place, uint8_t>) {
-            // Whole vectors where there are more places to read; what is found past n is not used.
+        const Offset* const offsets = offsets_ + from + first;
+        if constexpr (std::is_same_v<Offset, uint8_t>) {
+            // Whole vectors where there are more offsets to read; what is found past n is not used.
             const int64_t rounded = whole_vectors(n, kVector);
             const bool readable = from + first + rounded <= p_.outer * p_.out_plane();
-            locate(places, starts_ + first, located_ + to, readable ? rounded : n);
+            locate(offsets, starts_ + first, located_ + to, readable ? rounded : n);
         } else {
             const int64_t out = p_.out_plane(), in = p_.in_plane();
             for (int64_t i = 0; i < n; ++i) {
-                const Place at = places[i];
+                const Offset at = offsets[i];
                 const int64_t start =
-                    std::is_same_v<Place, int64_t> ? (first + i) / out * in : starts_[first + i];
+                    std::is_same_v<Offset, int64_t> ? (first + i) / out * in : starts_[first + i];
                 const int64_t where =
-                    std::is_same_v<Place, int64_t> ? start + at : input_of(start, at);
-                located_[to + i] = is_place(at) ? int32_t(where) : -1;
+                    std::is_same_v<Offset, int64_t> ? start + at : input_of(start, at);
+                located_[to + i] = is_offset(at) ? int32_t(where) : -1;
             }
         }
     }
 
-    void locate(const uint8_t* __restrict place, const int32_t* __restrict starts,
+    void locate(const uint8_t* __restrict offset, const int32_t* __restrict starts,
                 int32_t* __restrict located, int64_t n) const {
         // Modulo 2^32: a window may start so far outside that its start does not fit.
         const uint32_t column = uint32_t(p_.w.dilation), row = row_step_, slice = slice_step_;
         const uint32_t per_row = row_inverse_, per_slice = slice_inverse_;
         for (int64_t i = 0; i < n; ++i) {
-            const uint32_t at = place[i];
+            const uint32_t at = offset[i];
             const uint32_t kh = (at * per_row) >> 16, kd = (kh * per_slice) >> 16;
             const uint32_t where = uint32_t(starts[i]) + at * column + kh * row + kd * slice;
             located[i] = at == kByteWindow ? -1 : int32_t(where);
@@ -215,13 +215,13 @@ class Scatter {
         const int64_t rows = p_.d.out * p_.h.out, out = p_.w.out, channels = p_.channels;
         const int64_t* __restrict columns = columns_;
         const G* __restrict grad = grad_ + from;
-        const Place* __restrict place = places_ + from;
+        const Offset* __restrict offset = offsets_ + from;
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t row = rows_[r];
-            for (int64_t ow = 0; ow < out; ++ow, grad += channels, place += channels) {
+            for (int64_t ow = 0; ow < out; ++ow, grad += channels, offset += channels) {
                 const int64_t start = row + columns[ow];
                 for (int64_t c = 0; c < n; ++c)
-                    if (const Place at = place[c]; is_place(at))
+                    if (const Offset at = offset[c]; is_offset(at))
                         give(input_of(start, at) + c, grad[c]);
             }
         }
@@ -229,10 +229,10 @@ class Scatter {
 
     const PoolParams& p_;
     const G* const grad_;
-    const Place* const places_;
+    const Offset* const offsets_;
     G* const dst_;
     const bool apart_, direct_;
-    // How far apart neighbouring inputs are, and so where rows and columns of windows start and
+    // How far apart neighboring inputs are, and so where rows and columns of windows start and
     // where each offset in a window leads from there.
     const int64_t pitch_;
     int64_t* const rows_;
@@ -245,30 +245,31 @@ class Scatter {
     uint32_t row_step_, slice_step_;
 };
 
-// The input column that an offset in window o names, if it is in the window's row `place`; else -1.
-POOLING_EXT_INLINE int64_t column_of(const Axis& w, int64_t o, int64_t offset, int64_t place) {
-    const int64_t k = offset - place * w.kernel;
+// The input column that an offset in window o names, if it is in the window's row `kernel_row`;
+// else -1.
+POOLING_EXT_INLINE int64_t column_of(const Axis& w, int64_t o, int64_t offset, int64_t kernel_row) {
+    const int64_t k = offset - kernel_row * w.kernel;
     return k >= 0 && k < w.kernel ? w.start(o) + k * w.dilation : -1;
 }
 
 // A row of inputs gathers, from each window over it, what went to a winner there.
-template <class G, class Place>
+template <class G, class Offset>
 void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch) {
     using T = Accumulator<G>;
     const PoolParams& p = job.p;
     const Axis& w = p.w;
     RowGradient<T> gradient(p, scratch, false);
     const auto add_row = [&](const SpreadRow<G>& row) {
-        const Place* places = static_cast<const Place*>(job.places_in) + row.offset;
+        const Offset* offsets = static_cast<const Offset*>(job.offsets_in) + row.offset;
         for (int64_t o = 0; o < w.out; ++o) {
             const G* __restrict grad = row.grad + o * p.channels;
-            const Place* __restrict place = places + o * p.channels;
-            if (std::is_same_v<Place, int64_t> || w.kernel > kWideWindow) {
+            const Offset* __restrict offset = offsets + o * p.channels;
+            if (std::is_same_v<Offset, int64_t> || w.kernel > kWideWindow) {
                 // One pass over the winners costs less than one for each column.
                 for (int64_t c = 0; c < p.channels; ++c) {
-                    const int64_t at = std::is_same_v<Place, int64_t>
-                                           ? place[c] - row.input_row * w.in
-                                           : column_of(w, o, place[c], row.place);
+                    const int64_t at = std::is_same_v<Offset, int64_t>
+                                           ? offset[c] - row.input_row * w.in
+                                           : column_of(w, o, offset[c], row.kernel_row);
                     if (at >= 0 && at < w.in) gradient.column(at)[c] += widen(grad[c]);
                 }
                 continue;
@@ -276,9 +277,9 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
             const int64_t last = w.end(o);
             for (int64_t k = w.first(o); k < last; ++k) {
                 T* __restrict sum = gradient.column(w.start(o) + k * w.dilation);
-                const Place wanted = Place(row.place * w.kernel + k);
+                const Offset wanted = Offset(row.kernel_row * w.kernel + k);
                 for (int64_t c = 0; c < p.channels; ++c)
-                    sum[c] += select(place[c] == wanted, T(widen(grad[c])), T(0));
+                    sum[c] += select(offset[c] == wanted, T(widen(grad[c])), T(0));
             }
         }
     };
@@ -286,14 +287,14 @@ void gather_winners(const Job& job, int64_t begin, int64_t end, Scratch scratch)
         job, begin, end, [&] { gradient.clear(); }, add_row, [&](G* dst) { gradient.write(dst); });
 }
 
-template <class G, class Place>
+template <class G, class Offset>
 void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.by_plane) {
-        Scatter<G, Place> scatter(job, scratch);
+        Scatter<G, Offset> scatter(job, scratch);
         return job.p.channels == 1 ? scatter.planes(begin, end) : scatter.channels(begin, end);
     }
-    if constexpr (kCommon<G> && std::is_same_v<Place, uint8_t>) {
+    if constexpr (kCommon<G> && std::is_same_v<Offset, uint8_t>) {
         if (MaxPoolBackwardNhwc<G>::takes(job.p)) {
             MaxPoolBackwardNhwc<G> gatherer(job, scratch);
             return gather_rows<G>(
@@ -302,19 +303,19 @@ void max_backward(const Job& job, int64_t begin, int64_t end, void* memory) {
                 [&](G* dst) { gatherer.finish(dst, [](int64_t) { return Narrowed<G>{}; }); });
         }
     }
-    gather_winners<G, Place>(job, begin, end, scratch);
+    gather_winners<G, Offset>(job, begin, end, scratch);
 }
 
 template <class G>
-Kernel backward_of(Places places) {
-    switch (places) {
-        case Places::Byte:
+Kernel backward_of(Offsets offsets) {
+    switch (offsets) {
+        case Offsets::Byte:
             return max_backward<G, uint8_t>;
-        case Places::Int32:
+        case Offsets::Int32:
             return max_backward<G, int32_t>;
-        case Places::Index:
+        case Offsets::Index:
             return max_backward<G, int64_t>;
-        case Places::None:
+        case Offsets::None:
             break;
     }
     return nullptr;
@@ -322,8 +323,8 @@ Kernel backward_of(Places places) {
 
 }  // namespace
 
-Kernel max_pool_backward(DType dtype, Places places) {
-    return for_float(dtype, [&](auto zero) { return backward_of<decltype(zero)>(places); });
+Kernel max_pool_backward(DType dtype, Offsets offsets) {
+    return for_float(dtype, [&](auto zero) { return backward_of<decltype(zero)>(offsets); });
 }
 
 }  // namespace pooling_ext::POOLING_EXT_ISA

@@ -8,7 +8,7 @@
 
 namespace pooling_ext::POOLING_EXT_ISA {
 
-// Branch-free equality: all bits if two places are the same, else none. Avoids masked loads, which
+// Branch-free equality: all bits if two offsets are the same, else none. Avoids masked loads, which
 // stall behind stores.
 template <class Bits>
 POOLING_EXT_INLINE Bits same(Bits a, Bits b) {
@@ -40,7 +40,7 @@ class MaxPoolBackwardNhwc {
     MaxPoolBackwardNhwc(const Job& job, Scratch& scratch)
         : p_(job.p),
           grad_(static_cast<const G*>(job.src)),
-          places_(static_cast<const uint8_t*>(job.places_in)),
+          offsets_(static_cast<const uint8_t*>(job.offsets_in)),
           first_(scratch.take<int64_t>(p_.w.in + 1)),
           columns_(scratch.take<Tap>(p_.w.out * p_.w.kernel)),
           few_(over(p_.d) * over(p_.h) <= kFew && over(p_.w) <= kFew),
@@ -51,7 +51,7 @@ class MaxPoolBackwardNhwc {
             first_[i] = count;
             const int64_t end = w.end_output(i);
             for (int64_t o = w.first_output(i); o < end; ++o)
-                if (const int64_t k = w.place(o, i); k >= 0)
+                if (const int64_t k = w.element(o, i); k >= 0)
                     columns_[count++] = {o * p_.channels, k};
         }
         first_[w.in] = count;
@@ -67,7 +67,9 @@ class MaxPoolBackwardNhwc {
 
     void start() { count_ = 0; }
 
-    void add(const SpreadRow<G>& row) { rows_[count_++] = {row.offset, row.place * p_.w.kernel}; }
+    void add(const SpreadRow<G>& row) {
+        rows_[count_++] = {row.offset, row.kernel_row * p_.w.kernel};
+    }
 
     // Writes a row of pixels; output(i) is what makes the outputs of pixel i from a kind of vector,
     // the first of its channels and their sums.
@@ -91,16 +93,16 @@ class MaxPoolBackwardNhwc {
 
   private:
     // A row or column of windows: where it lies in the outputs, and what it adds to the offset of
-    // the place that is gathered for.
+    // the element that is gathered for.
     struct Tap {
-        int64_t at, place;
+        int64_t at, offset;
     };
     static constexpr int64_t kFew = 3, kMost = 5, kRun = Vector<G>::kSize;
 
     // What a pixel gathers.
     struct Taken {
         const G* grad[kFew * kFew];
-        const uint8_t* places[kFew * kFew];
+        const uint8_t* offsets[kFew * kFew];
         Bits wanted[kFew * kFew];
     };
 
@@ -109,8 +111,8 @@ class MaxPoolBackwardNhwc {
         return axis.dilation == 1 ? ceil_div(axis.kernel, axis.stride) : axis.kernel;
     }
 
-    static POOLING_EXT_INLINE Bits given(G grad, uint8_t place, Bits wanted) {
-        return Bits(bit_cast<Bits>(grad) & same(Bits(place), wanted));
+    static POOLING_EXT_INLINE Bits given(G grad, uint8_t offset, Bits wanted) {
+        return Bits(bit_cast<Bits>(grad) & same(Bits(offset), wanted));
     }
 
     // Pixels of two columns for each window, of which only the first is in the one before, too:
@@ -123,12 +125,12 @@ class MaxPoolBackwardNhwc {
         for (int64_t o = pairs_begin_; o < pairs_end_; ++o) {
             const int64_t i = p_.w.start(o);
             const G* grad[kRows];
-            const uint8_t* places[kRows];
+            const uint8_t* offsets[kRows];
             uint32_t wanted[kRows];
             for (int r = 0; r < kRows; ++r) {
                 grad[r] = grad_ + rows_[r].at + o * n;
-                places[r] = places_ + rows_[r].at + o * n;
-                wanted[r] = uint32_t(rows_[r].place);
+                offsets[r] = offsets_ + rows_[r].at + o * n;
+                wanted[r] = uint32_t(rows_[r].offset);
             }
             G* const to = row + i * n;
             const auto first = output(i), second = output(i + 1);
@@ -136,13 +138,13 @@ class MaxPoolBackwardNhwc {
                 const int64_t c = next + kRun <= n ? next : n - kRun;
                 X a, b;
                 for (int r = 0; r < kRows; ++r) {
-                    const X same = V::given(grad[r] + c, places[r] + c, wanted[r]);
-                    const X beside = V::given(grad[r] + c, places[r] + c, wanted[r] + 1);
+                    const X same = V::given(grad[r] + c, offsets[r] + c, wanted[r]);
+                    const X beside = V::given(grad[r] + c, offsets[r] + c, wanted[r] + 1);
                     X all = same;
                     if constexpr (kKernel == 3) {
                         // The window before.
                         const int64_t at = c - n;
-                        all += V::given(grad[r] + at, places[r] + at, wanted[r] + 2);
+                        all += V::given(grad[r] + at, offsets[r] + at, wanted[r] + 2);
                     }
                     a = r == 0 ? all : a + all;
                     b = r == 0 ? beside : b + beside;
@@ -166,8 +168,8 @@ class MaxPoolBackwardNhwc {
                 for (int64_t k = 0; k < over; ++k, ++count) {
                     const int64_t at = rows_[r].at + columns[k].at;
                     taken.grad[count] = grad_ + at;
-                    taken.places[count] = places_ + at;
-                    taken.wanted[count] = Bits(rows_[r].place + columns[k].place);
+                    taken.offsets[count] = offsets_ + at;
+                    taken.wanted[count] = Bits(rows_[r].offset + columns[k].offset);
                 }
             sum(count, dst + i * channels, taken, channels, output(i));
         }
@@ -198,17 +200,17 @@ class MaxPoolBackwardNhwc {
     template <int kColumns>
     const Tap* add_columns(T* __restrict total, const Tap& row, const Tap* columns) const {
         const G* grad[kColumns];
-        const uint8_t* places[kColumns];
+        const uint8_t* offsets[kColumns];
         Bits wanted[kColumns];
         for (int k = 0; k < kColumns; ++k) {
             grad[k] = grad_ + row.at + columns[k].at;
-            places[k] = places_ + row.at + columns[k].at;
-            wanted[k] = Bits(row.place + columns[k].place);
+            offsets[k] = offsets_ + row.at + columns[k].at;
+            wanted[k] = Bits(row.offset + columns[k].offset);
         }
         for (int64_t c = 0; c < p_.channels; ++c) {
             T sum = T(0);
             for (int k = 0; k < kColumns; ++k)
-                sum += widen(bit_cast<G>(given(grad[k][c], places[k][c], wanted[k])));
+                sum += widen(bit_cast<G>(given(grad[k][c], offsets[k][c], wanted[k])));
             total[c] += sum;
         }
         return columns + kColumns;
@@ -238,17 +240,17 @@ class MaxPoolBackwardNhwc {
     __attribute__((noinline)) static void sum(G* __restrict dst, const Taken& taken, int64_t n,
                                               const Output output) {
         const G* grad[kTaps + 1];
-        const uint8_t* places[kTaps + 1];
+        const uint8_t* offsets[kTaps + 1];
         Bits wanted[kTaps + 1];
         for (int k = 0; k < kTaps; ++k)
-            grad[k] = taken.grad[k], places[k] = taken.places[k], wanted[k] = taken.wanted[k];
+            grad[k] = taken.grad[k], offsets[k] = taken.offsets[k], wanted[k] = taken.wanted[k];
         const auto visit = [&](int64_t i) __attribute__((always_inline)) {
             if constexpr (Output::kOne && kTaps == 1) {
-                put(dst, i, bit_cast<G>(given(grad[0][i], places[0][i], wanted[0])));
+                put(dst, i, bit_cast<G>(given(grad[0][i], offsets[0][i], wanted[0])));
             } else {
                 T total = T(0);
                 for (int k = 0; k < kTaps; ++k)
-                    total += widen(bit_cast<G>(given(grad[k][i], places[k][i], wanted[k])));
+                    total += widen(bit_cast<G>(given(grad[k][i], offsets[k][i], wanted[k])));
                 put(dst, i, narrow<G>(output(Single<G>{}, i, total)));
             }
         };
@@ -264,7 +266,7 @@ class MaxPoolBackwardNhwc {
 
     const PoolParams& p_;
     const G* const grad_;
-    const uint8_t* const places_;
+    const uint8_t* const offsets_;
     // The columns of windows over column i of the inputs are columns_[first_[i]] to
     // columns_[first_[i + 1]].
     int64_t* const first_;

@@ -28,7 +28,7 @@ void max_values(const Job& job, int64_t begin, int64_t end, void* scratch) {
 
 // Writes the winners' indices in the plane; -1 where there is none.
 inline void write_indices(const PoolParams& p, int64_t od, int64_t oh,
-                          const int32_t* __restrict offset, int64_t* __restrict places) {
+                          const int32_t* __restrict offset, int64_t* __restrict indices) {
     const int64_t d0 = p.d.start(od), h0 = p.h.start(oh);
     for (int64_t o = 0, i = 0; o < p.w.out; ++o) {
         const int64_t w0 = p.w.start(o);
@@ -37,14 +37,14 @@ inline void write_indices(const PoolParams& p, int64_t od, int64_t oh,
                           kw = offset[i] % int32_t(p.w.kernel);
             const int32_t kd = row / int32_t(p.h.kernel), kh = row % int32_t(p.h.kernel);
             const int64_t d = d0 + kd * p.d.dilation, h = h0 + kh * p.h.dilation;
-            places[i] =
+            indices[i] =
                 offset[i] < kNowhere ? (d * p.h.in + h) * p.w.in + w0 + kw * p.w.dilation : -1;
         }
     }
 }
 
-// Maxima of whole planes: the maximum first, then the place of whoever has it.
-template <class In, class Place>
+// Maxima of whole planes: the maximum first, then the index of whoever has it.
+template <class In, class Offset>
 void max_of_planes(const Job& job, int64_t begin, int64_t end) {
     using Order = Ordered<In>;
     using Op = MaxOp<Order, In>;
@@ -58,14 +58,14 @@ void max_of_planes(const Job& job, int64_t begin, int64_t end) {
         else
             while (Order::load(x[at]) != most) ++at;
         static_cast<In*>(job.dst)[plane] = Order::store(most);
-        static_cast<Place*>(job.places_out)[plane] = Place(at);
+        static_cast<Offset*>(job.offsets_out)[plane] = Offset(at);
     }
 }
 
 // The maxima of a window in channels-last, and the offsets of their winners; x holds its elements
 // in order.
 template <class In, int kCount>
-__attribute__((noinline)) void argmax_pixel(In* __restrict y, uint8_t* __restrict places,
+__attribute__((noinline)) void argmax_pixel(In* __restrict y, uint8_t* __restrict winner,
                                             const In* const* elements, const int32_t* offsets,
                                             int64_t n) {
     using Order = Ordered<In>;
@@ -96,7 +96,7 @@ __attribute__((noinline)) void argmax_pixel(In* __restrict y, uint8_t* __restric
 #pragma GCC unroll 1
         for (int j = 0; j < kRun; ++j) y[i + j] = Order::store(maxima[j]);
 #pragma GCC unroll 1
-        for (int j = 0; j < kRun; ++j) places[i + j] = uint8_t(winners[j]);
+        for (int j = 0; j < kRun; ++j) winner[i + j] = uint8_t(winners[j]);
     });
 }
 
@@ -108,14 +108,14 @@ void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
         begin, end, p.d.out, p.h.out, [&](int64_t index, int64_t outer, int64_t od, int64_t oh) {
             const In* plane = static_cast<const In*>(job.src) + outer * p.in_plane() * p.channels;
             In* y = static_cast<In*>(job.dst) + index * p.out_row();
-            auto* places = static_cast<uint8_t*>(job.places_out) + index * p.out_row();
+            auto* winners = static_cast<uint8_t*>(job.offsets_out) + index * p.out_row();
             walk(plane, od, oh, [&](const Taps<In>& taps, auto rows, auto columns, int64_t o) {
                 constexpr int kCount = rows.value * columns.value;
                 In* const to = y + o * p.channels;
-                uint8_t* const place = places + o * p.channels;
+                uint8_t* const winner = winners + o * p.channels;
                 if constexpr (kCount == 0) {
                     fill(to, Ordered<In>::store(Ordered<In>::lowest()), p.channels);
-                    fill(place, uint8_t(kByteWindow), p.channels);
+                    fill(winner, uint8_t(kByteWindow), p.channels);
                 } else {
                     const In* x[kCount];
                     int32_t offsets[kCount];
@@ -123,27 +123,27 @@ void argmax_pixels(const Job& job, int64_t begin, int64_t end) {
                         x[k] = taps.at(k, columns.value);
                         offsets[k] = walk.offset(o, k, columns.value);
                     }
-                    argmax_pixel<In, kCount>(to, place, x, offsets, p.channels);
+                    argmax_pixel<In, kCount>(to, winner, x, offsets, p.channels);
                 }
             });
         });
 }
 
 // Stores a row's winners: their offsets in the windows, or indices in the plane.
-template <class Place>
-void store_places(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offsets,
-                  Place* __restrict where, Place* places) {
-    if constexpr (std::is_same_v<Place, int64_t>) {
-        write_indices(p, od, oh, offsets, places);
+template <class Offset>
+void store_offsets(const PoolParams& p, int64_t od, int64_t oh, const int32_t* __restrict offsets,
+                   Offset* __restrict where, Offset* to) {
+    if constexpr (std::is_same_v<Offset, int64_t>) {
+        write_indices(p, od, oh, offsets, to);
     } else {
         const int64_t out = p.out_row(), n = whole_vectors(out, kVector);
-        for (int64_t i = 0; i < n; ++i) where[i] = Place(offsets[i] < kNowhere ? offsets[i] : -1);
-        std::memcpy(places, where, out * sizeof(Place));
+        for (int64_t i = 0; i < n; ++i) where[i] = Offset(offsets[i] < kNowhere ? offsets[i] : -1);
+        std::memcpy(to, where, out * sizeof(Offset));
     }
 }
 
 template <class In>
-void max_by_rows(const Job& job, int64_t begin, int64_t end, Places kind, Scratch scratch) {
+void max_by_rows(const Job& job, int64_t begin, int64_t end, Offsets kind, Scratch scratch) {
     using Order = Ordered<In>;
     const PoolParams& p = job.p;
     const auto* src = static_cast<const In*>(job.src);
@@ -159,63 +159,63 @@ void max_by_rows(const Job& job, int64_t begin, int64_t end, Places kind, Scratc
                    const int64_t n = whole_vectors(out, kVector);
                    for (int64_t i = 0; i < n; ++i) maxima[i] = Order::store(values[i]);
                    std::memcpy(static_cast<In*>(job.dst) + index * out, maxima, out * sizeof(In));
-                   const auto store = [&](auto place) {
-                       using Place = decltype(place);
-                       store_places(p, od, oh, argmax.offsets(), reinterpret_cast<Place*>(where),
-                                    static_cast<Place*>(job.places_out) + index * out);
+                   const auto store = [&](auto zero) {
+                       using Offset = decltype(zero);
+                       store_offsets(p, od, oh, argmax.offsets(), reinterpret_cast<Offset*>(where),
+                                     static_cast<Offset*>(job.offsets_out) + index * out);
                    };
-                   if (kind == Places::Byte)
+                   if (kind == Offsets::Byte)
                        store(uint8_t{});
-                   else if (kind == Places::Int32)
+                   else if (kind == Offsets::Int32)
                        store(int32_t{});
                    else
                        store(int64_t{});
                });
 }
 
-template <class In, class Place, Places kPlaces>
-void max_with_places(const Job& job, int64_t begin, int64_t end, void* memory) {
+template <class In, class Offset, Offsets kOffsets>
+void max_with_offsets(const Job& job, int64_t begin, int64_t end, void* memory) {
     Scratch scratch(memory);
     if (job.block)
-        return pool_blocks(job, begin, end, scratch, max_with_places<In, Place, kPlaces>, true,
-                           sizeof(In), sizeof(Place));
-    if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Place>(job, begin, end);
-    if constexpr (kCommon<In> && kPlaces == Places::Byte)
+        return pool_blocks(job, begin, end, scratch, max_with_offsets<In, Offset, kOffsets>, true,
+                           sizeof(In), sizeof(Offset));
+    if (job.p.channels == 1 && is_whole(job.p)) return max_of_planes<In, Offset>(job, begin, end);
+    if constexpr (kCommon<In> && kOffsets == Offsets::Byte)
         if (PixelWalker<In>::takes(job.p)) return argmax_pixels<In>(job, begin, end);
-    max_by_rows<In>(job, begin, end, kPlaces, scratch);
+    max_by_rows<In>(job, begin, end, kOffsets, scratch);
 }
 
 template <class In>
-Kernel forward_of(Places places) {
-    switch (places) {
-        case Places::None:
+Kernel forward_of(Offsets kind) {
+    switch (kind) {
+        case Offsets::None:
             return max_values<In>;
-        case Places::Byte:
-            return max_with_places<In, uint8_t, Places::Byte>;
-        case Places::Int32:
-            return max_with_places<In, int32_t, Places::Int32>;
-        case Places::Index:
-            return max_with_places<In, int64_t, Places::Index>;
+        case Offsets::Byte:
+            return max_with_offsets<In, uint8_t, Offsets::Byte>;
+        case Offsets::Int32:
+            return max_with_offsets<In, int32_t, Offsets::Int32>;
+        case Offsets::Index:
+            return max_with_offsets<In, int64_t, Offsets::Index>;
     }
     return nullptr;
 }
 
 }  // namespace
 
-Kernel max_pool(DType dtype, Places places) {
+Kernel max_pool(DType dtype, Offsets kind) {
     switch (dtype) {
         case DType::Int8:
-            return forward_of<int8_t>(places);
+            return forward_of<int8_t>(kind);
         case DType::Int16:
-            return forward_of<int16_t>(places);
+            return forward_of<int16_t>(kind);
         case DType::Int32:
-            return forward_of<int32_t>(places);
+            return forward_of<int32_t>(kind);
         case DType::Int64:
-            return forward_of<int64_t>(places);
+            return forward_of<int64_t>(kind);
         case DType::UInt8:
-            return forward_of<uint8_t>(places);
+            return forward_of<uint8_t>(kind);
         default:
-            return for_float(dtype, [&](auto zero) { return forward_of<decltype(zero)>(places); });
+            return for_float(dtype, [&](auto zero) { return forward_of<decltype(zero)>(kind); });
     }
 }
 

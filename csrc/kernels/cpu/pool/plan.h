@@ -33,7 +33,7 @@ inline bool interleave_small_planes(Job& job, int64_t size) {
     constexpr int64_t kLargestPlane = 4096, kBlock = 64, kBlockElements = 1 << 17;
     PoolParams& p = job.p;
     const bool fast_rows =
-        size >= 4 && !job.places_out && !p.w.adaptive && p.w.kernel <= 3 && p.w.dilation == 1;
+        size >= 4 && !job.offsets_out && !p.w.adaptive && p.w.kernel <= 3 && p.w.dilation == 1;
     const int64_t short_row = fast_rows ? 24 : 48;
     if (p.channels != 1 || p.w.in > short_row || p.in_plane() > kLargestPlane || p.outer < kBlock)
         return false;
@@ -63,16 +63,16 @@ inline Rows plan_forward(Job& job, int64_t size, bool averages) {
     return {p.out_rows(), p.window_rows() * p.in_row()};
 }
 
-// Max pooling's backward gathers from small windows, comparing a vector of places at a time, and
+// Max pooling's backward gathers from small windows, comparing a vector of offsets at a time, and
 // scatters whole planes from larger ones, unless those are so large that their sums would take too
 // much memory.
-inline void plan_max_backward(Job& job, DType dtype, Places places) {
+inline void plan_max_backward(Job& job, DType dtype, Offsets offsets) {
     constexpr int64_t kLargestPlane = int64_t(1) << 26;
     const PoolParams& p = job.p;
     // Sums that are not made in place cost more.
     const bool in_place = dtype == DType::Float32 || dtype == DType::Float64;
-    const int64_t most = in_place || places != Places::Byte ? kGatherWindow / 2 : kGatherWindow;
-    const bool gathers = p.channels > 1 && p.window_places() <= most;
+    const int64_t most = in_place || offsets != Offsets::Byte ? kGatherWindow / 2 : kGatherWindow;
+    const bool gathers = p.channels > 1 && p.window_size() <= most;
     const int64_t at_once = p.channels < kScatterChannels ? p.channels : kScatterChannels;
     job.by_plane = p.in_plane() * at_once <= kLargestPlane && !gathers;
 }
@@ -104,7 +104,7 @@ inline size_t scratch_bytes(const Job& job) {
         bytes += (planes * (p.in_plane() + p.out_plane()) + 4096) * sizeof(int32_t);
     }
     // The taps of MaxPoolBackwardNhwc.
-    bytes += p.window_places() <= kGatherWindow ? p.w.out * p.w.kernel * 16 + p.w.in * 8 : 0;
+    bytes += p.window_size() <= kGatherWindow ? p.w.out * p.w.kernel * 16 + p.w.in * 8 : 0;
     if (job.block) bytes += (p.in_plane() + 2 * p.out_plane()) * job.block * sizeof(double);
     return bytes;
 }

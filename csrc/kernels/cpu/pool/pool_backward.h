@@ -12,15 +12,15 @@ namespace pooling_ext::POOLING_EXT_ISA {
 // One row of outputs, as a row of inputs sees it.
 template <class G>
 struct SpreadRow {
-    const G* grad;      // the row's gradients
-    int64_t offset;     // of the row from the start of the outputs
-    int64_t od, oh;     // its place in the plane
-    int64_t place;      // of the input row in its windows: kd * kernel_h + kh
-    int64_t input_row;  // the input row's place in its plane: d * in_h + h
+    const G* grad;       // the row's gradients
+    int64_t offset;      // of the row from the start of the outputs
+    int64_t od, oh;      // its position in the plane
+    int64_t kernel_row;  // of the input row in its windows: kd * kernel_h + kh
+    int64_t input_row;   // the input row's position in its plane: d * in_h + h
 };
 
 // The sum for one row of inputs. In the contiguous format it may be kept in phases (see Phases),
-// so that the c-th columns of neighbouring windows lie side by side.
+// so that the c-th columns of neighboring windows lie side by side.
 template <class T>
 class RowGradient {
   public:
@@ -91,10 +91,10 @@ POOLING_EXT_INLINE void gather_rows(const Job& job, int64_t begin, int64_t end, 
             start();
             const int64_t d_end = p.d.end_output(id), h_end = p.h.end_output(ih);
             for (int64_t od = p.d.first_output(id); od < d_end; ++od) {
-                const int64_t kd = p.d.place(od, id);
+                const int64_t kd = p.d.element(od, id);
                 if (kd < 0) continue;
                 for (int64_t oh = p.h.first_output(ih); oh < h_end; ++oh) {
-                    const int64_t kh = p.h.place(oh, ih);
+                    const int64_t kh = p.h.element(oh, ih);
                     if (kh < 0) continue;
                     const int64_t offset = ((outer * p.d.out + od) * p.h.out + oh) * p.out_row();
                     add(SpreadRow<G>{grad + offset, offset, od, oh, kd * p.h.kernel + kh,

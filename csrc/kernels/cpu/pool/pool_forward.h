@@ -3,7 +3,7 @@
 // A row of outputs is made from the rows of input under it. The first step reduces those rows to
 // one, element by element; the second reduces each window's columns of that row. Both are the same
 // loop over contiguous memory, `reduce_rows`: in the contiguous format the second step first
-// deinterleaves the row into `stride` phases, so that the c-th columns of neighbouring windows lie
+// deinterleaves the row into `stride` phases, so that the c-th columns of neighboring windows lie
 // side by side; in channels-last the columns are vectors of channels anyway. The windows that most
 // networks have take shorter ways: slide.h, and in channels-last pool_nhwc.h.
 //
@@ -140,13 +140,13 @@ class Phases {
         length_ = w.dilation * (w.kernel - 1) / w.stride + w.out + w.in / w.stride + 2;
         at_ = scratch.take<int64_t>(w.kernel);
         parts_ = scratch.take<Part>(w.stride);
-        for (int64_t c = 0; c < w.kernel; ++c) at_[c] = place(c * w.dilation);
+        for (int64_t c = 0; c < w.kernel; ++c) at_[c] = offset(c * w.dilation);
         for (int64_t phase = 0; phase < stride_; ++phase) {
             bool read = false;
             for (int64_t c = 0; c < w.kernel; ++c) read |= c * w.dilation % stride_ == phase;
             const int64_t column = ((phase - w.pad_before) % stride_ + stride_) % stride_;
             if (read && column < w.in)
-                parts_[count_++] = {place(column + w.pad_before), column,
+                parts_[count_++] = {offset(column + w.pad_before), column,
                                     ceil_div(w.in - column, stride_)};
         }
     }
@@ -165,7 +165,7 @@ class Phases {
     const Part* end() const { return parts_ + count_; }
 
   private:
-    int64_t place(int64_t column) const { return column % stride_ * length_ + column / stride_; }
+    int64_t offset(int64_t column) const { return column % stride_ * length_ + column / stride_; }
 
     int64_t stride_ = 0, length_ = 0, count_ = 0;
     int64_t* at_ = nullptr;
@@ -205,7 +205,7 @@ POOLING_EXT_INLINE void prefetch_rows(const PoolParams& p, const In* last) {
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(last + row + n + i);
 }
 
-// Calls visit(pointer to row, place of the row in the window) for the input rows inside the
+// Calls visit(pointer to row, offset of the row in the window) for the input rows inside the
 // window of output row (od, oh).
 template <class In, class Visit>
 POOLING_EXT_INLINE void each_row(const PoolParams& p, const In* plane, int64_t od, int64_t oh,

@@ -53,8 +53,8 @@ class PixelWalker {
     template <class Visit>
     POOLING_EXT_INLINE void operator()(const In* plane, int64_t od, int64_t oh, Visit visit) {
         count_ = 0;
-        each_row(p_, plane, od, oh, [&](const In* row, int64_t place) {
-            places_[count_] = int32_t(place * p_.w.kernel);
+        each_row(p_, plane, od, oh, [&](const In* row, int64_t kernel_row) {
+            row_offsets_[count_] = int32_t(kernel_row * p_.w.kernel);
             rows_[count_++] = row;
         });
         switch (count_) {
@@ -75,7 +75,7 @@ class PixelWalker {
 
     // The offset of the k-th element of window o, of `columns` to a row.
     POOLING_EXT_INLINE int32_t offset(int64_t o, int k, int columns) const {
-        return places_[k / columns] + int32_t(p_.w.first(o)) + k % columns;
+        return row_offsets_[k / columns] + int32_t(p_.w.first(o)) + k % columns;
     }
 
   private:
@@ -118,7 +118,7 @@ class PixelWalker {
 
     const PoolParams& p_;
     const In* rows_[kRows];
-    int32_t places_[kRows];
+    int32_t row_offsets_[kRows];
     int64_t count_ = 0;
 };
 

@@ -1,5 +1,5 @@
 // Element types: how each is read into, and written from, the type that kernels compute in.
-// Written without branches so that loops over them vectorise on any instruction set.
+// Written without branches so that loops over them vectorize on any instruction set.
 #pragma once
 
 #include <cmath>
@@ -55,7 +55,7 @@ POOLING_EXT_INLINE float widen(Float16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
     // Exponents are biased by 15 here and by 127 there. Multiplying by 2^112 makes up for it, and
-    // normalises subnormals; infinity and NaN need the largest exponent.
+    // normalizes subnormals; infinity and NaN need the largest exponent.
     const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
     const uint32_t special = magnitude | 0x7f800000u;
     return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
@@ -114,7 +114,7 @@ using BitsOf =
                                           std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t>>>;
 
 // condition ? a : b, which a compiler can not turn into a branch that keeps a loop from being
-// vectorised.
+// vectorized.
 template <class T>
 POOLING_EXT_INLINE T select(bool condition, T a, T b) {
     const BitsOf<T> mask = BitsOf<T>(-BitsOf<T>(condition));

@@ -36,7 +36,7 @@ class EveryOther {
 
     static POOLING_EXT_INLINE V in_order(V taken) { return ordered(taken, kSequence); }
 
-    // Each in the place of the one after it, and the last in that of the first.
+    // Each in place of the one after it, and the last in that of the first.
     static POOLING_EXT_INLINE V rotated(V taken) { return rotated(taken, kSequence); }
 
     // The first of one, the others of another.
@@ -49,15 +49,15 @@ class EveryOther {
     static constexpr int kPart = 16 / sizeof(T), kHalf = kPart / 2;
 
     // Where the i-th of those that are taken is: half of each part comes from either register.
-    static constexpr int place(int i) {
+    static constexpr int lane(int i) {
         const int second = i / (kLanes / 2), in_register = i % (kLanes / 2);
         return in_register / kHalf * kPart + second * kHalf + in_register % kHalf;
     }
 
     // Which of them is there.
-    static constexpr int taken_at(int place) {
-        const int second = place % kPart / kHalf;
-        return second * (kLanes / 2) + place / kPart * kHalf + place % kHalf;
+    static constexpr int taken_at(int lane) {
+        const int second = lane % kPart / kHalf;
+        return second * (kLanes / 2) + lane / kPart * kHalf + lane % kHalf;
     }
 
     template <int kFirst, int... I>
@@ -67,12 +67,12 @@ class EveryOther {
 
     template <int... I>
     static POOLING_EXT_INLINE V ordered(V v, std::integer_sequence<int, I...>) {
-        return __builtin_shufflevector(v, v, place(I)...);
+        return __builtin_shufflevector(v, v, lane(I)...);
     }
 
     template <int... I>
     static POOLING_EXT_INLINE V rotated(V v, std::integer_sequence<int, I...>) {
-        return __builtin_shufflevector(v, v, place((taken_at(I) + kLanes - 1) % kLanes)...);
+        return __builtin_shufflevector(v, v, lane((taken_at(I) + kLanes - 1) % kLanes)...);
     }
 
     template <int... I>

@@ -31,9 +31,9 @@ POOLING_EXT_INLINE A by_registers(A a, B b, const Run& run) {
     }
 }
 
-// Stores a register past the cache, to a place aligned to its size, where the processor can.
+// Stores a register past the cache, to an address aligned to its size, where the processor can.
 template <class R>
-POOLING_EXT_INLINE void stream_register(void* to, R x) {
+POOLING_EXT_INLINE void store_non_temporal(void* to, R x) {
 #ifdef __SSE2__
     if constexpr (sizeof(R) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
 #endif
@@ -48,8 +48,8 @@ POOLING_EXT_INLINE void stream_register(void* to, R x) {
     std::memcpy(to, &x, sizeof(x));
 }
 
-// Makes what was streamed visible to other threads.
-inline void end_streaming() {
+// Makes non-temporal stores visible to other threads.
+inline void fence_non_temporal() {
 #ifdef __SSE2__
     _mm_sfence();
 #endif
@@ -100,26 +100,26 @@ struct Vector {
         }
     }
 
-    // Past the cache, to a place aligned to as many bytes.
+    // Past the cache, to an address aligned to as many bytes.
     static POOLING_EXT_INLINE void stream(In* to, X x) {
         if constexpr (std::is_same_v<In, T>)
-            stream_all(to, x);
+            store_all_non_temporal(to, x);
         else if constexpr (std::is_same_v<In, BFloat16>)
-            stream_all(to, narrowed(x));
+            store_all_non_temporal(to, narrowed(x));
         else
             put(to, x);
     }
 
-    // The gradients whose places are `wanted`, else 0.
-    static POOLING_EXT_INLINE X given(const In* grad, const uint8_t* places, uint32_t wanted) {
+    // The gradients whose offsets are `wanted`, else 0.
+    static POOLING_EXT_INLINE X given(const In* grad, const uint8_t* offsets, uint32_t wanted) {
         Bytes bytes;
-        std::memcpy(&bytes, places, sizeof(bytes));
+        std::memcpy(&bytes, offsets, sizeof(bytes));
         // Compilers have an instruction for each of these two steps, but not for both at once.
         const Half halves = __builtin_convertvector(bytes, Half);
         const Bits words = __builtin_convertvector(halves, Bits);
         return by_registers<T, uint32_t>(get(grad), words,
-                                         [=](auto value, auto place) POOLING_EXT_INLINE_LAMBDA {
-                                             return place == wanted ? value : decltype(value){};
+                                         [=](auto value, auto offset) POOLING_EXT_INLINE_LAMBDA {
+                                             return offset == wanted ? value : decltype(value){};
                                          });
     }
 
@@ -152,7 +152,7 @@ struct Vector {
     }
 
     template <class All>
-    static POOLING_EXT_INLINE void stream_all(In* to, All x) {
+    static POOLING_EXT_INLINE void store_all_non_temporal(In* to, All x) {
         constexpr int64_t kBytes = sizeof(All) < kVectorBytes ? sizeof(All) : kVectorBytes;
         typedef uint32_t One __attribute__((vector_size(kBytes)));
         struct Parts {
@@ -161,7 +161,7 @@ struct Vector {
         const Parts parts = bit_cast<Parts>(x);
 #pragma GCC unroll 4
         for (size_t i = 0; i < sizeof(All) / kBytes; ++i)
-            stream_register(reinterpret_cast<char*>(to) + i * kBytes, parts.part[i]);
+            store_non_temporal(reinterpret_cast<char*>(to) + i * kBytes, parts.part[i]);
     }
 };
 

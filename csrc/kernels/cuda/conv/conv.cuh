@@ -19,10 +19,10 @@ struct alignas(16) Window {
 
 // The tile of a block: down the rows of a group of tiles first, then to the next column, so that
 // blocks that run at the same time share rows of both matrices in the L2 cache.
-struct TilePlace {
+struct TilePosition {
     unsigned row, column;
 
-    POOLING_EXT_DEVICE TilePlace(unsigned down, unsigned across) {
+    POOLING_EXT_DEVICE TilePosition(unsigned down, unsigned across) {
         constexpr unsigned kGroup = 8;
         const unsigned first = blockIdx.x / (kGroup * across) * kGroup;
         const unsigned height = down - first < kGroup ? down - first : kGroup;
@@ -36,7 +36,7 @@ template <class Tile>
 POOLING_EXT_DEVICE void find_windows(const ConvJob& job, int64_t first, Window* windows) {
     const int plane = job.out_height * job.out_width;
     for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) {
-        Window window{0, -(1 << 30), 0};  // outside the image at every place of the window
+        Window window{0, -(1 << 30), 0};  // outside the image at every tap of the window
         if (first + r < job.pixels) {
             const int64_t image = (first + r) / plane;
             const int pixel = int(first + r - image * plane), row = pixel / job.out_width;
@@ -48,7 +48,7 @@ POOLING_EXT_DEVICE void find_windows(const ConvJob& job, int64_t first, Window* 
     }
 }
 
-// Brings steps of both operands to shared memory, N elements at a time. A row of either is places
+// Brings steps of both operands to shared memory, N elements at a time. A row of either is taps
 // of a window by channels; the thread has the same elements of every kPass-th row.
 template <class T, class Tile, int N>
 class Gatherer {
@@ -60,10 +60,10 @@ class Gatherer {
           element_(int(threadIdx.x) % kAcross * N),
           row_(int(threadIdx.x) / kAcross),
           feature_(first_feature + row_) {
-        const int place = element_ / job.channels, step = Tile::kStep / job.channels;
-        channel_ = normal_channel_ = element_ - place * job.channels;
-        y_ = place / job.kernel_w;
-        x_ = place - y_ * job.kernel_w;
+        const int tap = element_ / job.channels, step = Tile::kStep / job.channels;
+        channel_ = normal_channel_ = element_ - tap * job.channels;
+        y_ = tap / job.kernel_w;
+        x_ = tap - y_ * job.kernel_w;
         step_channel_ = Tile::kStep - step * job.channels;
         step_y_ = step / job.kernel_w;
         step_x_ = step - step_y_ * job.kernel_w;
@@ -115,7 +115,7 @@ class Gatherer {
 
     // The prologue, of what this thread fetched kStages - 2 steps before the last: the batch norm
     // and ReLU, rounded as if they had been stored. NaN stays NaN.
-    POOLING_EXT_DEVICE void normalise(T* stage) {
+    POOLING_EXT_DEVICE void normalize(T* stage) {
         const unsigned inside = unsigned(inside_ >> (kInputRows * (Tile::kStages - 2)));
         constexpr int kLoad = N < 4 ? N : 4;
         const float* const center = job_.affine + normal_channel_;
@@ -267,7 +267,7 @@ POOLING_EXT_DEVICE void store_part(const ConvJob& job, float* part, int64_t firs
 
 template <class T, class Tile, int kNumber = 0>
 POOLING_EXT_DEVICE void finish(const ConvJob& job, const Product<T, Tile>& product, float* part,
-                               const TilePlace& tile) {
+                               const TilePosition& tile) {
     const int64_t first_row = int64_t(tile.row) * Tile::kRows, left = job.pixels - first_row;
     const int rows = left < Tile::kRows ? int(left) : Tile::kRows;
     const int first_column = int(tile.column) * Tile::kColumns + kNumber * Tile::kPart;
@@ -298,8 +298,8 @@ template <class T, int kTile, int N>
 __global__ void __launch_bounds__(TileOf<T, kTile>::kThreads, 512 / TileOf<T, kTile>::kThreads)
     conv_kernel(ConvJob job) {
     using Tile = TileOf<T, kTile>;
-    const TilePlace tile(unsigned(ceil_div(job.pixels, Tile::kRows)),
-                         unsigned(ceil_div(job.features, Tile::kColumns)));
+    const TilePosition tile(unsigned(ceil_div(job.pixels, Tile::kRows)),
+                            unsigned(ceil_div(job.features, Tile::kColumns)));
     Window* const windows = dynamic_shared<Window>();
     T* const stages = reinterpret_cast<T*>(windows + Tile::kRows);
     find_windows<Tile>(job, int64_t(tile.row) * Tile::kRows, windows);
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(TileOf<T, kTile>::kThreads, 512 / TileOf<T, kT
     int now = 0, next = kAhead * Tile::kStage;
     for (int step = 0; step < steps; ++step) {
         __pipeline_wait_prior(kAhead - 1);
-        if (job.affine) gatherer.normalise(stages + now);
+        if (job.affine) gatherer.normalize(stages + now);
         __syncthreads();  // all of this step is there, and the one before it is not needed any more
         if (step + kAhead < steps)
             gatherer.fetch(stages + next);

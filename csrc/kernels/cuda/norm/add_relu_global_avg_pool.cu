@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kResidentMeans)
 #pragma unroll
             for (int i = 0; i < N; ++i)
                 out.at[i] = narrow<In>(
-                    through(T(widen(values[u].at[i]) + widen(added[u].at[i])), share[i]));
+                    relu_backward(T(widen(values[u].at[i]) + widen(added[u].at[i])), share[i]));
             store<N>(y + at[u], out);
         }
     });

@@ -1,4 +1,4 @@
-// What the kernels on batch normalisation share: its coefficients.
+// What the kernels on batch normalization share: its coefficients.
 //
 // As on the CPU, y = (x - center) * scale + shift: the center is the mean rounded to the type that
 // kernels compute in, so that the difference loses nothing where the mean is large beside the
@@ -116,12 +116,12 @@ POOLING_EXT_DEVICE bool lets_through(T z) {
 
 // The gradient of what ReLU was given.
 template <class T>
-POOLING_EXT_DEVICE T through(T z, T grad) {
+POOLING_EXT_DEVICE T relu_backward(T z, T grad) {
     return lets_through(z) ? grad : T(0);
 }
 
 // What a kernel is told of the activation: which of those in activation.cuh it is, or whether it is
-// ReLU. (A structure in the place of the bool has the compiler take more registers.)
+// ReLU. (A structure in place of the bool has the compiler take more registers.)
 template <bool kCurved>
 using ToldActivation = std::conditional_t<kCurved, ActivationFunction, bool>;
 

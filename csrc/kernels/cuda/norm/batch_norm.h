@@ -1,4 +1,4 @@
-// Batch normalisation on a GPU: what its launchers and kernels agree on.
+// Batch normalization on a GPU: what its launchers and kernels agree on.
 #pragma once
 
 #include "common/activation_kind.h"
@@ -15,7 +15,7 @@ struct ChannelVector {
     int64_t step = 1;
 };
 
-// What to normalise with: y = (x - mean) / sqrt(variance + eps) * weight + bias.
+// What to normalize with: y = (x - mean) / sqrt(variance + eps) * weight + bias.
 struct Norm {
     const double* stats = nullptr;  // two rows of `channels`: means and biased variances
     ChannelVector weight, bias;
@@ -49,7 +49,7 @@ struct BatchNormJob {
     // Of a call with a residual: ReLU's output or, for another activation, the residual. With it
     // the gradient of the residual, which is that of what the activation was given, is written.
     const void* kept = nullptr;
-    // In the place of ReLU's output: a bit of each element, whether it lets gradients through. Each
+    // Instead of ReLU's output: a bit of each element, whether it lets gradients through. Each
     // byte has those of 16 bytes of elements, from the lowest bit on.
     uint8_t* mask = nullptr;
     void* residual_grad = nullptr;
@@ -64,7 +64,7 @@ void batch_norm_stats(const BatchNormJob& job, StreamHandle stream);
 // Means and variances of all splits, into two rows of `channels`.
 void batch_norm_merge(const BatchNormJob& job, double* stats, StreamHandle stream);
 // Where there is a mask, of ReLU with a residual, it is written.
-void batch_norm_act(const BatchNormJob& job, StreamHandle stream);
+void batch_norm_act_elemt(const BatchNormJob& job, StreamHandle stream);
 // Sums of the gradient and of its products with x - center of each split.
 void batch_norm_sums(const BatchNormJob& job, StreamHandle stream);
 // Sums of so many splits, with x - mean, and the gradients of weight and bias (or none).

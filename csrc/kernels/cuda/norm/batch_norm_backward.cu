@@ -1,4 +1,4 @@
-// Batch normalisation with residual and activation, backward: the two passes of Ioffe and Szegedy.
+// Batch normalization with residual and activation, backward: the two passes of Ioffe and Szegedy.
 #include "kernels/cuda/norm/batch_norm.cuh"
 
 namespace pooling_ext::cuda {
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
                 } else if constexpr (kMask) {
                     g = bits[u] >> i & 1 ? g : T(0);
                 } else if constexpr (kKept) {
-                    g = through(T(widen(others[u].at[i])), g);
+                    g = relu_backward(T(widen(others[u].at[i])), g);
                 } else if (activation) {
-                    g = through(fused(d, c.scale[i], c.shift[i]), g);
+                    g = relu_backward(fused(d, c.scale[i], c.shift[i]), g);
                 }
                 if constexpr (kKept) out.at[i] = narrow<In>(g);
                 gradient[i] += g;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 if constexpr (kCurved)
                     g = multiplied(factors[i], g);
                 else if (activation)
-                    g = through(fused(d, c.scale[i], c.shift[i]), g);
+                    g = relu_backward(fused(d, c.scale[i], c.shift[i]), g);
                 g *= c.scale[i];
                 if (sums) g += fused(d, c.slope[i], c.offset[i]);
                 out.at[i] = narrow<In>(g);

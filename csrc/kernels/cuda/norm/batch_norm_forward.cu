@@ -1,4 +1,4 @@
-// Batch normalisation with residual and activation, forward.
+// Batch normalization with residual and activation, forward.
 //
 // The statistics are shifted sums: each thread takes the mean of the first elements that it reads
 // in a column as center, so that a float32 sum of squares loses no more than the number of the
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) write_mask(const In* y, uint8_t* mas
 
 template <class In, int N, bool kResidual, bool kCurved, bool kMask>
 __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
-    normalise(const In* x, const In* residual, In* y, uint8_t* mask, Norm norm,
+    normalize(const In* x, const In* residual, In* y, uint8_t* mask, Norm norm,
               ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
     const Position<N> p(tiles, true);
@@ -196,12 +196,12 @@ void batch_norm_merge(const BatchNormJob& job, double* stats, StreamHandle strea
                         static_cast<const double*>(job.parts), stats, job.tiles);
 }
 
-void batch_norm_act(const BatchNormJob& job, StreamHandle stream) {
+void batch_norm_act_elemt(const BatchNormJob& job, StreamHandle stream) {
     with_tiles(job.dtype, job.tiles, [&](auto zero, auto vector) {
         using In = decltype(zero);
         In* const y = static_cast<In*>(job.y);
         const auto run = [&](auto residual, auto curved, auto mask) {
-            launch<normalise<In, vector, residual, curved, mask>>(
+            launch<normalize<In, vector, residual, curved, mask>>(
                 grid_of(job.tiles), static_cast<Stream>(stream), static_cast<const In*>(job.x),
                 static_cast<const In*>(job.residual), y, job.mask, job.norm,
                 told<curved>(job.activation), job.tiles);

@@ -1,4 +1,4 @@
-// Batch normalisation, ReLU and max pooling: the stem of a ResNet. A thread normalises the elements
+// Batch normalization, ReLU and max pooling: the stem of a ResNet. A thread normalizes the elements
 // that it reads, and as it walks down rows it reads each of its columns once. In training the
 // winners' elements are kept: with them backward's sums are those of a batch norm of the output's
 // size.
@@ -11,7 +11,7 @@ namespace {
 // --- the windows that CNNs use -------------------------------------------------------------------
 
 template <class In_, bool kKeeps_>
-struct Normalised {
+struct Normalized {
     using In = In_;
     // Two blocks have 48 KB on their way. The coefficients leave no registers for a third.
     static constexpr int kResident = 2;
@@ -23,14 +23,14 @@ struct Normalised {
 }  // namespace
 
 template <class In, bool kKeeps, class Columns>
-struct OwnCompared<Normalised<In, kKeeps>, Columns> {
+struct OwnCompared<Normalized<In, kKeeps>, Columns> {
     using Lanes = typename Columns::Lanes;
     using Value = typename Lanes::Value;
     using T = Accumulator<In>;
     static constexpr int N = Columns::kChannels;
     T center[N], scale[N], shift[N];
 
-    POOLING_EXT_DEVICE OwnCompared(const Normalised<In, kKeeps>& what, int64_t plane, int channel) {
+    POOLING_EXT_DEVICE OwnCompared(const Normalized<In, kKeeps>& what, int64_t plane, int channel) {
         what.coefficients.read(0, plane, channel, center);
         what.coefficients.read(1, plane, channel, scale);
         what.coefficients.read(2, plane, channel, shift);
@@ -58,15 +58,15 @@ namespace {
 
 // --- any window ----------------------------------------------------------------------------------
 
-// `Place` is what places in a window are counted in; void where nobody asks for them, nor for what
-// won.
-template <class In_, class Place>
+// `Offset` is what offsets in a window are counted in; void where nobody asks for them, nor for
+// what won.
+template <class In_, class Offset>
 struct NormalMaxOp {
     using In = In_;
     using T = Accumulator<In>;
-    static constexpr bool kPlaces = !std::is_void_v<Place>, kAverages = false, kVectors = true;
+    static constexpr bool kOffsets = !std::is_void_v<Offset>, kAverages = false, kVectors = true;
     static constexpr bool kSquares = false;
-    using Wide = NormalMaxOp<In, std::conditional_t<kPlaces, int64_t, void>>;
+    using Wide = NormalMaxOp<In, std::conditional_t<kOffsets, int64_t, void>>;
 
     struct Value {
         T value;
@@ -74,10 +74,11 @@ struct NormalMaxOp {
     template <class P>
     struct Winner {
         T value;
-        P place;
+        P offset;
         In element;
     };
-    using Acc = std::conditional_t<kPlaces, Winner<std::conditional_t<kPlaces, Place, int>>, Value>;
+    using Acc =
+        std::conditional_t<kOffsets, Winner<std::conditional_t<kOffsets, Offset, int>>, Value>;
 
     static constexpr T kLowest = -std::numeric_limits<T>::infinity();
 
@@ -92,14 +93,14 @@ struct NormalMaxOp {
 
     POOLING_EXT_DEVICE void start(Acc& acc) const {
         acc.value = kLowest;
-        if constexpr (kPlaces) acc.place = -1;
+        if constexpr (kOffsets) acc.offset = -1;
     }
 
     POOLING_EXT_DEVICE In finish(const Acc& acc) const { return narrow<In>(rectified(acc.value)); }
 
     template <int N>
     POOLING_EXT_DEVICE void keep(int64_t to, const Acc (&acc)[N]) const
-        requires kPlaces
+        requires kOffsets
     {
         Vec<In, N> elements;
 #pragma unroll
@@ -110,9 +111,9 @@ struct NormalMaxOp {
 
 }  // namespace
 
-template <class In, class Place, int N>
-struct OwnOp<NormalMaxOp<In, Place>, N> {
-    using Op = NormalMaxOp<In, Place>;
+template <class In, class Offset, int N>
+struct OwnOp<NormalMaxOp<In, Offset>, N> {
+    using Op = NormalMaxOp<In, Offset>;
     using T = typename Op::T;
     T center[N], scale[N], shift[N];
 
@@ -123,14 +124,14 @@ struct OwnOp<NormalMaxOp<In, Place>, N> {
     }
 
     template <class Int>
-    POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int i, In element, Int place) const {
+    POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int i, In element, Int offset) const {
         const T z = widen(narrow<In>(fused(widen(element) - center[i], scale[i], shift[i])));
         bool wins = z > acc.value || is_nan(z);
-        if constexpr (Op::kPlaces) wins = wins || acc.place < 0;
+        if constexpr (Op::kOffsets) wins = wins || acc.offset < 0;
         if (!wins) return;
         acc.value = z;
-        if constexpr (Op::kPlaces) {
-            acc.place = decltype(acc.place)(place);
+        if constexpr (Op::kOffsets) {
+            acc.offset = decltype(acc.offset)(offset);
             acc.element = element;
         }
     }
@@ -169,15 +170,15 @@ void stem_forward(const BnReluMaxPoolJob& job, StreamHandle handle) {
         using In = decltype(zero);
         const CoefficientRows<Accumulator<In>> coefficients(job);
         In* const winners = static_cast<In*>(job.winners);
-        if (job.pool.places_out == nullptr) {
-            const Normalised<In, false> what{coefficients, nullptr};
-            if (!launch_max_pool_rows<false>(what, job.pool, Places::None, stream))
-                launch_forward(NormalMaxOp<In, void>(coefficients, nullptr), job.pool, Places::None,
-                               stream);
+        if (job.pool.offsets_out == nullptr) {
+            const Normalized<In, false> what{coefficients, nullptr};
+            if (!launch_max_pool_rows<false>(what, job.pool, Offsets::None, stream))
+                launch_forward(NormalMaxOp<In, void>(coefficients, nullptr), job.pool,
+                               Offsets::None, stream);
         } else {
-            const Normalised<In, true> what{coefficients, winners};
-            if (!launch_max_pool_rows<true>(what, job.pool, Places::Byte, stream))
-                launch_forward(NormalMaxOp<In, int>(coefficients, winners), job.pool, Places::Byte,
+            const Normalized<In, true> what{coefficients, winners};
+            if (!launch_max_pool_rows<true>(what, job.pool, Offsets::Byte, stream))
+                launch_forward(NormalMaxOp<In, int>(coefficients, winners), job.pool, Offsets::Byte,
                                stream);
         }
     });

@@ -1,4 +1,4 @@
-// Batch normalisation, ReLU and max pooling on a GPU: what its launchers and kernels agree on.
+// Batch normalization, ReLU and max pooling on a GPU: what its launchers and kernels agree on.
 #pragma once
 
 #include "kernels/cuda/norm/batch_norm.h"
@@ -9,8 +9,8 @@ struct BnReluMaxPoolJob {
     BnReluMaxPoolJob(const PoolJob& pool, DType dtype, bool channels_last)
         : pool(pool), dtype(dtype), channels_last(channels_last) {}
 
-    PoolJob pool;             // src, dst and maybe places_out, or src, places_in and dst
-    void* winners = nullptr;  // the elements that won; forward, where there are places_out
+    PoolJob pool;             // src, dst and maybe offsets_out, or src, offsets_in and dst
+    void* winners = nullptr;  // the elements that won; forward, where there are offsets_out
     DType dtype;
     bool channels_last;
     const void* x = nullptr;  // backward

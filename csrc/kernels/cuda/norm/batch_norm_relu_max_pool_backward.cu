@@ -1,4 +1,4 @@
-// The gradient of batch normalisation, ReLU and max pooling: each input gathers the gradients of
+// The gradient of batch normalization, ReLU and max pooling: each input gathers the gradients of
 // the windows that picked it.
 #include "kernels/cuda/norm/batch_norm_relu_max_pool.cuh"
 #include "kernels/cuda/pool/max_pool_cells.cuh"
@@ -6,15 +6,15 @@
 namespace pooling_ext::cuda {
 namespace {
 
-// Gradients go to the winners, through ReLU, and on through the normalisation.
+// Gradients go to the winners, through ReLU, and on through the normalization.
 template <class In>
-struct ThroughNorm : ToWinner<In, uint8_t> {
+struct ToWinnerThroughNorm : ToWinner<In, uint8_t> {
     using T = Accumulator<In>;
     const In* x;
     CoefficientRows<T> coefficients;
     bool sums;
 
-    explicit ThroughNorm(const BnReluMaxPoolJob& job)
+    explicit ToWinnerThroughNorm(const BnReluMaxPoolJob& job)
         : x(static_cast<const In*>(job.x)), coefficients(job), sums(job.norm.sums != nullptr) {}
 
     bool aligned() const { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
@@ -23,12 +23,13 @@ struct ThroughNorm : ToWinner<In, uint8_t> {
 }  // namespace
 
 template <class In, int N>
-struct OwnTo<ThroughNorm<In>, N> {
+struct OwnTo<ToWinnerThroughNorm<In>, N> {
     using T = Accumulator<In>;
-    const ThroughNorm<In>& to;
+    const ToWinnerThroughNorm<In>& to;
     T center[N], scale[N], shift[N], slope[N], offset[N];
 
-    POOLING_EXT_DEVICE OwnTo(const ThroughNorm<In>& to, int64_t plane, int64_t channel) : to(to) {
+    POOLING_EXT_DEVICE OwnTo(const ToWinnerThroughNorm<In>& to, int64_t plane, int64_t channel)
+        : to(to) {
         const auto& rows = to.coefficients;
         rows.read(0, plane, channel, center);
         rows.read(1, plane, channel, scale);
@@ -45,7 +46,7 @@ struct OwnTo<ThroughNorm<In>, N> {
         for (int i = 0; i < M; ++i) {
             const int c = N == 1 ? 0 : i;
             const T d = widen(values.at[i]) - center[c];
-            T g = through(fused(d, scale[c], shift[c]), acc[i]) * scale[c];
+            T g = relu_backward(fused(d, scale[c], shift[c]), acc[i]) * scale[c];
             if (to.sums) g += fused(d, slope[c], offset[c]);
             out.at[i] = narrow<In>(g);
         }
@@ -56,7 +57,7 @@ struct OwnTo<ThroughNorm<In>, N> {
 void stem_backward(const BnReluMaxPoolJob& job, StreamHandle stream) {
     with_float(job.dtype, [&](auto zero) {
         using In = decltype(zero);
-        const ThroughNorm<In> to(job);
+        const ToWinnerThroughNorm<In> to(job);
         if (!launch_max_pool_cells(job.pool, static_cast<Stream>(stream), to))
             launch_backward(job.pool, static_cast<Stream>(stream), to);
     });

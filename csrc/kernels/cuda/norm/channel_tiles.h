@@ -3,7 +3,7 @@
 // A dense tensor of channels is rows of `channels * inner` elements: in channels-last a row is a
 // pixel and `inner` 1, in the contiguous format a row is an image and `inner` its pixels. A block
 // has a few channels of some rows, a split of them. A thread moves vectors that lie at the same
-// place in each row, so that their channels stay the same; or, where a block has one channel of
+// offset in each row, so that their channels stay the same; or, where a block has one channel of
 // long planes, whichever come next (a flat tile).
 #pragma once
 

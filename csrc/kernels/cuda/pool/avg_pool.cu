@@ -12,7 +12,7 @@ struct SumOp {
     using In = In_;
     using T = Accumulator<In>;
     using Wide = SumOp;
-    static constexpr bool kPlaces = false, kAverages = true, kVectors = true;
+    static constexpr bool kOffsets = false, kAverages = true, kVectors = true;
 
     struct Acc {
         T value;
@@ -62,7 +62,7 @@ void avg_pool(const PoolJob& job, DType dtype, double* parts, StreamHandle strea
         return global_mean(mean, stream);
     }
     with_float(dtype, [&](auto zero) {
-        launch_forward(SumOp<decltype(zero)>(), job, Places::None, static_cast<Stream>(stream));
+        launch_forward(SumOp<decltype(zero)>(), job, Offsets::None, static_cast<Stream>(stream));
     });
 }
 

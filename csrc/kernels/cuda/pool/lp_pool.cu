@@ -10,7 +10,7 @@ struct PowerSumOp {
     using In = In_;
     using T = Accumulator<In>;
     using Wide = PowerSumOp;
-    static constexpr bool kPlaces = false, kAverages = true, kVectors = true;
+    static constexpr bool kOffsets = false, kAverages = true, kVectors = true;
 
     struct Acc {
         T value;
@@ -28,8 +28,8 @@ struct PowerSumOp {
     }
     POOLING_EXT_DEVICE Acc merge(const Acc& a, const Acc& b) const { return {a.value + b.value}; }
     // PyTorch takes the average and multiplies by the full window's size.
-    POOLING_EXT_DEVICE In finish(const Acc& acc, T count, T places) const {
-        const T x = acc.value / count * places;
+    POOLING_EXT_DEVICE In finish(const Acc& acc, T count, T size) const {
+        const T x = acc.value / count * size;
         return narrow<In>(norm == 1 ? x : norm == 2 ? sqrt(x) : pow(x, T(1) / T(3)));
     }
 };
@@ -38,7 +38,7 @@ struct PowerSumOp {
 
 void lp_pool(const PoolJob& job, DType dtype, void* parts, StreamHandle stream) {
     with_float(dtype, [&](auto zero) {
-        launch_forward(PowerSumOp<decltype(zero)>{job.norm, job.magnitude}, job, Places::None,
+        launch_forward(PowerSumOp<decltype(zero)>{job.norm, job.magnitude}, job, Offsets::None,
                        static_cast<Stream>(stream), parts);
     });
 }

@@ -11,13 +11,13 @@
 namespace pooling_ext::cuda {
 namespace {
 
-// `Place` is what places in a window are counted in; void where nobody asks for them.
-template <class In_, class Place>
+// `Offset` is what offsets in a window are counted in; void where nobody asks for them.
+template <class In_, class Offset>
 struct MaxOp {
     using In = In_;
-    static constexpr bool kPlaces = !std::is_void_v<Place>, kAverages = false;
+    static constexpr bool kOffsets = !std::is_void_v<Offset>, kAverages = false;
     static constexpr bool kVectors = !std::is_integral_v<In>, kSquares = false;
-    using Wide = MaxOp<In, std::conditional_t<kPlaces, int64_t, void>>;
+    using Wide = MaxOp<In, std::conditional_t<kOffsets, int64_t, void>>;
 
     // Floats of 16 bits are compared as float32, which holds them exactly.
     static constexpr bool kWidens = !std::is_integral_v<In>;
@@ -37,9 +37,10 @@ struct MaxOp {
     template <class P>
     struct Winner {
         T value;
-        P place;
+        P offset;
     };
-    using Acc = std::conditional_t<kPlaces, Winner<std::conditional_t<kPlaces, Place, int>>, Value>;
+    using Acc =
+        std::conditional_t<kOffsets, Winner<std::conditional_t<kOffsets, Offset, int>>, Value>;
 
     MaxOp() = default;
     template <class Other>
@@ -47,33 +48,33 @@ struct MaxOp {
 
     POOLING_EXT_DEVICE void start(Acc& acc) const {
         acc.value = kLowest;
-        if constexpr (kPlaces) acc.place = -1;
+        if constexpr (kOffsets) acc.offset = -1;
     }
 
     template <class Int>
-    POOLING_EXT_DEVICE void step(Acc& acc, In element, Int place) const {
+    POOLING_EXT_DEVICE void step(Acc& acc, In element, Int offset) const {
         T x;
         if constexpr (kWidens)
             x = widen(element);
         else
             x = element;
         bool wins = x > acc.value || is_nan(x);
-        if constexpr (kPlaces) wins = wins || acc.place < 0;
+        if constexpr (kOffsets) wins = wins || acc.offset < 0;
         if (!wins) return;
         acc.value = x;
-        if constexpr (kPlaces) acc.place = Place(place);
+        if constexpr (kOffsets) acc.offset = Offset(offset);
     }
 
     POOLING_EXT_DEVICE Acc merge(const Acc& a, const Acc& b) const {
-        if constexpr (!kPlaces) {
+        if constexpr (!kOffsets) {
             return a.value > b.value || is_nan(a.value) ? a : b;
         } else {
-            if (a.place < 0 || b.place < 0) return a.place < 0 ? b : a;
+            if (a.offset < 0 || b.offset < 0) return a.offset < 0 ? b : a;
             if (is_nan(a.value) || is_nan(b.value)) {
-                if (is_nan(a.value) && is_nan(b.value)) return a.place > b.place ? a : b;
+                if (is_nan(a.value) && is_nan(b.value)) return a.offset > b.offset ? a : b;
                 return is_nan(a.value) ? a : b;
             }
-            if (a.value == b.value) return a.place < b.place ? a : b;
+            if (a.value == b.value) return a.offset < b.offset ? a : b;
             return a.value > b.value ? a : b;
         }
     }
@@ -86,24 +87,24 @@ struct MaxOp {
     }
 };
 
-// Reads the input at the winners' places.
+// Reads the input at the winners' offsets.
 template <class Element, class Int>
 __global__ void __launch_bounds__(kThreads, kResident)
-    gather_winners(PoolJob job, Geometry<Int> g, Places kind, int64_t total) {
+    gather_winners(PoolJob job, Geometry<Int> g, Offsets kind, int64_t total) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= total) return;
     const int64_t c = i % g.channels, pixel = i / g.channels;
     const int64_t row = pixel / g.w.out, slice = row / g.h.out;
     int64_t index;
-    if (kind == Places::Index) {
-        index = load(static_cast<const int64_t*>(job.places_in) + i).at[0];
+    if (kind == Offsets::Index) {
+        index = load(static_cast<const int64_t*>(job.offsets_in) + i).at[0];
     } else {
         Int offset;
-        if (kind == Places::Byte) {
-            const uint8_t byte = load(static_cast<const uint8_t*>(job.places_in) + i).at[0];
+        if (kind == Offsets::Byte) {
+            const uint8_t byte = load(static_cast<const uint8_t*>(job.offsets_in) + i).at[0];
             offset = byte == kByteWindow ? -1 : Int(byte);
         } else {
-            offset = load(static_cast<const int32_t*>(job.places_in) + i).at[0];
+            offset = load(static_cast<const int32_t*>(job.offsets_in) + i).at[0];
         }
         index = index_of<Int>(g, offset, Int(slice % g.d.out), Int(row % g.h.out),
                               Int(pixel % g.w.out));
@@ -118,11 +119,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 }  // namespace
 
-void max_pool(const PoolJob& job, DType dtype, Places kind, void* parts, StreamHandle handle) {
+void max_pool(const PoolJob& job, DType dtype, Offsets kind, void* parts, StreamHandle handle) {
     const Stream stream = static_cast<Stream>(handle);
     const auto run = [&](auto zero) {
         using In = decltype(zero);
-        if (kind == Places::None) {
+        if (kind == Offsets::None) {
             if (!launch_max_pool_rows<false>(AsTheyAre<In>(), job, kind, stream))
                 launch_forward(MaxOp<In, void>(), job, kind, stream, parts);
         } else {
@@ -141,15 +142,15 @@ void max_pool(const PoolJob& job, DType dtype, Places kind, void* parts, StreamH
     }
 }
 
-void max_pool_backward(const PoolJob& job, DType dtype, Places kind, StreamHandle handle) {
+void max_pool_backward(const PoolJob& job, DType dtype, Offsets kind, StreamHandle handle) {
     const Stream stream = static_cast<Stream>(handle);
     with_float(dtype, [&](auto zero) {
         using In = decltype(zero);
         switch (kind) {
-            case Places::Byte:
+            case Offsets::Byte:
                 if (launch_max_pool_cells<ToWinner<In, uint8_t>>(job, stream)) return;
                 return launch_backward<ToWinner<In, uint8_t>>(job, stream);
-            case Places::Int32:
+            case Offsets::Int32:
                 return launch_backward<ToWinner<In, int32_t>>(job, stream);
             default:
                 return launch_backward<ToWinner<In, int64_t>>(job, stream);
@@ -157,7 +158,7 @@ void max_pool_backward(const PoolJob& job, DType dtype, Places kind, StreamHandl
     });
 }
 
-void max_pool_gather(const PoolJob& job, DType dtype, Places kind, StreamHandle handle) {
+void max_pool_gather(const PoolJob& job, DType dtype, Offsets kind, StreamHandle handle) {
     const Stream stream = static_cast<Stream>(handle);
     const int64_t total = job.p.out_rows() * job.p.out_row();
     const Grid grid{dim3(unsigned(ceil_div(total, kThreads))), dim3(kThreads)};

@@ -8,8 +8,8 @@
 namespace pooling_ext::cuda {
 
 // `parts`: whole_parts_bytes() of memory, or none.
-void max_pool(const PoolJob& job, DType dtype, Places kind, void* parts, StreamHandle stream);
-void max_pool_backward(const PoolJob& job, DType dtype, Places kind, StreamHandle stream);
-void max_pool_gather(const PoolJob& job, DType dtype, Places kind, StreamHandle stream);
+void max_pool(const PoolJob& job, DType dtype, Offsets kind, void* parts, StreamHandle stream);
+void max_pool_backward(const PoolJob& job, DType dtype, Offsets kind, StreamHandle stream);
+void max_pool_gather(const PoolJob& job, DType dtype, Offsets kind, StreamHandle stream);
 
 }  // namespace pooling_ext::cuda

@@ -1,7 +1,7 @@
 // The gradient of max pooling with the windows that CNNs use, of which a byte says who won.
 //
 // Inputs are taken in cells of the stride. Which windows cover an input, and at which of their
-// places, depends only on where in its cell it lies: nothing is searched for and nothing diverges.
+// offsets, depends only on where in its cell it lies: nothing is searched for and nothing diverges.
 // A thread walks down the cells of a column, a vector wide, and keeps the windows that the next
 // cell needs too. Addresses outside are clamped to the border, and who won there is nobody.
 #pragma once
@@ -26,7 +26,7 @@ struct Cell {
     // Cells at once, so that enough loads are on their way.
     static constexpr int kSteps = kAcross == 1 ? 2 : 1;
 
-    // Whether input r of a cell has place k in a window; and which of its windows that is.
+    // Whether input r of a cell has offset k in a window; and which of its windows that is.
     static POOLING_EXT_DEVICE constexpr bool covers(int r, int k) { return (r + P - k) % S == 0; }
     static POOLING_EXT_DEVICE constexpr int window(int r, int k) { return (r + P - k) / S - kLow; }
 };
@@ -62,7 +62,7 @@ struct PixelCells {
     bool there[C::kAcross];
     int to, inputs;  // the first input, and how many there are from it on
 
-    POOLING_EXT_DEVICE PixelCells(const Geometry<int>& g, const Place& at)
+    POOLING_EXT_DEVICE PixelCells(const Geometry<int>& g, const Position& at)
         : channel(int(at.vector) * N) {
         const int cell = int(at.column), left = cell * Window::stride;
 #pragma unroll
@@ -79,7 +79,7 @@ struct PixelCells {
         Vec<In, N> grads[C::kAcross];
         Winners<N> winners[C::kAcross];
 
-        // Of the window that input r of the cell has place k in.
+        // Of the window that input r of the cell has offset k in.
         POOLING_EXT_DEVICE typename To::T grad(int, int window, int i) const {
             return widen(grads[window].at[i]);
         }
@@ -123,7 +123,7 @@ struct RunCells {
     bool there, before_there, after_there;
     int to, inputs;
 
-    POOLING_EXT_DEVICE RunCells(const Geometry<int>& g, const Place& at) {
+    POOLING_EXT_DEVICE RunCells(const Geometry<int>& g, const Position& at) {
         const int first = int(at.column) * N;
         there = first < g.w.out;
         from = there ? first : 0;
@@ -189,14 +189,14 @@ __global__ void __launch_bounds__(kThreads, kResidentCells<To, Window>)
     constexpr int K = C::K, S = C::S, kKept = C::kAcross - 1, kSteps = C::kSteps;
     constexpr int N = Cells::kLength;
     const Geometry<int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const Cells cells(g, at);
     const OwnTo<To, Cells::kChannels> own(to, at.plane, cells.channel);
     const int in_row = g.w.in * g.channels, out_row = g.w.out * g.channels;
     const int64_t plane = at.plane * (int64_t(g.h.out) * out_row);
     const In* const grads = static_cast<const In*>(call.grad) + plane;
-    const uint8_t* const winners = static_cast<const uint8_t*>(call.places) + plane;
+    const uint8_t* const winners = static_cast<const uint8_t*>(call.offsets) + plane;
     const auto read = [&](int oh) {
         const int64_t row = int64_t(clamped(oh, g.h.out)) * out_row;
         return cells.read(grads + row, winners + row, oh >= 0 && oh < g.h.out);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kResidentCells<To, Window>)
                     for (int i = 0; i < N; ++i) {
                         sums[i] = 0;
                         const int rw = Cells::input(v, i), cell = Cells::cell(v, i);
-                    // The first window has the last places.
+                    // The first window has the last offsets.
 #pragma unroll
                         for (int kh = K - 1; kh >= 0; --kh)
 #pragma unroll

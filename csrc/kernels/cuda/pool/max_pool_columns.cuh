@@ -6,7 +6,7 @@
 
 namespace pooling_ext::cuda {
 
-// What is compared: by default the elements as they are. OwnCompared may be specialised for others.
+// What is compared: by default the elements as they are. OwnCompared may be specialized for others.
 template <class In_>
 struct AsTheyAre {
     using In = In_;
@@ -48,7 +48,7 @@ struct PixelColumns {
     int to;
     typename Lanes::Offset border;
 
-    POOLING_EXT_DEVICE PixelColumns(const Geometry<int>& g, const Place& at)
+    POOLING_EXT_DEVICE PixelColumns(const Geometry<int>& g, const Position& at)
         : column(int(at.column)), channel(int(at.vector) * N) {
         const int left = column * Window::stride - Window::padding;
 #pragma unroll
@@ -78,12 +78,12 @@ struct PixelColumns {
         return compared;
     }
 
-    // What is in place k of the windows.
+    // Element k of the windows.
     POOLING_EXT_DEVICE typename Lanes::Value value(const Row& row, int k, int w) const {
         return row.values[k][w];
     }
 
-    // The place of what stands in place 0.
+    // The offset of what stands in slot 0.
     POOLING_EXT_DEVICE typename Lanes::Offset first(int) const { return border; }
 
     POOLING_EXT_DEVICE typename Lanes::Flag flag(const Row& row) const {
@@ -99,7 +99,7 @@ struct PixelColumns {
     }
 };
 
-// The windows of as many outputs along a row; what neighbours share is read once.
+// The windows of as many outputs along a row; what neighbors share is read once.
 template <class Lanes_, class Window, int W_>
 struct RunColumns {
     using Lanes = Lanes_;
@@ -117,7 +117,7 @@ struct RunColumns {
     int to;
     typename Lanes::Offset border;
 
-    POOLING_EXT_DEVICE RunColumns(const Geometry<int>& g, const Place& at)
+    POOLING_EXT_DEVICE RunColumns(const Geometry<int>& g, const Position& at)
         : column(int(at.column) * N) {
         from = column * S;
         before = clamped(from - 1, g.w.in);

@@ -4,7 +4,7 @@
 // of a window comes to, as long as windows below share it, so that each row is read and compared
 // once. All rows of a step are read before the first is used: enough bytes are then on their way.
 // Addresses outside the input are clamped to its border. That reads an element of the window twice,
-// at its own place and at one outside, and where the latter comes first it is counted as the
+// at its own offset and at one outside, and where the latter comes first it is counted as the
 // former.
 #pragma once
 
@@ -66,7 +66,7 @@ struct BestOf {
 };
 
 // One number after the other, with every rule; it is of the i-th channel of the thread.
-template <class Window, bool kPlaces, class Compared, class Own>
+template <class Window, bool kOffsets, class Compared, class Own>
 POOLING_EXT_DEVICE void max_pool_exactly(const Compared& what, const Own& own, int i,
                                          const ForwardCall& call, const Geometry<int>& g,
                                          const typename Compared::In* x, int64_t to, int oh,
@@ -74,24 +74,24 @@ POOLING_EXT_DEVICE void max_pool_exactly(const Compared& what, const Own& own, i
     using In = typename Compared::In;
     struct Winner {
         float value = -std::numeric_limits<float>::infinity();
-        int place = -1;
+        int offset = -1;
         In element = In(0);
     } best[1];
 #pragma unroll 1
-    for (int place = 0; place < Window::kernel * Window::kernel; ++place) {
-        const int ih = g.h.start(oh) + place / Window::kernel;
-        const int iw = g.w.start(ow) + place % Window::kernel;
+    for (int offset = 0; offset < Window::kernel * Window::kernel; ++offset) {
+        const int ih = g.h.start(oh) + offset / Window::kernel;
+        const int iw = g.w.start(ow) + offset % Window::kernel;
         if (ih < 0 || ih >= g.h.in || iw < 0 || iw >= g.w.in) continue;
         const In element = load(x + (int64_t(ih) * g.w.in + iw) * g.channels).at[0];
         const float value = own.of_one(element, i);
-        if (!(value > best->value || is_nan(value) || best->place < 0)) continue;
+        if (!(value > best->value || is_nan(value) || best->offset < 0)) continue;
         best->value = value;
-        best->place = place;
+        best->offset = offset;
         best->element = element;
     }
     store(static_cast<In*>(call.dst) + to, {{narrow<In>(own.finish(best->value))}});
     if constexpr (Compared::kKeeps) store(what.winners + to, {{best->element}});
-    if constexpr (kPlaces) store_places(call, g, to, best, 0, oh, ow, 0);
+    if constexpr (kOffsets) store_offsets(call, g, to, best, 0, oh, ow, 0);
 }
 
 // The offsets of N outputs, as bytes.
@@ -113,7 +113,7 @@ POOLING_EXT_DEVICE void store_bytes(uint8_t* to, const BestOf<Columns>& best) {
     }
 }
 
-template <class Compared, class Columns, class Window, bool kPlaces>
+template <class Compared, class Columns, class Window, bool kOffsets>
 __global__ void __launch_bounds__(kThreads, Compared::kResident)
     max_pool_rows(Compared what, ForwardCall call, Geometry<int> sizes, Walk walk) {
     using Lanes = typename Columns::Lanes;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, Compared::kResident)
     constexpr int K = Window::kernel, S = Window::stride, P = Window::padding;
     constexpr int kKept = K - S, kSteps = Columns::kSteps;
     const Geometry<int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const Columns columns(g, at);
     const OwnCompared<Compared, Columns> own(what, at.plane, columns.channel);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, Compared::kResident)
 #pragma unroll 1
                 for (int i = 0; i < Columns::N; ++i) {
                     const int channel = Columns::kChannels == 1 ? 0 : i;
-                    max_pool_exactly<Window, kPlaces>(
+                    max_pool_exactly<Window, kOffsets>(
                         what, own, channel, call, g, x + columns.channel + channel, to + i,
                         oh + step, columns.column + Columns::kStep * i);
                 }
@@ -178,25 +178,25 @@ __global__ void __launch_bounds__(kThreads, Compared::kResident)
             for (int w = 0; w < Columns::W; ++w) best.value[w] = own.finish(best.value[w]);
             Lanes::write(static_cast<In*>(call.dst) + to, best.value);
             if constexpr (Compared::kKeeps) Lanes::write(what.winners + to, best.element);
-            if constexpr (!kPlaces) continue;
-            if (call.kind == Places::Byte) {
-                store_bytes(static_cast<uint8_t*>(call.places) + to, best);
+            if constexpr (!kOffsets) continue;
+            if (call.kind == Offsets::Byte) {
+                store_bytes(static_cast<uint8_t*>(call.offsets) + to, best);
                 continue;
             }
 #pragma unroll
             for (int i = 0; i < Columns::N; ++i) {
                 struct {
-                    int place;
+                    int offset;
                 } const one[1] = {
                     {Lanes::of_lane(best.offset[i / Lanes::kLanes], i % Lanes::kLanes)}};
-                store_places(call, g, to + i, one, 0, oh + step,
-                             columns.column + Columns::kStep * i, 0);
+                store_offsets(call, g, to + i, one, 0, oh + step,
+                              columns.column + Columns::kStep * i, 0);
             }
         }
     }
 }
 
-// Whether every window has an element of its own at its first place or beside it, so that clamping
+// Whether every window has an element of its own at its first offset or beside it, so that clamping
 // finds no other one.
 template <class Window>
 bool starts_inside(const Axis& a) {
@@ -204,8 +204,8 @@ bool starts_inside(const Axis& a) {
 }
 
 // Runs the kernel of a job if there is one.
-template <bool kPlaces, class Compared>
-bool launch_max_pool_rows(const Compared& what, const PoolJob& job, Places kind, Stream stream) {
+template <bool kOffsets, class Compared>
+bool launch_max_pool_rows(const Compared& what, const PoolJob& job, Offsets kind, Stream stream) {
     using In = typename Compared::In;
     if constexpr (std::is_integral_v<In> || sizeof(In) == 8) {
         return false;
@@ -223,8 +223,8 @@ bool launch_max_pool_rows(const Compared& what, const PoolJob& job, Places kind,
                 const auto run = [&](auto columns, int64_t across, int64_t vectors) {
                     using Columns = typename decltype(columns)::Type;
                     const Walk walk(p.outer, 1, p.h.out, across, vectors);
-                    launch<max_pool_rows<Compared, Columns, Window, kPlaces>>(walk.grid(), stream,
-                                                                              what, call, g, walk);
+                    launch<max_pool_rows<Compared, Columns, Window, kOffsets>>(walk.grid(), stream,
+                                                                               what, call, g, walk);
                     done = true;
                 };
                 if (p.channels > 1 && takes_vectors<In>(job.src, p.channels))

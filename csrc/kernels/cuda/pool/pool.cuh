@@ -1,4 +1,4 @@
-// How the kernels of pooling divide their work, and the windows that they are specialised for.
+// How the kernels of pooling divide their work, and the windows that they are specialized for.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -159,13 +159,13 @@ struct Walk {
 };
 
 // Where a thread begins.
-struct Place {
+struct Position {
     bool inside;
     int64_t plane;
     unsigned depth, row;      // the first of `rows` rows
     unsigned column, vector;  // of the row, and of the pixel
 
-    POOLING_EXT_DEVICE explicit Place(const Walk& walk) {
+    POOLING_EXT_DEVICE explicit Position(const Walk& walk) {
         const unsigned tile = blockIdx.x % walk.tiles;
         const unsigned unit = tile * blockDim.x + threadIdx.x;
         const int64_t part = int64_t(blockIdx.x / walk.tiles) * blockDim.y + threadIdx.y;

@@ -8,14 +8,14 @@ namespace pooling_ext::cuda {
 
 struct BackwardCall {
     const void* grad;
-    const void* places;
+    const void* offsets;
     void* dst;
     bool count_include_pad;
     int64_t divisor;
 
     explicit BackwardCall(const PoolJob& job)
         : grad(job.src),
-          places(job.places_in),
+          offsets(job.offsets_in),
           dst(job.dst),
           count_include_pad(job.count_include_pad),
           divisor(job.divisor) {}
@@ -30,17 +30,17 @@ POOLING_EXT_DEVICE T count_of(const BackwardCall& call, const Geometry<Int>& g, 
            T(g.w.count(ow, call.count_include_pad));
 }
 
-// The gradients of a max pool go to the winners. `Stored` is what places are kept in.
+// The gradients of a max pool go to the winners. `Stored` is what offsets are kept in.
 template <class In_, class Stored_>
 struct ToWinner {
     using In = In_;
     using T = Accumulator<In>;
     using Stored = Stored_;
-    static constexpr bool kPlaces = true;
+    static constexpr bool kOffsets = true;
     // Bytes are those of windows that max_pool_cells.cuh has kernels for.
     static constexpr bool kSquares = sizeof(Stored) > 1;
 
-    // What the place of the winner has to be for a gradient to go to this element: its offset in
+    // What the offset of the winner has to be for a gradient to go to this element: its offset in
     // the window, or its index in the plane, either of which fits Int.
     template <class Int>
     static POOLING_EXT_DEVICE Int wanted(Int offset, Int index) {
@@ -54,7 +54,7 @@ struct ToAll {
     using In = In_;
     using T = Accumulator<In>;
     using Stored = uint8_t;
-    static constexpr bool kPlaces = false, kSquares = true;
+    static constexpr bool kOffsets = false, kSquares = true;
 };
 
 // What a thread does with the gradients of vectors that have the N channels from `channel` of a
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     using Stored = typename To::Stored;
     using Int = typename Window::Int;
     const Geometry<Int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const Int id = at.depth, iw = at.column, c = Int(at.vector) * N;
     const int64_t out_row = int64_t(g.w.out) * g.channels;
@@ -101,27 +101,27 @@ __global__ void __launch_bounds__(kThreads, kResident)
         const Int index = (id * g.h.in + ih) * g.w.in + iw;
         const Int oh0 = g.h.first_output(ih), oh1 = g.h.end_output(ih);
         for (Int od = od0; od < od1; ++od) {
-            const Int kd = g.d.place(od, id);
+            const Int kd = g.d.element(od, id);
             if (kd < 0) continue;
 #pragma unroll 2
             for (Int oh = oh0; oh < oh1; ++oh) {
-                const Int kh = g.h.place(oh, ih);
+                const Int kh = g.h.element(oh, ih);
                 if (kh < 0) continue;
                 const int64_t row = plane + (int64_t(od) * g.h.out + oh) * out_row;
 #pragma unroll 2
                 for (Int ow = ow0; ow < ow1; ++ow) {
-                    const Int kw = g.w.place(ow, iw);
+                    const Int kw = g.w.element(ow, iw);
                     if (kw < 0) continue;
                     const int64_t from = row + int64_t(ow) * g.channels;
                     const Vec<In, N> grads = load<N>(static_cast<const In*>(call.grad) + from);
-                    if constexpr (To::kPlaces) {
+                    if constexpr (To::kOffsets) {
                         const Int wanted =
                             To::wanted((kd * g.h.kernel + kh) * g.w.kernel + kw, index);
-                        const Vec<Stored, N> places =
-                            load<N>(static_cast<const Stored*>(call.places) + from);
+                        const Vec<Stored, N> offsets =
+                            load<N>(static_cast<const Stored*>(call.offsets) + from);
 #pragma unroll
                         for (int i = 0; i < N; ++i)
-                            if (Int(places.at[i]) == wanted) acc[i] += widen(grads.at[i]);
+                            if (Int(offsets.at[i]) == wanted) acc[i] += widen(grads.at[i]);
                     } else {
                         const T count = count_of<T>(call, g, od, oh, ow);
 #pragma unroll
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     constexpr int kBefore = (K - 1 - P) / S, kAfter = P > 0 ? (P - 1) / S + 1 : 0;
     constexpr int kOutputs = kBefore + N + kAfter;
     const Geometry<int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const int first = int(at.column) * N * S;       // of the inputs
     const int left = int(at.column) * N - kBefore;  // of the outputs
@@ -160,31 +160,31 @@ __global__ void __launch_bounds__(kThreads, kResident)
         for (int i = 0; i < N * S; ++i) acc[i] = 0;
         const int oh0 = g.h.first_output(ih), oh1 = g.h.end_output(ih);
         for (int oh = oh0; oh < oh1; ++oh) {
-            const int kh = g.h.place(oh, ih);
+            const int kh = g.h.element(oh, ih);
             if (kh < 0) continue;
             const int64_t row = (at.plane * g.h.out + oh) * g.w.out + left;
             T grads[kOutputs];
-            int places[kOutputs];
-            const auto take = [&](int j, In grad, Stored place) {
+            int offsets[kOutputs];
+            const auto take = [&](int j, In grad, Stored offset) {
                 grads[j] = widen(grad);
-                places[j] = int(place);
-                if constexpr (!To::kPlaces) grads[j] /= count_of<T>(call, g, 0, oh, left + j);
+                offsets[j] = int(offset);
+                if constexpr (!To::kOffsets) grads[j] /= count_of<T>(call, g, 0, oh, left + j);
             };
             const In* const from = static_cast<const In*>(call.grad) + row;
             const Stored* winners = nullptr;
-            if constexpr (To::kPlaces) winners = static_cast<const Stored*>(call.places) + row;
+            if constexpr (To::kOffsets) winners = static_cast<const Stored*>(call.offsets) + row;
 #pragma unroll
             for (int j = 0; j < kOutputs; ++j) {
                 grads[j] = 0;
-                places[j] = -1;
+                offsets[j] = -1;
                 if (j >= kBefore && j < kBefore + N) continue;
                 if (left + j < 0 || left + j >= g.w.out) continue;
-                take(j, load(from + j).at[0], To::kPlaces ? load(winners + j).at[0] : Stored());
+                take(j, load(from + j).at[0], To::kOffsets ? load(winners + j).at[0] : Stored());
             }
             if (left + kBefore < g.w.out) {
                 const Vec<In, N> middle = load<N>(from + kBefore);
                 Vec<Stored, N> won{};
-                if constexpr (To::kPlaces) won = load<N>(winners + kBefore);
+                if constexpr (To::kOffsets) won = load<N>(winners + kBefore);
 #pragma unroll
                 for (int i = 0; i < N; ++i) take(kBefore + i, middle.at[i], won.at[i]);
             }
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                 for (int kw = 0; kw < K; ++kw) {
                     const int i = (j - kBefore) * S - P + kw;
                     if (i < 0 || i >= N * S) continue;
-                    if (!To::kPlaces || places[j] == kh * K + kw) acc[i] += grads[j];
+                    if (!To::kOffsets || offsets[j] == kh * K + kw) acc[i] += grads[j];
                 }
         }
         const int64_t end = (at.plane * g.h.in + ih) * g.w.in + first;
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     int64_t winner = -1;
     const auto next = [&] {
         grad = widen(load(static_cast<const In*>(call.grad) + plane).at[0]);
-        if constexpr (To::kPlaces)
-            winner = int64_t(load(static_cast<const Stored*>(call.places) + plane).at[0]);
+        if constexpr (To::kOffsets)
+            winner = int64_t(load(static_cast<const Stored*>(call.offsets) + plane).at[0]);
         else
             grad /= count_of<T>(call, g, 0, 0, 0);
     };
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
             at = 0;
             if (++plane < planes) next();
         }
-        out.at[i] = narrow<In>(!To::kPlaces || winner == at ? grad : T(0));
+        out.at[i] = narrow<In>(!To::kOffsets || winner == at ? grad : T(0));
         ++at;
     }
     In* const to = static_cast<In*>(call.dst) + first;
@@ -249,7 +249,7 @@ template <class To>
 void launch_backward(const PoolJob& job, Stream stream, const To& to = To()) {
     using In = typename To::In;
     constexpr int N = kVector<In>;
-    // Places of more than a byte are rare.
+    // Offsets of more than a byte are rare.
     constexpr bool kVectors = sizeof(typename To::Stored) == 1;
     const PoolParams& p = job.p;
     const BackwardCall call(job);

@@ -1,17 +1,17 @@
 // Pooling forward. An Op says what becomes of the elements of a window:
 //
 //     In, of elements; T, of counts; Acc, what a window has come to
-//     kPlaces: whether it wants the places of winners; kVectors: whether it is worth vectors
-//     Wide: the same where places need 64 bits
+//     kOffsets: whether it wants the offsets of winners; kVectors: whether it is worth vectors
+//     Wide: the same where offsets need 64 bits
 //     kSquares: false where kernels of its own take the windows that CNNs use (default: true)
-//     void start(Acc&), void step(Acc&, In element, place in the window)
+//     void start(Acc&), void step(Acc&, In element, offset in the window)
 //     Acc merge(Acc, Acc)           of two parts of a window
 //     In finish(Acc)                or, with kAverages,
-//     In finish(Acc, T count, T places)    of the elements that count, and that a full window has
+//     In finish(Acc, T count, T size)    of the elements that count, and that a full window has
 //     void keep(to, Acc[N])         writes more of N outputs (default: nothing)
 //
 // One without merge() takes no windows that are the whole plane by themselves. OwnOp may be
-// specialised for one that treats each channel in its own way.
+// specialized for one that treats each channel in its own way.
 #pragma once
 
 #include "kernels/cuda/pool/pool_whole.cuh"
@@ -28,8 +28,8 @@ struct OwnOp {
     // With an element of the i-th channel.
     template <class Int>
     POOLING_EXT_DEVICE void step(typename Op::Acc& acc, int, typename Op::In element,
-                                 Int place) const {
-        op.step(acc, element, place);
+                                 Int offset) const {
+        op.step(acc, element, offset);
     }
 };
 
@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     using In = typename Op::In;
     using Int = typename Window::Int;
     const Geometry<Int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const Int od = at.depth, ow = at.column, c = Int(at.vector) * N;
     const int64_t in_row = int64_t(g.w.in) * g.channels;
     const In* x =
         static_cast<const In*>(call.src) + at.plane * (int64_t(g.d.in) * g.h.in * in_row) + c;
-    // The places of windows that lie inside the input; where there are few, all are looked at.
+    // The elements of windows that lie inside the input; where there are few, all are looked at.
     const Int kd0 = g.d.first(od), kd1 = g.d.end(od);
     const Int kw0 = Window::kFixed ? 0 : g.w.first(ow),
               kw1 = Window::kFixed ? g.w.kernel : g.w.end(ow);
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
                     const Int iw = left + kw * g.w.dilation;
                     if (Window::kFixed && (iw < 0 || iw >= g.w.in)) continue;
                     const Vec<In, N> values = load<N>(row + int64_t(iw) * g.channels);
-                    const Int place = (kd * g.h.kernel + kh) * g.w.kernel + kw;
+                    const Int offset = (kd * g.h.kernel + kh) * g.w.kernel + kw;
 #pragma unroll
-                    for (int i = 0; i < N; ++i) own.step(acc[i], i, values.at[i], place);
+                    for (int i = 0; i < N; ++i) own.step(acc[i], i, values.at[i], offset);
                 }
             }
         }
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
         for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, od, oh, ow);
         store<N>(static_cast<In*>(call.dst) + to, out);
-        if constexpr (Op::kPlaces) store_places(call, g, to, acc, od, oh, ow, Int(0));
+        if constexpr (Op::kOffsets) store_offsets(call, g, to, acc, od, oh, ow, Int(0));
         if constexpr (requires { op.keep(to, acc); }) op.keep(to, acc);
     }
 }
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                                ? Window::kernel - Window::stride - Window::padding
                                : 0;
     const Geometry<int> g = Window::of(sizes);
-    const Place at(walk);
+    const Position at(walk);
     if (!at.inside) return;
     const int ow = int(at.column) * N, first = ow * Window::stride;
     const In* const plane =
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
         for (int i = 0; i < N; ++i) out.at[i] = finish(op, acc[i], call, g, 0, oh, ow + i);
         store<N>(static_cast<In*>(call.dst) + to, out);
-        if constexpr (Op::kPlaces) store_places(call, g, to, acc, 0, oh, ow, 1);
+        if constexpr (Op::kOffsets) store_offsets(call, g, to, acc, 0, oh, ow, 1);
     }
 }
 
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // Runs Op over the windows of a job. Where there are no vectors to be had, an element at a time.
 // `parts` is memory for windows that several blocks share.
 template <class Op>
-void launch_forward(const Op& op, const PoolJob& job, Places kind, Stream stream,
+void launch_forward(const Op& op, const PoolJob& job, Offsets kind, Stream stream,
                     void* parts = nullptr) {
     using In = typename Op::In;
     constexpr int N = kVector<In>;

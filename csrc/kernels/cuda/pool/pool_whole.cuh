@@ -10,7 +10,7 @@ namespace pooling_ext::cuda {
 template <class Acc>
 POOLING_EXT_DEVICE Acc shuffled(Acc acc, int bits) {
     acc.value = __shfl_xor_sync(~0u, acc.value, bits);
-    if constexpr (requires { acc.place; }) acc.place = __shfl_xor_sync(~0u, acc.place, bits);
+    if constexpr (requires { acc.offset; }) acc.offset = __shfl_xor_sync(~0u, acc.offset, bits);
     return acc;
 }
 
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kThreads)
     for (unsigned split = 0; split < share.splits; ++split)
         acc = op.merge(acc, load(from + int64_t(split) * g.channels).at[0]);
     store(static_cast<In*>(call.dst) + i, {{finish<Op, Int>(op, acc, call, g, 0, 0, 0)}});
-    if constexpr (Op::kPlaces) {
+    if constexpr (Op::kOffsets) {
         const Acc one[1] = {acc};
-        store_places<Int>(call, g, i, one, 0, 0, 0, 0);
+        store_offsets<Int>(call, g, i, one, 0, 0, 0, 0);
     }
 }
 
@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (threadIdx.x != 0 || plane >= planes) return;
     if (share.parts) return share.keep(plane, 1, 0, acc);
     store(static_cast<In*>(call.dst) + plane, {{finish<Op, Int>(op, acc, call, g, 0, 0, 0)}});
-    if constexpr (Op::kPlaces) {
+    if constexpr (Op::kOffsets) {
         const Acc one[1] = {acc};
-        store_places<Int>(call, g, plane, one, 0, 0, 0, 0);
+        store_offsets<Int>(call, g, plane, one, 0, 0, 0, 0);
     }
 }
 
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
     for (int i = 0; i < N; ++i) out.at[i] = finish<Op, Int>(op, acc[i], call, g, 0, 0, 0);
     store<N>(static_cast<In*>(call.dst) + to, out);
-    if constexpr (Op::kPlaces) store_places<Int>(call, g, to, acc, 0, 0, 0, 0);
+    if constexpr (Op::kOffsets) store_offsets<Int>(call, g, to, acc, 0, 0, 0, 0);
 }
 
 template <class Op, class Int, int N>

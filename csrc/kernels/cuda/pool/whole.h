@@ -23,7 +23,7 @@ inline int64_t whole_splits(const PoolParams& p, int64_t element) {
 
 // Bytes for what each block's part of a window comes to, none where no window is shared.
 inline int64_t whole_parts_bytes(const PoolParams& p, int64_t element) {
-    constexpr int64_t kMost = 16;  // a value and its place
+    constexpr int64_t kMost = 16;  // a value and its offset
     const int64_t splits = whole_splits(p, element);
     return splits > 1 ? splits * p.outer * p.channels * kMost : 0;
 }
