@@ -100,7 +100,8 @@ class _Convolution(Function):
         ctx.plan = plan
         if found is not None:
             ctx.mark_non_differentiable(found)
-        return output, found
+        # Of what is a view of a product here autograd lets nobody write in place, as an activation may.
+        return output.detach() if plan.kernels == POINTWISE else output, found
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

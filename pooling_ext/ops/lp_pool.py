@@ -79,13 +79,20 @@ class _LPPool(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         input, *ctx.options = inputs
         ctx.channels_last = _library.keeps_channels_last(input, len(ctx.options[0].output_size))
-        ctx.save_for_backward(input, output)
+        # The output may be overwritten before backward, as PyTorch's may.
+        ctx.save_for_backward(input)
         ctx.save_for_forward(input, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, output = ctx.saved_tensors
-        return _lp_grad(grads[0], input, output, ctx.channels_last, *ctx.options), None, None, None
+        (input,) = ctx.saved_tensors
+        windows, p, safe = ctx.options
+        output = (
+            _lp_pool(input, windows, p, safe)
+            if torch.is_grad_enabled()
+            else _lp_pool_forward(input, *windows, p, safe)
+        )
+        return _lp_grad(grads[0], input, output, ctx.channels_last, windows, p, safe), None, None, None
 
 
 def _lp_jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:

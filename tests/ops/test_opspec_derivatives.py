@@ -8,7 +8,7 @@ from helpers import interpreted
 from specs import EACH, OF_IMAGES, derivatives_of, each_on_backends
 
 from pooling_ext.testing import checks
-from pooling_ext.testing.opspec import ACTIVATIONS
+from pooling_ext.testing.opspec import ACTIVATIONS, with_layout
 
 pytestmark = pytest.mark.usefixtures("convolutions_of_any_size")
 OF_EACH_KIND = pytest.mark.parametrize("case", OF_IMAGES, ids=str)
@@ -37,6 +37,15 @@ def test_derivatives_of_layouts(case, layout):
 @OF_EACH_KIND
 def test_transforms(case):
     checks.check_transforms(case, derivatives_of(case))
+
+
+@EACH
+def test_outputs_may_be_written_in_place(case):
+    for dtype in set(case.spec.dtypes) & {torch.float32, torch.bfloat16}:
+        for layout in ("contiguous", "channels_last"):
+            tensors = case.tensors(case.spec.wide, dtype, buffers=False)
+            moved = {n: with_layout(x, layout) if n in ACTIVATIONS else x for n, x in tensors.items()}
+            checks.check_written_in_place(case, moved)
 
 
 @OF_EACH_KIND
