@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 
     import pooling_ext
     from pooling_ext.backends import cpu_library, cuda_library, triton_library
+    from pooling_ext.ops import conv_choice, conv_speeds
     from pooling_ext.ops.conv_bn_act.implementations import from_size
 
 pytest_plugins = ["quick", "packages"]
@@ -131,6 +132,14 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip("Triton interprets kernels, or compiles them, in the whole process")
     with torch.device(device or "cpu"), pooling_ext.use_backend(name):
         yield name
+
+
+@pytest.fixture
+def convolutions_of_any_size(monkeypatch):
+    """The CPU's kernels of convolutions do what they can, though PyTorch's may be faster."""
+    monkeypatch.setattr(conv_speeds, "speedup", lambda *_: (10.0, True))
+    monkeypatch.setattr(conv_choice, "LEAST_WORK", 0)
+    monkeypatch.setattr(conv_choice, "HAS_AMX", False)
 
 
 @pytest.fixture
