@@ -63,8 +63,8 @@ def vector_like(input: Tensor, vector: Tensor | None) -> Tensor:
 
 
 _forward = _library.define(
-    "batch_norm_act_elemt(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    f"{_ACTIVATION})",
+    "batch_norm_act_elemt(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+    f"float eps, {_ACTIVATION})",
     "Tensor",
     lambda input, *_: like(input),
     vmap=False,
@@ -115,8 +115,8 @@ _masked = _library.define(
     vmap=False,
 )
 
-# The gradients of input, residual, weight and bias: batch_norm_act_backward_reduce and batch_norm_act_backward_elemt.
-# Gradients of what there is not have no size.
+# The gradients of input, residual, weight and bias: batch_norm_act_backward_reduce and
+# batch_norm_act_backward_elemt. Gradients of what there is not have no size.
 _training_backward = _library.define(
     "batch_norm_act_training_backward(Tensor grad, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
     f"Tensor? kept, float eps, {_ACTIVATION})",

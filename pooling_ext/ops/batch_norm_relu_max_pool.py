@@ -87,8 +87,8 @@ _winners = _library.define(
 )
 
 _input_grad = _library.define(
-    f"batch_norm_relu_max_pool_backward_elemt(Tensor grad, Tensor offsets, {_NORM}, Tensor? sums, float count, "
-    "float eps, {windows})",
+    f"batch_norm_relu_max_pool_backward_elemt(Tensor grad, Tensor offsets, {_NORM}, Tensor? sums, "
+    "float count, float eps, {windows})",
     "Tensor",
     lambda grad, offsets, input, *_: like(input),
     vmap=False,

@@ -203,8 +203,9 @@ conv_stats = _library.define(
 )
 
 #: The gradient of a convolution's input, of ``input_size``. Where ``input`` and ``stats`` are given the
-#: convolution's input was batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu): the gradient
-#: is that of what ReLU was given, and its sums are those of batch_norm_act_backward_reduce. Else there are no sums.
+#: convolution's input was batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu): the
+#: gradient is that of what ReLU was given, and its sums are those of batch_norm_act_backward_reduce. Else
+#: there are no sums.
 conv_input_grad = _library.define(
     "conv_input_grad(Tensor grad, Tensor weight, SymInt[] input_size, Tensor? input, Tensor? stats, "
     f"Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu, {GEOMETRY})",

@@ -87,7 +87,7 @@ class _LPPool(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (input,) = ctx.saved_tensors
         windows, p, safe = ctx.options
-        output = _lp_pool(input, windows, p, safe) if torch.is_grad_enabled() else _lp_pool_forward(input, *windows, p, safe)
+        output = _lp_pool(input, windows, p, safe)  # of which second derivatives have need
         return _lp_grad(grads[0], input, output, ctx.channels_last, windows, p, safe), None, None, None
 
 

@@ -1,9 +1,9 @@
 """Max pooling, with windows of fixed size and adaptive ones.
 
-In inference only the maxima are computed. In training each output also remembers its *offset*: the
-winner's offset in the window, one byte where the window has at most 255 elements and an int32 where it has more
-(-1, in a byte 255, where no element of the input lies in the window). ``return_indices`` makes
-PyTorch's int64 index in the plane instead. Everything past the forward pass is linear in the
+In inference only the maxima are computed. In training each output also remembers the winner's *offset* in
+the window, in one byte where the window has at most 255 elements and in an int32 where it has more (-1, in
+a byte 255, where no element of the input lies in the window). ``return_indices`` makes PyTorch's int64
+index in the plane instead. Everything past the forward pass is linear in the
 values at those offsets: :data:`_gather` reads them, its transpose :data:`_scatter` adds to them.
 """
 

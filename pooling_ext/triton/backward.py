@@ -277,7 +277,7 @@ def _part(grad, offsets, step, at, ok, mine, factor, ACC: tl.constexpr):
 
 @triton.constexpr_function
 def _distance(axis, offset, r, KERNEL, PADDING, DILATION):
-    """From the first element of window 0 to input ``r`` of cell 0, less ``offset``'s own distance from there."""
+    """From element ``offset`` of window 0 to input ``r`` of cell 0."""
     k = offset // math.prod(KERNEL[axis + 1 :]) % KERNEL[axis]
     return r + PADDING[axis] - k * DILATION[axis]
 

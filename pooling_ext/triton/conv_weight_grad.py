@@ -150,7 +150,8 @@ def conv_weight_grad(
     """The gradient of a convolution's weights.
 
     With ``stats`` the convolution was of
-    ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is made as ``input`` is read.
+    ``batch_norm_act_elemt(input, stats, bn_weight, bn_bias, None, eps, relu)``, which is made as ``input`` is
+    read.
 
     Args:
         grad: ``(N, O, H_out, W_out)``, the gradient of the output, of the input's dtype.

@@ -100,7 +100,7 @@ class Geometry(NamedTuple):
         }
 
 
-#: Of so many elements nearly all are outside the input, and offsets_dtype in ops/max_pool.py remembers indices.
+#: Of so many elements nearly all are outside the input, and offsets_dtype in ops/max_pool.py takes indices.
 MANY_ELEMENTS = 2**30
 
 
