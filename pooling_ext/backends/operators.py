@@ -49,6 +49,6 @@ def operator(
         op,
         dtypes,
         {name: names for name, names in own.items() if name in dtypes},
-        triton_module or f"pooling_ext.triton.{op}",
+        triton_module or "",
         triton_first,
     )

@@ -102,14 +102,17 @@ class Registry:
             cpu, cuda, triton: the dtypes of the input for which that backend has kernels; None for none.
             kernels: the low-level operators (``torch.ops.pooling_ext``) that belong to it; ``op`` by default.
             cuda_kernels: CUDA's, where they are operators of their own beside Triton's.
-            triton_module: has Triton's kernels; ``pooling_ext.triton.<op>`` by default.
+            triton_module: has Triton's kernels, as ``pooling_ext.triton.pool.max_pool`` has; imported when one
+                is first called.
             triton_first: Triton's kernels were measured to be faster than CUDA's, so they are preferred.
 
         Raises:
-            ArgumentError: there is an operator of that name.
+            ArgumentError: there is an operator of that name, or no module for Triton's kernels.
         """
         if op in self.operators:
             raise ArgumentError(f"op must be the name of a new operator, but {op!r} is registered")
+        if triton is not None and triton_module is None:
+            raise ArgumentError(f"triton_module must name the module of {op}'s Triton kernels")
         self.operators[op] = operator(
             op,
             cpu=cpu,

@@ -1,6 +1,6 @@
 """The Triton kernels: whether they can run, and how PyTorch's dispatcher calls them.
 
-A kernel is a function in the module that its operator has registered (``pooling_ext.triton.<op>``). The
+A kernel is a function in the module that its operator has registered (``triton_module``). The
 dispatcher has it by name: neither Triton nor that module is imported before the first call.
 
 With ``TRITON_INTERPRET=1`` in the environment before that, Triton's interpreter runs the kernels on CPU

@@ -25,6 +25,7 @@ backends.register(
     cuda=FLOATS,
     triton=FLOATS,
     kernels=("add_relu_global_avg_pool", "add_relu_global_avg_pool_backward"),
+    triton_module="pooling_ext.triton.norm.add_relu_global_avg_pool",
 )
 
 _forward = _library.define(

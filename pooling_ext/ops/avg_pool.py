@@ -26,7 +26,12 @@ from ._torch_function import public
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 backends.register(
-    "avg_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS, kernels=("avg_pool", "avg_pool_backward")
+    "avg_pool",
+    cpu=FLOATS,
+    cuda=FLOATS,
+    triton=FLOATS,
+    kernels=("avg_pool", "avg_pool_backward"),
+    triton_module="pooling_ext.triton.pool.avg_pool",
 )
 
 _avg_pool_forward = _library.define(

@@ -47,6 +47,7 @@ backends.register(
         "batch_norm_act_training_backward",
         "batch_norm_update_running",
     ),
+    triton_module="pooling_ext.triton.norm.batch_norm_act",
 )
 # CUDA's alone: ReLU's mask in place of its output.
 backends.register("batch_norm_relu_mask", cuda=FLOATS - {torch.float64})

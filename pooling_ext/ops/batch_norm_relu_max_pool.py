@@ -42,6 +42,7 @@ backends.register(
         "batch_norm_relu_max_pool_winners",
         "batch_norm_relu_max_pool_backward_elemt",
     ),
+    triton_module="pooling_ext.triton.norm.batch_norm_relu_max_pool",
 )
 
 #: The largest window whose offsets fit a byte.

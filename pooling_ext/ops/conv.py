@@ -234,7 +234,7 @@ for _name in ("conv_bias_act", "conv_stats"):
         cuda=DTYPES,
         triton=DTYPES,
         cuda_kernels=(f"{_name}_cuda",),
-        triton_module="pooling_ext.triton.conv",
+        triton_module="pooling_ext.triton.conv.conv",
     )
 for _name in ("conv_input_grad", "conv_weight_grad"):
-    backends.register(_name, triton=DTYPES)
+    backends.register(_name, triton=DTYPES, triton_module=f"pooling_ext.triton.conv.{_name}")

@@ -218,7 +218,7 @@ def _triton_bias_act(
     geometry: Geometry,
     relu: bool,
 ) -> Tensor:
-    from ..triton.conv import conv_bias_act
+    from ..triton.conv.conv import conv_bias_act
 
     return conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, config=config)
 
@@ -262,7 +262,7 @@ def _convolved_then_stats(
 def _triton_stats(
     config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    from ..triton.conv import conv_stats
+    from ..triton.conv.conv import conv_stats
 
     rest: tuple[Any, ...] = (*(norm or _NO_NORM), *geometry[:3])
     return conv_stats(input, weight, bias, *rest, config=config)
@@ -281,7 +281,7 @@ def _input_grad_candidates(
 def _triton_input_grad(
     config: Any, grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
 ) -> tuple[Tensor, Tensor]:
-    from ..triton.conv_input_grad import conv_input_grad
+    from ..triton.conv.conv_input_grad import conv_input_grad
 
     rest: tuple[Any, ...] = (*norm, *geometry[:3])
     return conv_input_grad(grad, weight, input.shape, input, *rest, config=config)
@@ -311,7 +311,7 @@ def _normalized_then_weight_grad(
 def _triton_weight_grad(
     config: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
 ) -> Tensor:
-    from ..triton.conv_weight_grad import conv_weight_grad
+    from ..triton.conv.conv_weight_grad import conv_weight_grad
 
     rest: tuple[Any, ...] = (*norm, *geometry[:3])
     return conv_weight_grad(grad, input, weight.shape, *rest, config=config)
@@ -335,7 +335,7 @@ def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
         return ()
     if not backends.offers(backends.TRITON, operator, args[0]):
         return ()
-    from ..triton.conv_configs import configs_of
+    from ..triton.conv.conv_configs import configs_of
 
     return configs_of(operator, *args)
 

@@ -26,7 +26,9 @@ from ._torch_function import public
 from .avg_pool import FLOATS, avg_pool, spread
 from .max_pool import max_pool
 
-backends.register("lp_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS)
+backends.register(
+    "lp_pool", cpu=FLOATS, cuda=FLOATS, triton=FLOATS, triton_module="pooling_ext.triton.pool.lp_pool"
+)
 
 #: The norms 1 to this one have kernels.
 _LARGEST_KERNEL_NORM = 3

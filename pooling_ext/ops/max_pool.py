@@ -32,6 +32,7 @@ backends.register(
     cuda=FLOATS | INTEGERS,
     triton=FLOATS | INTEGERS,
     kernels=("max_pool", "max_pool_with_offsets", "max_pool_gather", "max_pool_backward"),
+    triton_module="pooling_ext.triton.pool.max_pool",
 )
 
 #: Windows of so many elements remember indices instead of offsets, which would not fit.

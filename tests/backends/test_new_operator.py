@@ -50,7 +50,7 @@ def median_pool2d(input, kernel_size):
     return _forward(input, *windows)
 """
 
-#: As pooling_ext/triton/median_pool.py would be.
+#: As pooling_ext/triton/pool/median_pool.py would be.
 TRITON = """
 import median_pool as op
 

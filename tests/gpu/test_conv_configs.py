@@ -25,9 +25,9 @@ OPERATORS = ("conv_bias_act", "conv_stats", "conv_input_grad", "conv_weight_grad
 def functions() -> dict[str, Any]:
     """The operators' functions, which take a configuration."""
     pytest.importorskip("triton")
-    from pooling_ext.triton.conv import conv_bias_act, conv_stats
-    from pooling_ext.triton.conv_input_grad import conv_input_grad
-    from pooling_ext.triton.conv_weight_grad import conv_weight_grad
+    from pooling_ext.triton.conv.conv import conv_bias_act, conv_stats
+    from pooling_ext.triton.conv.conv_input_grad import conv_input_grad
+    from pooling_ext.triton.conv.conv_weight_grad import conv_weight_grad
 
     every = (conv_bias_act, conv_stats, conv_input_grad, conv_weight_grad)
     return {function.__name__: function for function in every}
@@ -38,7 +38,7 @@ def functions() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["1x1", "3x3 stride"])
 def test_configurations(backend, name, operator):
     """Every one that is said to suit gives what the others give; statistics differ in the last digits."""
-    from pooling_ext.triton.conv_configs import configs_of
+    from pooling_ext.triton.conv.conv_configs import configs_of
 
     arguments = call(operator, CONVS[name], torch.bfloat16)
     configs = configs_of(operator, *arguments)
@@ -56,7 +56,7 @@ def test_configurations(backend, name, operator):
 @ALL_DTYPES
 def test_every_configuration(backend, operator, kernel_size, stride, dtype):
     """Each is compiled differently, so that all are run where they are."""
-    from pooling_ext.triton.conv_configs import configs_of
+    from pooling_ext.triton.conv.conv_configs import configs_of
 
     padding = kernel_size // 2
     conv = Conv((2, 256, 16, 17), 256, (kernel_size,) * 2, (stride,) * 2, (padding,) * 2)
@@ -80,7 +80,7 @@ def test_every_configuration(backend, operator, kernel_size, stride, dtype):
 def test_wide_tiles(backend, operator, kernel_size):
     """An epilogue takes a tile's columns in parts, the last of which may be past the end."""
     run = functions()[operator]
-    from pooling_ext.triton.conv_configs import Config
+    from pooling_ext.triton.conv.conv_configs import Config
 
     channels, features = (200, 16) if operator.endswith("_grad") else (16, 200)
     conv = Conv((1, channels, 5, 4), features, (kernel_size,) * 2, padding=(kernel_size // 2,) * 2)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from pooling_ext.testing.launches import ACTIVATION_CASES, CASES, CONVOLUTIONS, PHASES, recorded_on_meta
-from pooling_ext.triton.conv_configs import AMD_STAGES
+from pooling_ext.triton.conv.conv_configs import AMD_STAGES
 from pooling_ext.triton.launching import Launch
 
 TARGETS = {

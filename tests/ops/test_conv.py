@@ -103,7 +103,7 @@ def test_statistics_of_a_large_mean(backend, dtype):
 @TRITON
 def test_statistics_of_many_tiles(backend):
     """So many that they are not merged at once; the last tile is not full."""
-    from pooling_ext.triton.batch_norm import MERGE_SPLITS, Parts
+    from pooling_ext.triton.norm.batch_norm import MERGE_SPLITS, Parts
 
     for tiles, unit in ((MERGE_SPLITS + 37, 4), (MERGE_SPLITS, 4), (1, 4)):
         count = tiles * unit - 3
@@ -158,7 +158,7 @@ def test_input_grad_epilogue(backend, conv, dtype):
 def test_weight_grad(backend, conv, dtype, split, monkeypatch):
     """Behind a batch norm and without; pixels in one program, and in as many as there can be."""
     from pooling_ext.triton import conv_weight_grad as module
-    from pooling_ext.triton.conv_configs import ANY_CARD
+    from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=99 if split else 1))
     monkeypatch.setattr(module, "LEAST_PIXELS", 1)
@@ -176,7 +176,7 @@ def test_weight_grad(backend, conv, dtype, split, monkeypatch):
 def test_weight_grad_of_many_pixels(backend, monkeypatch):
     """As many splits as a large card has, in no more error than float32's, and the same bits each time."""
     from pooling_ext.triton import conv_weight_grad as module
-    from pooling_ext.triton.conv_configs import ANY_CARD
+    from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=132))
     monkeypatch.setattr(module, "LEAST_PIXELS", 16)

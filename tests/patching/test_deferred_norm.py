@@ -354,7 +354,7 @@ def test_traffic_of_backward(backend, monkeypatch):
         pytest.skip("counted in Triton's interpreter")
     from benchmarks.harness.traffic import counted
     from pooling_ext.triton import conv_weight_grad
-    from pooling_ext.triton.conv_configs import ANY_CARD
+    from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(conv_autotune, "_chosen", {})
     monkeypatch.setattr(conv_weight_grad, "card", lambda device: ANY_CARD)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import launch
 from .geometry import CHANNEL_BYTES, WARP_SIZE, Geometry, lowest
-from .launching import launch
 from .reductions import MAX, MEAN, accumulator, larger, power, root, wins
 
 #: Values in a block, and how many programs are enough to occupy a large GPU.

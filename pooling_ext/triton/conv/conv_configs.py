@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ..ops.conv import Geometry, geometry
-from .geometry import WARP_SIZE
+from ...ops.conv import Geometry, geometry
+from ..pool.geometry import WARP_SIZE
 
 #: With fewer channels than this (or twice as many that do not divide evenly) a step takes several taps of a
 #: window.

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
-from .batch_norm import Parts, affine_of
+from ...errors import ArgumentError
+from ...ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
+from ..launching import launch
+from ..norm.batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, input_grad_problem
 from .gemm import finish_grad, grouped_tile, pixels, product
-from .launching import launch
 from .matmul import matmul_kernel
 
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._library import memory_format, suggests_channels_last
-from .geometry import WARP_SIZE
+from ...ops._library import memory_format, suggests_channels_last
+from ..pool.geometry import WARP_SIZE
 
 THREADS = 128
 WARPS = THREADS // WARP_SIZE

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _library
-from ..windows import Windows, adaptive_kernel
+from ...ops import _library
+from ...windows import Windows, adaptive_kernel
 
 Ints = tuple[int, int, int]
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import launch
 from .geometry import (
     UNROLLED,
     Geometry,
@@ -28,7 +29,6 @@ from .geometry import (
     window_start,
     within,
 )
-from .launching import launch
 from .reductions import accumulator
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..backends.triton_library import interpreted
-from .batch_norm import relu_backward, store_parts
+from ...backends.triton_library import interpreted
+from ..norm.batch_norm import relu_backward, store_parts
 
 #: The most columns of a tile that an epilogue works on at a time, so that what it reads besides finds room
 #: in registers.

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _library
+from ...ops import _library
+from ..launching import launch
 from .batch_norm import narrow, relu_backward
 from .channels import WARPS, Channels, add_lanes, program, tile
-from .launching import launch
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..ops import _library
+from ...ops import _library
 from .backward import spread_windows
 from .forward import pool_windows
 from .geometry import channels_last as suggests_channels_last

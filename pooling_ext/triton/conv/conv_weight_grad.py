@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
-from .batch_norm import affine_of
+from ...ops.conv import channels_last, check_dtypes, check_like, check_norm, empty, geometry
+from ..launching import launch
+from ..norm.batch_norm import affine_of
 from .conv_configs import Card, Config, Problem, card, configurations, weight_grad_problem
 from .gemm import coefficients, normalized_by, pixels, product
-from .launching import launch
 
 #: Programs for each multiprocessor, if there is as much to do, and the pixels that each sums over at least:
 #: a program writes the sums of its tile, which costs as much as reading a few hundred pixels.

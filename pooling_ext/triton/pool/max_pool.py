@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _library
-from ..ops.max_pool import offsets_dtype
-from ..windows import Windows
+from ...ops import _library
+from ...ops.max_pool import offsets_dtype
+from ...windows import Windows
+from ..launching import launch
 from .backward import spread_windows
 from .forward import pool_windows
 from .geometry import (
@@ -28,7 +29,6 @@ from .geometry import (
     without_outside,
 )
 from .global_reduce import pool_planes, spread_planes
-from .launching import launch
 from .reductions import MAX
 
 Ints = Sequence[int]

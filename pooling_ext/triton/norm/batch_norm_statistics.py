@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import launch
 from .batch_norm import Parts, store_parts
 from .channels import SUMS, WARPS, Channels, add_lanes, program, tile
-from .launching import launch
 
 
 @triton.jit

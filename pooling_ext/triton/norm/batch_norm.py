@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import WARP_SIZE
-from .launching import launch
+from ..launching import launch
+from ..pool.geometry import WARP_SIZE
 
 #: Channels of a program that updates running statistics, and of one that makes coefficients.
 RUNNING_CHANNELS = AFFINE_CHANNELS = 128

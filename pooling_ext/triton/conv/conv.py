@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.conv import (
+from ...ops.conv import (
     Geometry,
     channels_last,
     check_conv,
@@ -22,10 +22,10 @@ from ..ops.conv import (
     check_norm,
     empty,
 )
-from .batch_norm import Parts, affine_of
+from ..launching import launch
+from ..norm.batch_norm import Parts, affine_of
 from .conv_configs import Config, card, default, forward_problem, should_fold
 from .gemm import finish_output, grouped_tile, normalized, pixels, product
-from .launching import launch
 from .matmul import matmul_kernel
 
 

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import _library
-from ..ops.activations import RELU
-from .batch_norm import affine, relu_backward, slopes, vector
-from .batch_norm_act import batch_norm_act_backward_elemt, batch_norm_act_elemt
-from .geometry import (
+from ...ops import _library
+from ...ops.activations import RELU
+from ..launching import launch
+from ..pool.geometry import (
     STRIP,
     TILE_BYTES,
     UNROLLED,
@@ -37,9 +36,10 @@ from .geometry import (
     tiling,
     within,
 )
-from .launching import launch
-from .max_pool import max_pool, max_pool_backward, max_pool_gather, max_pool_with_offsets
-from .reductions import wins
+from ..pool.max_pool import max_pool, max_pool_backward, max_pool_gather, max_pool_with_offsets
+from ..pool.reductions import wins
+from .batch_norm import affine, relu_backward, slopes, vector
+from .batch_norm_act import batch_norm_act_backward_elemt, batch_norm_act_elemt
 
 Ints = Sequence[int]
 

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.activations import ACTIVATIONS
-from .activations import activated, gradient
+from ...ops.activations import ACTIVATIONS
+from ..activations import activated, gradient
+from ..launching import launch
 from .batch_norm import Parts, affine, batch_norm_update_running, slopes, store_parts, vector
 from .batch_norm_statistics import batch_norm_stats, stats_parts
 from .channels import EACH, SUMS, WARPS, Channels, add_lanes, program, tile
-from .launching import launch
 
 __all__ = [
     "batch_norm_stats",

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import launch
 from .geometry import (
     UNROLLED,
     Geometry,
@@ -27,7 +28,6 @@ from .geometry import (
     window_start,
     within,
 )
-from .launching import launch
 from .reductions import MAX, MEAN, accumulator, larger, power, root, wins
 
 

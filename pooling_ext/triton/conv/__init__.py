@@ -1,0 +1,1 @@
+"""Convolutions as matrix products, with prologues and epilogues."""

@@ -1,0 +1,1 @@
+"""Batch normalization with what follows it, and channels' statistics."""
