@@ -102,8 +102,8 @@ class Registry:
             cpu, cuda, triton: the dtypes of the input for which that backend has kernels; None for none.
             kernels: the low-level operators (``torch.ops.pooling_ext``) that belong to it; ``op`` by default.
             cuda_kernels: CUDA's, where they are operators of their own beside Triton's.
-            triton_module: has Triton's kernels, as ``pooling_ext.triton.pool.max_pool`` has; imported when one
-                is first called.
+            triton_module: of Triton's kernels, as ``pooling_ext.triton.pool.max_pool``; imported when one is
+                first called.
             triton_first: Triton's kernels were measured to be faster than CUDA's, so they are preferred.
 
         Raises:
