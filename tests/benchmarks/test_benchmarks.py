@@ -271,7 +271,7 @@ def test_bad_options_end_the_program(suite: str, options: list[str], capsys):
 def test_bytes_of_triton_kernels(monkeypatch):
     """Pools and batch norm read and write little more than they must; counted on a few programs."""
     pytest.importorskip("triton")
-    from pooling_ext.triton import geometry
+    from pooling_ext.triton.pool import geometry
 
     # Of few images more programs are made than of many, each with less that its tiles share.
     monkeypatch.setattr(geometry, "ENOUGH_PROGRAMS", 64)

@@ -96,7 +96,8 @@ def test_wide_tiles(backend, operator, kernel_size):
 def test_configurations_of_large_problems(operator, dtype, tf32, allow_tf32):
     """At ResNet-50's sizes, where nothing is run: there is a choice, and all of it fits any card."""
     run = functions()[operator]
-    from pooling_ext.triton import conv_configs, launching
+    from pooling_ext.triton import launching
+    from pooling_ext.triton.conv import conv_configs
 
     allow_tf32(tf32)
     for conv in (

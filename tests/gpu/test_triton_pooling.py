@@ -23,7 +23,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.fixture
 def geometry():
     """The module, whose memory of tilings is empty before and after."""
-    from pooling_ext.triton import geometry
+    from pooling_ext.triton.pool import geometry
 
     geometry.tiling.cache_clear()
     geometry._geometry.cache_clear()

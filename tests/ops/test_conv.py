@@ -157,7 +157,7 @@ def test_input_grad_epilogue(backend, conv, dtype):
 @cases(CONVS, ("1x1", "1x1 stride", "3x3", "3x3 stride"))
 def test_weight_grad(backend, conv, dtype, split, monkeypatch):
     """Behind a batch norm and without; pixels in one program, and in as many as there can be."""
-    from pooling_ext.triton import conv_weight_grad as module
+    from pooling_ext.triton.conv import conv_weight_grad as module
     from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=99 if split else 1))
@@ -175,7 +175,7 @@ def test_weight_grad(backend, conv, dtype, split, monkeypatch):
 @TRITON
 def test_weight_grad_of_many_pixels(backend, monkeypatch):
     """As many splits as a large card has, in no more error than float32's, and the same bits each time."""
-    from pooling_ext.triton import conv_weight_grad as module
+    from pooling_ext.triton.conv import conv_weight_grad as module
     from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(module, "card", lambda device: ANY_CARD._replace(processors=132))

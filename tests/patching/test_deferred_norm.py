@@ -353,7 +353,7 @@ def test_traffic_of_backward(backend, monkeypatch):
     if backend != "triton" or not triton_library.interpreted():
         pytest.skip("counted in Triton's interpreter")
     from benchmarks.harness.traffic import counted
-    from pooling_ext.triton import conv_weight_grad
+    from pooling_ext.triton.conv import conv_weight_grad
     from pooling_ext.triton.conv.conv_configs import ANY_CARD
 
     monkeypatch.setattr(conv_autotune, "_chosen", {})

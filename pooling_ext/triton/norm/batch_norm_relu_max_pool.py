@@ -232,9 +232,9 @@ def _backward_kernel(
                                 there = within(row_ok, cell_w + across, out_w, across < 0, True)
                                 there = there[:, None] & c_ok
                                 from_cell = window + (up * out_w + across) * channels
-                                offset = tl.load(offsets + from_cell, mask=there, other=255).to(tl.int32)
+                                winner = tl.load(offsets + from_cell, mask=there, other=255).to(tl.int32)
                                 part = tl.load(grad + from_cell, mask=there, other=0.0).to(acc)
-                                g += tl.where(offset == kh * KERNEL[2] + kw, part, 0.0)
+                                g += tl.where(winner == kh * KERNEL[2] + kw, part, 0.0)
                 g = relu_backward(tl.fma(d, scale, shift), g)
                 result = g * scale
                 if sums is not None:
