@@ -76,6 +76,7 @@ Case make_case(Random& r) {
         s.channels = r.pick(1, r.chance(3) ? 70 : 20),
         s.features = r.pick(1, r.chance(3) ? 70 : 20);
         s.height = r.pick(1, r.chance(4) ? 24 : 11), s.width = r.pick(1, r.chance(4) ? 24 : 11);
+        if (r.chance(8)) s.width = r.pick(30, 90);  // rows of tiles that are longer than blocks
         constexpr WinogradKind kKinds[] = {WinogradKind::Dense,   WinogradKind::Dense,
                                            WinogradKind::Strided, WinogradKind::Strided,
                                            WinogradKind::Square5, WinogradKind::Row3,

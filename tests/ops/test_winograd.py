@@ -175,6 +175,27 @@ def test_large_outputs(features):
     assert torch.equal(convolved(x, weight), output)
 
 
+@pytest.mark.no_poison
+@pytest.mark.parametrize("width", [35, 75, 149, 227, 531])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_statistics_of_wide_planes(dtype, width):
+    """Blocks of contiguous activations end with a row of tiles, and so within a unit of statistics."""
+    x, weight = torch.randn(2, 64, 13, width, dtype=dtype), torch.randn(40, 64, 3, 3, dtype=dtype) / 24
+    transformed = winograd.winograd_weight(weight, 1, False)
+    before = torch.get_num_threads()
+    alone: tuple[Tensor, ...] = ()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output, stats = winograd.winograd_conv_stats(x, transformed, None, (0, 0, 0, 0), 40, 1)
+            exact = batch_stats(output.double())
+            assert off(stats, exact) <= (1e-12 if dtype == torch.float64 else 1e-6)
+            alone = alone or (output, stats)
+            assert torch.equal(output, alone[0]) and torch.equal(stats, alone[1])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "shape",
     [(16, 16, 3, 3), (24, 12, 3, 3), (24, 16, 4, 4), (24, 16, 5, 3), (1, 36, 16, 24), (1, 9, 1, 16, 32)],

@@ -162,9 +162,10 @@ struct WinogradPanels {
 };
 
 // The scratch memory of the forward pass: a block's transformed input, its products, a row of zeros
-// for what lies outside the input, and the bands of planar activations.
+// for what lies outside the input, the bands of planar activations, and the sums of a unit that the
+// next block goes on with, of which each vector's take four vectors at most.
 struct WinogradScratch {
-    int64_t points, v_row, v_point, m_row, m_point, x_size, y_pixel, y_size;
+    int64_t points, v_row, v_point, m_row, m_point, x_size, y_pixel, y_size, sums_size;
 
     POOLING_EXT_INLINE WinogradScratch(const WinogradShape& s, const WinogradMachine& m,
                                        const WinogradBlock& block)
@@ -175,7 +176,8 @@ struct WinogradScratch {
           m_point(winograd_point(block.tiles, m_row, m)),
           x_size(0),
           y_pixel(block.vectors * m.lanes),
-          y_size(0) {
+          y_size(0),
+          sums_size(s.planar ? winograd_vectors(s.features, m) * 4 * m.lanes : 0) {
         const WinogradBandSizes bands(s, block.tiles);
         x_size = ceil_div(bands.input * s.channels, 64) * 64;
         y_size = ceil_div(bands.output * y_pixel, 64) * 64;
@@ -184,7 +186,7 @@ struct WinogradScratch {
     POOLING_EXT_INLINE int64_t v_size() const { return points * v_point; }
     POOLING_EXT_INLINE int64_t m_size() const { return points * m_point; }
     POOLING_EXT_INLINE int64_t bytes(const WinogradMachine& m) const {
-        return (v_size() + m_size() + v_row + x_size + y_size) * m.element;
+        return (v_size() + m_size() + v_row + x_size + y_size + sums_size) * m.element;
     }
 };
 

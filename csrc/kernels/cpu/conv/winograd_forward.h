@@ -205,11 +205,12 @@ struct UnitSums {
     }
 };
 
-// Transforms a block's products back, for vectors of one group.
+// Transforms a block's products back, for vectors of one group. Blocks of planar activations may
+// end within a unit: `kept` has its sums, by vector, from one block to the next.
 template <class In, class Tile>
 void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const Pixels<In>& y,
                   int64_t group, int64_t first_tile, int64_t last_tile, int64_t first, int64_t last,
-                  const Accumulator<In>* products) {
+                  const Accumulator<In>* products, void* kept) {
     using L = Lanes<In>;
     using X = typename L::X;
     using Finish = Epilogue<In, Tile>;
@@ -235,11 +236,17 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const P
                 continue;
             }
             UnitSums<In> sums;
+            char* const from_before = static_cast<char*>(kept) + vector * int64_t(sizeof(sums));
+            if (start % kWinogradUnit != 0) std::memcpy(&sums, from_before, sizeof(sums));
             for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
                 X tile[Finish::kPixels];
                 transform_back<Tile>(from, blocks.m_point, tile);
                 epilogue.finish(walk.position(), tile,
                                 [&](int64_t i) POOLING_EXT_INLINE_LAMBDA { sums.add(tile[i]); });
+            }
+            if (end % kWinogradUnit != 0 && end < s.tiles()) {
+                std::memcpy(from_before, &sums, sizeof(sums));
+                continue;
             }
             double* const mean = job.stats + unit * 2 * channels + channel;
             sums.store(mean, mean + channels, epilogue.lanes);
@@ -294,6 +301,8 @@ void forward(const WinogradJob& job, void* scratch) {
     In* const zeros = reinterpret_cast<In*>(products + blocks.m_size());
     In* const x_band = zeros + blocks.v_row;
     In* const y_band = x_band + blocks.x_size;
+    static_assert(sizeof(UnitSums<In>) <= size_t(4 * m.lanes * m.element));
+    void* const kept = y_band + blocks.y_size;
     std::memset(zeros, 0, size_t(s.channels) * sizeof(In));
     const int64_t vectors = winograd_vectors(s.features, m), tiles = s.tiles();
     const int64_t x_size = s.in_pixels() * s.groups * s.channels * int64_t(sizeof(In));
@@ -329,7 +338,7 @@ void forward(const WinogradJob& job, void* scratch) {
                 In* const y = static_cast<In*>(job.y);
                 if (!s.planar) {
                     finish_block<In, Tile>(job, blocks, {y, s.out_strides()}, group, tile,
-                                           last_tile, vector, last, products);
+                                           last_tile, vector, last, products, kept);
                     continue;
                 }
                 const WinogradBand to = winograd_output_band(s, tile, last_tile);
@@ -337,7 +346,7 @@ void forward(const WinogradJob& job, void* scratch) {
                 const Pixels<In> band{y_band - to.first * line - to.x * blocks.y_pixel - channel,
                                       {s.out_height * line, line, blocks.y_pixel}};
                 finish_block<In, Tile>(job, blocks, band, group, tile, last_tile, vector, last,
-                                       products);
+                                       products, kept);
                 write_band(s, band, tile, last_tile, channel, smaller(last * m.lanes, s.features),
                            y);
             }
