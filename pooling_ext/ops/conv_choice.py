@@ -164,7 +164,12 @@ def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
     if kernels != DEPTHWISE and conv.work < LEAST_WORK:
         return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
     reasons = [WHY_NOT[kernels](conv, phase) for phase in phases]
-    return None if None in reasons else reasons[0]
+    if None not in reasons:
+        return reasons[0]
+    if kernels != WINOGRAD or tuple(phases) != (FORWARD,) or is_compiling():
+        return None
+    saved = conv_speeds.saved_beside_a_look(conv)
+    return None if saved > 0 else "it would save no more time than a look at its weight takes at each call"
 
 
 def depthwise_cannot(conv: Conv) -> str | None:

@@ -29,6 +29,11 @@ SHIPPED = Path(__file__).with_suffix(".json")
 REACH = 4.0
 #: What is not measured itself has to be this much faster to be ours: the next processor is another one.
 MARGIN = 1.05
+#: Multiplications in a second of PyTorch's convolution on two cores, about (the number of threads must not
+#: decide), and what Winograd's kernels gain where nothing is known.
+RATE, USUAL_SPEEDUP = 110e9, 1.5
+#: Seconds that a look at a weight takes, and for each of its bytes.
+LOOK, LOOK_AT_BYTE = 10e-6, 1e-10
 
 
 class Measured(NamedTuple):
@@ -123,6 +128,19 @@ def speedup(kernels: str, conv: Conv, phase: int) -> tuple[float, bool] | None:
     """
     found = _nearest(kind(kernels, conv), sizes(conv))
     return None if found is None else (found[0].ratios[phase], found[1])
+
+
+def saved_beside_a_look(conv: Conv) -> float:
+    """About how many seconds Winograd's kernels save, less those of a look at the weight.
+
+    Without gradients a transformed weight is kept, and each call reads the weight to see that it is the same.
+    """
+    found = speedup("Winograd", conv, 0)
+    ratio = USUAL_SPEEDUP if found is None else found[0]
+    points = math.prod(conv.kernel)
+    weight_bytes = conv.features * (conv.channels // conv.groups) * points * conv.dtype.itemsize
+    saved = conv.work / RATE * (1 - 1 / ratio)
+    return saved - LOOK - weight_bytes * LOOK_AT_BYTE
 
 
 @cache
