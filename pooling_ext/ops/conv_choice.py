@@ -163,13 +163,26 @@ def call_why_not(kernels: str, conv: Conv, phases: Sequence[str]) -> str | None:
     """
     if kernels != DEPTHWISE and conv.work < LEAST_WORK:
         return _because("{} multiplications are fewer than {}", conv.work, LEAST_WORK)
-    reasons = [WHY_NOT[kernels](conv, phase) for phase in phases]
-    if None not in reasons:
-        return reasons[0]
-    if kernels != WINOGRAD or tuple(phases) != (FORWARD,) or is_compiling():
+    alone = tuple(phases) == (FORWARD,)
+    reasons = [phase_why_not(kernels, conv, phase, alone) for phase in phases]
+    return None if None in reasons else reasons[0]
+
+
+def phase_why_not(kernels: str, conv: Conv, phase: str, alone: bool = False) -> str | None:
+    """Why a phase of a call should not be done by our kernels, beside what that takes for the weight.
+
+    In training it is transformed at each call; without gradients (``alone``) a transformed weight is kept,
+    and a call reads the weight to see that it is the same.
+    """
+    reason = WHY_NOT[kernels](conv, phase)
+    if reason is not None or kernels != WINOGRAD or (is_compiling() and not _has_known_sizes(conv)):
+        return reason
+    found = _speedup(WINOGRAD, conv, phase)
+    if phase != FORWARD and found is not None and found[1]:
+        return None  # which was measured with the transform
+    if conv_speeds.saved(conv, found) > (conv_speeds.look(conv) if alone else conv_speeds.transform(conv)):
         return None
-    saved = conv_speeds.saved_beside_a_look(conv)
-    return None if saved > 0 else "it would save no more time than a look at its weight takes at each call"
+    return f"it would save no more time than {'a look at' if alone else 'the transform of'} its weight takes"
 
 
 def depthwise_cannot(conv: Conv) -> str | None:

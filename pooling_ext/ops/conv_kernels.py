@@ -18,7 +18,7 @@ from . import image_conv as image
 from . import pointwise_conv as pointwise
 from . import winograd
 from ._library import memory_format, suggests_channels_last
-from .conv_choice import DEPTHWISE, IMAGE, PHASES, POINTWISE, WHY_NOT, WINOGRAD, Conv
+from .conv_choice import DEPTHWISE, IMAGE, PHASES, POINTWISE, WINOGRAD, Conv, phase_why_not
 
 
 class Plan(NamedTuple):
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 def plan(kernels: str, conv: Conv) -> Plan:
     """The plan in which our kernels do the phases that they should."""
-    forward, input_grad, weight_grad = (WHY_NOT[kernels](conv, phase) is None for phase in PHASES)
+    forward, input_grad, weight_grad = (phase_why_not(kernels, conv, phase) is None for phase in PHASES)
     assert conv.is_symmetric
     padding, ours = conv.padding[: conv.rank], (forward, input_grad, weight_grad)
     return Plan(kernels, conv.stride, padding, conv.dilation, conv.groups, conv.channels_last, ours)

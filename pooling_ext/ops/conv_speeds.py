@@ -32,8 +32,8 @@ MARGIN = 1.05
 #: Multiplications in a second of PyTorch's convolution on two cores, about (the number of threads must not
 #: decide), and what Winograd's kernels gain where nothing is known.
 RATE, USUAL_SPEEDUP = 110e9, 1.5
-#: Seconds that a look at a weight takes, and for each of its bytes.
-LOOK, LOOK_AT_BYTE = 10e-6, 1e-10
+#: Seconds that a look at a weight takes, and for each of its bytes; and its transform, for each element.
+LOOK, LOOK_AT_BYTE, TRANSFORM = 10e-6, 1e-10, 0.7e-9
 
 
 class Measured(NamedTuple):
@@ -130,17 +130,23 @@ def speedup(kernels: str, conv: Conv, phase: int) -> tuple[float, bool] | None:
     return None if found is None else (found[0].ratios[phase], found[1])
 
 
-def saved_beside_a_look(conv: Conv) -> float:
-    """About how many seconds Winograd's kernels save, less those of a look at the weight.
+def saved(conv: Conv, found: tuple[float, bool] | None) -> float:
+    """About how many seconds Winograd's kernels save of PyTorch's, whose speed-up was ``found``."""
+    return conv.work / RATE * (1 - 1 / (USUAL_SPEEDUP if found is None else found[0]))
 
-    Without gradients a transformed weight is kept, and each call reads the weight to see that it is the same.
-    """
-    found = speedup("Winograd", conv, 0)
-    ratio = USUAL_SPEEDUP if found is None else found[0]
-    points = math.prod(conv.kernel)
-    weight_bytes = conv.features * (conv.channels // conv.groups) * points * conv.dtype.itemsize
-    saved = conv.work / RATE * (1 - 1 / ratio)
-    return saved - LOOK - weight_bytes * LOOK_AT_BYTE
+
+def look(conv: Conv) -> float:
+    """About how many seconds it takes to see that a weight is the one whose transformed weight is kept."""
+    return LOOK + _kernels(conv) * math.prod(conv.kernel) * conv.dtype.itemsize * LOOK_AT_BYTE
+
+
+def transform(conv: Conv) -> float:
+    """About how many seconds it takes to transform a weight."""
+    return _kernels(conv) * math.prod(conv.kernel) * TRANSFORM
+
+
+def _kernels(conv: Conv) -> int:
+    return conv.features * (conv.channels // conv.groups)
 
 
 @cache

@@ -15,7 +15,7 @@ from benchmarks.reports import targets
 from benchmarks.suites.conv import ConvCase
 from pooling_ext import cli, conv_tuning
 from pooling_ext.backends import cpu_library
-from pooling_ext.ops import conv_choice, conv_speeds
+from pooling_ext.ops import conv_choice, conv_kernels, conv_speeds
 from pooling_ext.ops.conv_choice import (
     DEPTHWISE,
     FORWARD,
@@ -26,6 +26,8 @@ from pooling_ext.ops.conv_choice import (
     WHY_NOT,
     WINOGRAD,
     Conv,
+    call_why_not,
+    phase_why_not,
 )
 from pooling_ext.testing.conv_shapes import RESNET
 
@@ -84,6 +86,21 @@ def test_depthwise_convolutions_by_kernel_and_stride(speeds):
     assert "PyTorch's forward of it" in conv_choice.depthwise_why_not(
         grouped._replace(stride=(2, 2)), FORWARD
     )
+
+
+def test_what_the_weight_takes_counts(speeds):
+    """Of few pixels Winograd's kernels save less than its transform takes, or than a look at a kept one."""
+    speeds({KIND: [[16, 512, 512, 7 * 7, 2.0, 2.0, 2.0], [4, 512, 512, 3 * 3, 1.5, 1.5, 1.5]]})
+    many, few, tiny = conv(16, 512, 7), conv(4, 512, 3), conv(4, 400, 5, groups=25)
+    for phase in PHASES:
+        assert phase_why_not(WINOGRAD, many, phase) is None
+        # Gradients were measured with the transform.
+        reason = phase_why_not(WINOGRAD, few, phase)
+        assert (reason is None) == (phase != FORWARD) and (reason is None or "the transform" in reason)
+    assert call_why_not(WINOGRAD, many, (FORWARD,)) is None
+    assert "a look at its weight" in str(call_why_not(WINOGRAD, tiny, (FORWARD,)))
+    assert WHY_NOT[WINOGRAD](tiny, FORWARD) is None  # as for a frozen model, whose weight stays
+    assert conv_kernels.plan(WINOGRAD, few).ours == (False, True, True)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"avx512": {}}', "{"])
