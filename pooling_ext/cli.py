@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,
         help="measure a model of torchvision or timm, or (in a checkout) a suite of python -m benchmarks",
     )
-    tune = commands.add_parser("tune", help="measure which convolutions of this CPU are to be ours")
+    tune = commands.add_parser("tune", help="measure which convolutions this library should do on this CPU")
     conv_tuning.add_arguments(tune)
     args, rest = parser.parse_known_args(argv)
     if args.command == "bench":

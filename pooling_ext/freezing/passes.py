@@ -276,7 +276,7 @@ def replace_pools(editor: GraphEditor) -> None:
         if module is not None:
             ours = REPLACES.get(editor.kind(node) or nn.Module)
             if ours is not None:
-                editor.tell(node, type(module).__name__, "ours")
+                editor.tell(node, type(module).__name__, f"pooling_ext.{ours.__name__}")
                 module.__class__ = ours
         elif replace_pool(node) is None and len(node.meta.get("shape_in") or ()) == 4:
             mean = global_mean(node)

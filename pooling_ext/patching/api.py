@@ -23,7 +23,7 @@ _ORIGINAL |= {ours: theirs for theirs, ours in CONVOLUTIONS.items()}
 _POOLING_BASES = (*REPLACES, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _SCRIPTED = {cls.__name__ for cls in (*_POOLING_BASES, *BATCH_NORMS)}
 _MARK = "_pooling_ext_patched"
-_ALREADY = "is one of ours already"
+_ALREADY = "is a module of pooling_ext already"
 
 
 def patch(model: nn.Module, *, strict: bool = False, exact: bool = False) -> FusionReport:

@@ -118,7 +118,8 @@ def test_names_of_the_package_exist(page):
                 missing.append(name)
                 break
             found = getattr(found, part)
-    assert [name for name in missing if name not in (".lightning", "._cuda", "._C")] == []
+    example = ".triton.pool.median_pool"  # CONTRIBUTING's operator
+    assert [name for name in missing if name not in (".lightning", "._cuda", "._C", example)] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
