@@ -325,7 +325,7 @@ class CudaOnCpu(Command):
         define = ("-DPOOLING_EXT_CUDA", "-DPOOLING_EXT_CUDA_ON_CPU")
         objects = list(cuda_objects("cxx", define))
         objects = [o._replace(flags=define if o.source.suffix == ".cpp" else ("-x", "c++")) for o in objects]
-        objects += [Object(stand_in / "cuda_on_cpu.cpp", "cuda_on_cpu")]
+        objects += [Object(path, path.stem) for path in sorted(stand_in.glob("*.cpp"))]
         flags = [flag for flag in cxx_flags() if flag != "-O3"] + ["-O1", f"-I{stand_in}"]
         # Not optimized: then the compiler takes longer than the kernels on their few small cases.
         checks = [

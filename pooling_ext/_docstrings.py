@@ -1,7 +1,8 @@
 """The sections of docstrings that functions and modules of 1, 2 and 3 dimensions share.
 
 A function or module has its summary beside its code. The sections after it (Args, Shape, Returns, Raises,
-Example) are filled in here, from one template for each kind of pooling.
+Example) are filled in here, from one template for each kind of pooling; _conv_docstrings.py has that of
+convolutions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 Documented = TypeVar("Documented", bound=Callable[..., Any])
 
 #: The words that differ between 1, 2 and 3 dimensions, results of examples included.
-_WORDS: dict[int, dict[str, str]] = {
+WORDS: dict[int, dict[str, str]] = {
     1: {
         "batch": "(N, C, L)",
         "single": "(C, L)",
@@ -135,7 +136,7 @@ class _Kind(NamedTuple):
         args: the arguments that its functions and modules share.
         calls: the calls of the example, and their results.
         integers: whether it takes integers.
-        words: more words, beside those of :data:`_WORDS`.
+        words: more words, beside those of :data:`WORDS`.
     """
 
     args: str
@@ -221,7 +222,7 @@ def _sections(name: str, rank: int, documented: Any) -> str:
         if is_module:  # F.pool(x, 2) is Pool(2)(x)
             call = call.replace("(x, ", "(", 1).replace(")", ")(x)", 1)
         example += [f">>> {call}", result]
-    words = _WORDS[rank] | kind.words
+    words = WORDS[rank] | kind.words
     words |= {
         "rank": str(rank),
         "when": "from ``forward``, " if is_module else "",

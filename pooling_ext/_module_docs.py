@@ -1,7 +1,7 @@
-"""The sections after the summary in the docstrings of global pools, fused modules and convolutions.
+"""The sections after the summary in the docstrings of global pools and fused modules.
 
-:mod:`pooling_ext.nn` has the modules with their summaries; the pools with windows have a template
-(:mod:`pooling_ext._docstrings`).
+:mod:`pooling_ext.nn` has the modules with their summaries; pools with windows and convolutions have templates
+(:mod:`pooling_ext._docstrings`, :mod:`pooling_ext._conv_docstrings`).
 """
 
 from __future__ import annotations
@@ -61,66 +61,6 @@ Example:
     >>> x = torch.arange(8.0).reshape(1, 2, 2, 2)
     >>> pooling_ext.GlobalLPPool2d(1, keepdim=False)(x)
     tensor([[ 6., 22.]])
-""",
-    "Conv1d": """\
-Args:
-    in_channels: channels of the input. The other arguments are :class:`torch.nn.Conv1d`'s too.
-
-Shape:
-    input: ``(N, C, L)`` or ``(C, L)``.
-    output: ``(N, O, L_out)`` or ``(O, L_out)``, as :class:`torch.nn.Conv1d`'s.
-
-Returns:
-    From ``forward``, a tensor.
-
-Raises:
-    ValueError: an argument is out of range.
-    RuntimeError: from ``forward``, the input does not go with the weight.
-
-Example:
-    >>> conv = pooling_ext.Conv1d(3, 8, 3, padding=1)
-    >>> conv(torch.randn(2, 3, 16)).shape
-    torch.Size([2, 8, 16])
-""",
-    "Conv2d": """\
-Args:
-    in_channels: channels of the input. The other arguments are :class:`torch.nn.Conv2d`'s too.
-
-Shape:
-    input: ``(N, C, H, W)`` or ``(C, H, W)``.
-    output: ``(N, O, H_out, W_out)`` or ``(O, H_out, W_out)``, as :class:`torch.nn.Conv2d`'s.
-
-Returns:
-    From ``forward``, a tensor in the memory format of PyTorch's result.
-
-Raises:
-    ValueError: an argument is out of range.
-    RuntimeError: from ``forward``, the input does not go with the weight.
-
-Example:
-    >>> conv = pooling_ext.Conv2d(3, 8, 3, padding=1)
-    >>> conv(torch.randn(2, 3, 16, 16)).shape
-    torch.Size([2, 8, 16, 16])
-""",
-    "Conv3d": """\
-Args:
-    in_channels: channels of the input. The other arguments are :class:`torch.nn.Conv3d`'s too.
-
-Shape:
-    input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
-    output: ``(N, O, D_out, H_out, W_out)`` or ``(O, D_out, H_out, W_out)``, as :class:`torch.nn.Conv3d`'s.
-
-Returns:
-    From ``forward``, a tensor; see :func:`pooling_ext.functional.conv3d` for its memory format.
-
-Raises:
-    ValueError: an argument is out of range.
-    RuntimeError: from ``forward``, the input does not go with the weight.
-
-Example:
-    >>> conv = pooling_ext.Conv3d(3, 8, 3, padding=1)
-    >>> conv(torch.randn(2, 3, 4, 16, 16)).shape
-    torch.Size([2, 8, 4, 16, 16])
 """,
     "BatchNormAct2d": f"""\
 Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,6 +20,9 @@ from pooling_ext.backends import cpu_library
 
 from . import machine
 from .timing import copy_rate
+
+if TYPE_CHECKING:
+    from ..reports.report import Document
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +84,11 @@ def choose(cases: Sequence[C], default: Sequence[str], args: argparse.Namespace)
     return chosen
 
 
+def is_whole(args: argparse.Namespace, cases: Sequence[C], all: Sequence[C]) -> bool:
+    """Whether the ``cases`` that were chosen are all, each measured as long as it takes."""
+    return not args.quick and len(cases) == len(all)
+
+
 @contextmanager
 def settings(args: argparse.Namespace, console: Console, **more: Any) -> Iterator[dict[str, Any]]:
     """Set threads and memory for the measurements made inside; gives their facts, completed at the end."""
@@ -116,6 +124,29 @@ def steps(console: Console, total: int) -> Iterator[Callable[[str], None]]:
             begun += 1
 
         yield begin
+
+
+def finish(
+    name: str,
+    document: Document,
+    data: dict[str, Any],
+    whole: bool,
+    args: argparse.Namespace,
+    console: Console,
+    draw: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Show a run, and write its files if it is whole or ``--out`` says where.
+
+    Args:
+        name: that of the files.
+        data: the results.
+        whole: whether all was measured that the files in the repository have.
+        draw: writes a picture, where there is one.
+    """
+    document.show(console)
+    if args.out is not None or whole:
+        written = write(name, document.facts, args.out, data, document.markdown(), draw)
+        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
 
 
 def write(

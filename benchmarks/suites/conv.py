@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,10 +134,8 @@ def run(args: argparse.Namespace) -> int:
         [report.targets(CONV, results), layers(results)],
         wrong=results.wrong,
     )
-    document.show(console)
-    if args.out is not None or (not args.quick and len(cases) == len(CASES)):
-        written = suite.write("conv", facts, args.out, results.as_json(), document.markdown(), _no_picture)
-        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    whole = suite.is_whole(args, cases, CASES)
+    suite.finish("conv", document, results.as_json(), whole, args, console)
     return 1 if results.wrong else 0
 
 
@@ -208,7 +205,3 @@ def layers(results: Results) -> Grid:
     ]
     header = ("layer", "", "", "oneDNN, ms", "ours, ms", "oneDNN, GFLOP/s", "ours, GFLOP/s", "speed-up")
     return Grid("Layers", header, rows, left=3)
-
-
-def _no_picture(path: Path) -> None:
-    """This table has none."""

@@ -121,11 +121,8 @@ def run(args: argparse.Namespace) -> int:
         [tables.summary(results), tables.slow(results), layers(results)],
         wrong=results.wrong,
     )
-    document.show(console)
-    if args.out is not None or (not args.quick and len(cases) == len(CASES)):
-        texts = results.as_json(), document.markdown()
-        written = suite.write("depthwise", facts, args.out, *texts, draw=lambda path: None)
-        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    whole = suite.is_whole(args, cases, CASES)
+    suite.finish("depthwise", document, results.as_json(), whole, args, console)
     return 1 if results.wrong else 0
 
 

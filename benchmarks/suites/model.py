@@ -56,12 +56,8 @@ def run(args: argparse.Namespace) -> int:
         for part in parts:
             PARTS[part](models, args, console)
     document = model_report.document(models)
-    document.show(console)
     name = FAMILIES if set(parts) == {FAMILIES} else "model"
     parted = name == FAMILIES or (set(parts) >= set(DEFAULT) and not args.no_peers)
     whole = parted and not (args.quick or args.cases or args.batch) and len(args.dtypes) == len(DTYPES)
-    if args.out is not None or whole:
-        draw = partial(plots.draw_models, models)
-        written = suite.write(name, facts, args.out, models.as_json(), document.markdown(), draw)
-        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    suite.finish(name, document, models.as_json(), whole, args, console, partial(plots.draw_models, models))
     return 1 if any(label.endswith((PATCHED, FROZEN)) for label in models.wrong) else 0

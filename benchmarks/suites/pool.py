@@ -79,11 +79,9 @@ def run(args: argparse.Namespace) -> int:
         tables.alone(results),
         results.wrong,
     )
-    document.show(console)
-    if args.out is not None or (not args.quick and len(cases) == len(CASES)):
-        draw = partial(plots.draw_phases, results)
-        written = suite.write("pool", facts, args.out, results.as_json(), document.markdown(), draw)
-        console.print(f"wrote {', '.join(map(str, written))}", highlight=False)
+    whole = suite.is_whole(args, cases, CASES)
+    draw = partial(plots.draw_phases, results)
+    suite.finish("pool", document, results.as_json(), whole, args, console, draw)
     return 1 if results.wrong else 0
 
 

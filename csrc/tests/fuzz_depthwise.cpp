@@ -4,11 +4,11 @@
 //     fuzz_depthwise [jobs [first]]
 //
 // Arrays, scratch memory and repeating a job are as in fuzz_kernels.cpp.
+#include <optional>
 #include <sstream>
 #include <vector>
 
 #include "kernels/cpu/conv/depthwise.h"
-#include "tests/activations.h"
 #include "tests/convolutions.h"
 
 namespace pooling_ext {
@@ -22,14 +22,12 @@ struct Case {
     DepthwiseJob job;
     bool biased, statistics;
 
-    int64_t input_at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-        return at(n, c, y, x, job.h.in, job.w.in);
+    Planes input() const {
+        return {job.batch, job.channels, job.h.in, job.w.in, job.channels_last};
     }
-    int64_t output_at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-        return at(n, c, y, x, job.h.out, job.w.out);
+    Planes output() const {
+        return {job.batch, job.channels, job.h.out, job.w.out, job.channels_last};
     }
-    int64_t inputs() const { return job.batch * job.channels * job.h.in * job.w.in; }
-    int64_t outputs() const { return job.batch * job.channels * job.h.out * job.w.out; }
 
     std::string description() const {
         constexpr const char* names[] = {"", "forward", "", "input grad", "weight grad"};
@@ -43,12 +41,6 @@ struct Case {
             text << " [in=" << axis.in << " out=" << axis.out << " stride=" << axis.stride
                  << " padding=" << axis.padding << "]";
         return text.str();
-    }
-
-  private:
-    int64_t at(int64_t n, int64_t c, int64_t y, int64_t x, int64_t height, int64_t width) const {
-        return job.channels_last ? ((n * height + y) * width + x) * job.channels + c
-                                 : ((n * job.channels + c) * height + y) * width + x;
     }
 };
 
@@ -68,11 +60,10 @@ Case make_case(Random& r) {
         for (DepthwiseAxis* axis : {&job.h, &job.w}) {
             axis->stride = r.pick(1, 2);
             axis->padding = r.chance(3) ? r.pick(0, 10) : job.kernel / 2;
-            axis->in = r.pick(1, r.chance(5) ? 130 : 20);
-            axis->out = output_size(axis->in, job.kernel, axis->stride, axis->padding,
-                                    axis->padding, 1, false);
+            set_lengths(*axis, job.kernel, r);
         }
-    } while (job.h.out < 1 || job.w.out < 1 || (c.inputs() + c.outputs()) * job.taps() > 1500000);
+    } while (job.h.out < 1 || job.w.out < 1 ||
+             (c.input().count() + c.output().count()) * job.taps() > 1500000);
     job.in_place = job.channels_last && job.channels >= kDepthwiseBlock &&
                    c.format.dtype != DType::Float16 && !r.chance(4);
     const bool forward = job.step == DepthwiseStep::Forward;
@@ -87,30 +78,26 @@ void run(const Case& c, DepthwiseStep step, int64_t count, Random& r) {
     run_ranges(POOLING_EXT_ISA::depthwise(c.format.dtype, step), c.job, count, r);
 }
 
-double unit_roundoff(const Case& c) { return unit_roundoff(c.format); }
-
-// Calls use(n, c, output row, column, input row, column, tap) for all products of a convolution.
+// Calls use(channel, output, input, tap) for all products of a convolution.
 template <class Use>
 void each_product(const Case& c, const Use& use) {
     const DepthwiseJob& job = c.job;
+    const Planes input = c.input(), output = c.output();
     for (int64_t n = 0; n < job.batch; ++n)
         for (int64_t k = 0; k < job.channels; ++k)
-            for (int64_t oy = 0; oy < job.h.out; ++oy)
-                for (int64_t ox = 0; ox < job.w.out; ++ox)
-                    for (int64_t tap = 0; tap < job.taps(); ++tap) {
-                        const int64_t y = oy * job.h.stride - job.h.padding + tap / job.kernel;
-                        const int64_t x = ox * job.w.stride - job.w.padding + tap % job.kernel;
-                        if (y < 0 || y >= job.h.in || x < 0 || x >= job.w.in) continue;
-                        use(k, c.output_at(n, k, oy, ox), c.input_at(n, k, y, x), tap);
-                    }
+            each_tap(job.h, job.w, job.kernel, job.kernel,
+                     [&](int64_t oy, int64_t ox, int64_t y, int64_t x, int64_t tap) {
+                         use(k, output.at(n, k, oy, ox), input.at(n, k, y, x), tap);
+                     });
 }
 
 // The output or the input's gradient.
 void check_planes(Case& c, Random& r) {
     DepthwiseJob& job = c.job;
     const bool forward = job.step == DepthwiseStep::Forward;
-    const int64_t count = forward ? c.outputs() : c.inputs();
-    const Elements source(c.format, forward ? c.inputs() : c.outputs(), r), result(c.format, count);
+    const Planes from = forward ? c.input() : c.output(), to = forward ? c.output() : c.input();
+    const int64_t count = to.count();
+    const Elements source(c.format, from.count(), r), result(c.format, count);
     const Elements weight(c.format, job.channels * job.taps(), r), bias(c.format, job.channels, r);
     (forward ? job.x : job.grad) = source.data();
     job.y = result.data();
@@ -120,11 +107,8 @@ void check_planes(Case& c, Random& r) {
     job.prepared = prepared.data.get();
     const DepthwisePlan plan(job);
     const int64_t pieces = job.batch * plan.bands;
-    const Array moments(pieces * 2 * job.padded_channels(), 8), stats(2 * job.channels, 8);
-    if (c.statistics) {
-        job.moments = reinterpret_cast<double*>(moments.data.get());
-        job.stats = reinterpret_cast<double*>(stats.data.get());
-    }
+    std::optional<Statistics> statistics;
+    if (c.statistics) statistics.emplace(job, pieces, job.padded_channels(), job.channels);
     run(c, DepthwiseStep::Prepare, job.blocks(), r);
     run(c, job.step, plan.units, r);
     if (c.statistics) run(c, DepthwiseStep::Merge, job.blocks(), r);
@@ -134,23 +118,14 @@ void check_planes(Case& c, Random& r) {
         sums[forward ? output : input].add(source[forward ? input : output] *
                                            weight[k * job.taps() + tap]);
     });
-    const int64_t pixels = count / (job.batch * job.channels);
-    for (int64_t i = 0; i < count; ++i) {
-        if (c.biased)
-            sums[i].add(bias[job.channels_last ? i % job.channels : i / pixels % job.channels]);
-        const double expected = activated(job.activation, sums[i].value, job.slope);
-        // No activation is steeper than 1.5; SiLU and GELU have errors of their own.
-        const double slack = 100 * unit_roundoff(c) * (sums[i].size + 1);
-        check("result", i, result[i], expected,
-              slack + c.format.rounding(std::abs(expected) + slack));
-    }
+    check_result(job, to, result, sums, c.biased ? &bias : nullptr, 100);
     if (c.statistics)
         check_statistics(result, job.channels, count, job.batch, job.channels_last, job.stats);
 }
 
 void check_weights(Case& c, Random& r) {
     DepthwiseJob& job = c.job;
-    const Elements input(c.format, c.inputs(), r), grad(c.format, c.outputs(), r);
+    const Elements input(c.format, c.input().count(), r), grad(c.format, c.output().count(), r);
     const Elements weight_grad(c.format, job.channels * job.taps()),
         bias_grad(c.format, job.channels);
     job.x = input.data();
@@ -170,7 +145,7 @@ void check_weights(Case& c, Random& r) {
     for (int64_t n = 0; n < job.batch; ++n)
         for (int64_t k = 0; k < job.channels; ++k)
             for (int64_t i = 0; i < job.h.out * job.w.out; ++i)
-                biases[k].add(grad[c.output_at(n, k, i / job.w.out, i % job.w.out)]);
+                biases[k].add(grad[c.output().at(n, k, i / job.w.out, i % job.w.out)]);
     compare("weight's gradient", weight_grad, sums);
     if (c.biased) compare("bias's gradient", bias_grad, biases);
 }

@@ -4,11 +4,11 @@
 //     fuzz_image [jobs [first]]
 //
 // Arrays, scratch memory and repeating a job are as in fuzz_kernels.cpp.
+#include <optional>
 #include <sstream>
 #include <vector>
 
 #include "kernels/cpu/conv/image.h"
-#include "tests/activations.h"
 #include "tests/convolutions.h"
 
 namespace pooling_ext {
@@ -22,16 +22,10 @@ struct Case {
     ImageJob job;
     bool biased, statistics, weight_grad;
 
-    int64_t input_at(int64_t n, int64_t c, int64_t y, int64_t x) const {
-        return job.image_last ? ((n * job.h.in + y) * job.w.in + x) * job.channels + c
-                              : ((n * job.channels + c) * job.h.in + y) * job.w.in + x;
+    Planes input() const { return {job.batch, job.channels, job.h.in, job.w.in, job.image_last}; }
+    Planes output() const {
+        return {job.batch, job.features, job.h.out, job.w.out, job.channels_last};
     }
-    int64_t output_at(int64_t n, int64_t k, int64_t y, int64_t x) const {
-        return job.channels_last ? ((n * job.h.out + y) * job.w.out + x) * job.features + k
-                                 : ((n * job.features + k) * job.h.out + y) * job.w.out + x;
-    }
-    int64_t inputs() const { return job.batch * job.channels * job.h.in * job.w.in; }
-    int64_t outputs() const { return job.batch * job.features * job.h.out * job.w.out; }
 
     std::string description() const {
         std::ostringstream text;
@@ -62,11 +56,9 @@ Case make_case(Random& r) {
             axis->kernel = r.pick(1, r.chance(5) ? 11 : 5);
             axis->stride = r.pick(1, r.chance(5) ? 7 : 2);
             axis->padding = r.chance(3) ? r.pick(0, 12) : axis->kernel / 2;
-            axis->in = r.pick(1, r.chance(5) ? 130 : 20);
-            axis->out = output_size(axis->in, axis->kernel, axis->stride, axis->padding,
-                                    axis->padding, 1, false);
+            set_lengths(*axis, axis->kernel, r);
         }
-    } while (job.h.out < 1 || job.w.out < 1 || c.outputs() * job.depth() > 1500000);
+    } while (job.h.out < 1 || job.w.out < 1 || c.output().count() * job.depth() > 1500000);
     c.weight_grad = r.chance(3);
     c.biased = !c.weight_grad && r.chance(2);
     c.statistics = !c.weight_grad && r.chance(3);
@@ -79,30 +71,25 @@ void run(const Case& c, ImageStep step, int64_t count, Random& r) {
     run_ranges(POOLING_EXT_ISA::image(c.format.dtype, step), c.job, count, r);
 }
 
-// Calls use(feature, output, input, weight) for all products of a convolution.
+// Calls use(output, input, weight) for all products of a convolution.
 template <class Use>
 void each_product(const Case& c, const Use& use) {
     const ImageJob& job = c.job;
-    const int64_t window = job.h.kernel * job.w.kernel;
+    const Planes input = c.input(), output = c.output();
+    const int64_t rows = job.h.kernel, columns = job.w.kernel;
     for (int64_t n = 0; n < job.batch; ++n)
         for (int64_t k = 0; k < job.features; ++k)
-            for (int64_t oy = 0; oy < job.h.out; ++oy)
-                for (int64_t ox = 0; ox < job.w.out; ++ox)
-                    for (int64_t q = 0; q < job.channels; ++q)
-                        for (int64_t tap = 0; tap < window; ++tap) {
-                            const int64_t y =
-                                oy * job.h.stride - job.h.padding + tap / job.w.kernel;
-                            const int64_t x =
-                                ox * job.w.stride - job.w.padding + tap % job.w.kernel;
-                            if (y < 0 || y >= job.h.in || x < 0 || x >= job.w.in) continue;
-                            use(c.output_at(n, k, oy, ox), c.input_at(n, q, y, x),
-                                (k * job.channels + q) * window + tap);
-                        }
+            for (int64_t q = 0; q < job.channels; ++q)
+                each_tap(job.h, job.w, rows, columns,
+                         [&](int64_t oy, int64_t ox, int64_t y, int64_t x, int64_t tap) {
+                             use(output.at(n, k, oy, ox), input.at(n, q, y, x),
+                                 (k * job.channels + q) * rows * columns + tap);
+                         });
 }
 
 void check_forward(Case& c, Random& r) {
     ImageJob& job = c.job;
-    const Elements input(c.format, c.inputs(), r), result(c.format, c.outputs());
+    const Elements input(c.format, c.input().count(), r), result(c.format, c.output().count());
     const Elements weight(c.format, job.features * job.depth(), r), bias(c.format, job.features, r);
     job.x = input.data();
     job.y = result.data();
@@ -114,37 +101,25 @@ void check_forward(Case& c, Random& r) {
     const Array prepared(job.prepared_count(), job.wide);
     job.prepared = prepared.data.get();
     const int64_t pieces = ImagePlan(job).all_bands(job);
-    const Array moments(pieces * 2 * job.padded_features(), 8), stats(2 * job.features, 8);
-    if (c.statistics) {
-        job.moments = reinterpret_cast<double*>(moments.data.get());
-        job.stats = reinterpret_cast<double*>(stats.data.get());
-    }
+    std::optional<Statistics> statistics;
+    if (c.statistics) statistics.emplace(job, pieces, job.padded_features(), job.features);
     run(c, ImageStep::Prepare, 1, r);
     run(c, ImageStep::Forward, pieces, r);
     if (c.statistics) run(c, ImageStep::Merge, job.features, r);
 
-    std::vector<Sum> sums(c.outputs());
+    std::vector<Sum> sums(c.output().count());
     each_product(c, [&](int64_t output, int64_t at, int64_t tap) {
         sums[output].add(input[at] * weight[tap]);
     });
-    const int64_t pixels = job.h.out * job.w.out;
-    for (int64_t i = 0; i < c.outputs(); ++i) {
-        if (c.biased)
-            sums[i].add(bias[job.channels_last ? i % job.features : i / pixels % job.features]);
-        const double expected = activated(job.activation, sums[i].value, job.slope);
-        // No activation is steeper than 1.5; SiLU and GELU have errors of their own.
-        const double slack = 500 * unit_roundoff(c.format) * (sums[i].size + 1);
-        check("result", i, result[i], expected,
-              slack + c.format.rounding(std::abs(expected) + slack));
-    }
+    check_result(job, c.output(), result, sums, c.biased ? &bias : nullptr, 500);
     if (c.statistics)
-        check_statistics(result, job.features, c.outputs(), job.batch, job.channels_last,
+        check_statistics(result, job.features, c.output().count(), job.batch, job.channels_last,
                          job.stats);
 }
 
 void check_weights(Case& c, Random& r) {
     ImageJob& job = c.job;
-    const Elements input(c.format, c.inputs(), r), grad(c.format, c.outputs(), r);
+    const Elements input(c.format, c.input().count(), r), grad(c.format, c.output().count(), r);
     const Elements weight_grad(c.format, job.features * job.depth());
     job.x = input.data();
     job.grad = grad.data();

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from .. import backends
 from ..graph.activations import RELU, Activation, kernel_activation
 from ..ops.activations import IDENTITY
-from ..ops.batch_norm_act import _forward as _batch_norm_act
+from ..ops.batch_norm_operators import batch_norm_act_elemt
 from . import conv_engines
 from .conv_engines import NONE, in_dtype
 
@@ -308,7 +308,7 @@ class FrozenBatchNormAct(nn.Module):
         if fits and backends.choose("batch_norm_act", x) is not backends.ATEN:
             ours = IDENTITY if self.activation is None else kernel_activation(self.activation)
             vectors = self.stats, self.weight, self.bias
-            return _batch_norm_act(x, *vectors, residual, self.eps, *ours.arguments)  # type: ignore[union-attr]
+            return batch_norm_act_elemt(x, *vectors, residual, self.eps, *ours.arguments)  # type: ignore[union-attr]
         return self.by_pytorch(x, residual)
 
     def by_pytorch(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

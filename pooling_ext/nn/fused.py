@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import functional as F
+from .._conv_docstrings import convolutions
 from ..ops.activations import activation_of
 from ..ops.batch_norm_arguments import batch_norm_arguments
 from ..ops.conv_bn_act.call import Call, has_plain_weights
@@ -30,6 +31,7 @@ class _Activated:
         return f"activation={self.activation!r}{slope}"
 
 
+@convolutions(1)
 class Conv1d(nn.Conv1d):
     """A convolution of sequences; a drop-in for :class:`torch.nn.Conv1d`.
 
@@ -47,6 +49,7 @@ class Conv1d(nn.Conv1d):
         return super().forward(input)
 
 
+@convolutions(2)
 class Conv2d(nn.Conv2d):
     """A convolution of images; a drop-in for :class:`torch.nn.Conv2d`.
 
@@ -64,6 +67,7 @@ class Conv2d(nn.Conv2d):
         return super().forward(input)
 
 
+@convolutions(3)
 class Conv3d(nn.Conv3d):
     """A convolution of volumes or videos; a drop-in for :class:`torch.nn.Conv3d`.
 

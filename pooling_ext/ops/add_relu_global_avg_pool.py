@@ -15,8 +15,8 @@ from ..autograd import distinct, loses_grad, needs_grad, transformed
 from ..errors import ArgumentError
 from . import _library
 from ._torch_function import public
-from .batch_norm_act import FLOATS, like
 from .batch_norm_arguments import alike, check_device
+from .batch_norm_operators import FLOATS, like
 from .global_pool import global_avg_pool2d
 
 backends.register(

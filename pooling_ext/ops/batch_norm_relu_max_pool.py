@@ -20,15 +20,10 @@ from ..windows import Windows, fixed_windows
 from . import _library
 from ._torch_function import public
 from .activations import RELU
-from .batch_norm_act import (
-    FLOATS,
-    batch_norm_act,
-    batch_norm_act_backward_reduce,
-    bias_grad,
-    like,
-    weight_grad,
-)
+from .batch_norm_act import batch_norm_act
 from .batch_norm_arguments import check
+from .batch_norm_autograd import bias_grad, weight_grad
+from .batch_norm_operators import FLOATS, batch_norm_act_backward_reduce, like
 from .batch_norm_statistics import channel_sums, means_of_all, statistics
 from .max_pool import max_pool
 

@@ -22,7 +22,7 @@ from ..backends import autotune
 from . import conv as _conv
 from . import cuda_conv, cudnn_frontend
 from .activations import IDENTITY, RELU
-from .batch_norm_act import _forward as batch_norm_forward
+from .batch_norm_operators import batch_norm_act_elemt
 from .batch_norm_statistics import batch_stats
 
 Candidate = Callable[..., Any]
@@ -302,7 +302,7 @@ def _normalized_then_weight_grad(
 ) -> Tensor:
     *affine, eps, relu = norm
     activation = RELU if relu else IDENTITY
-    normalized = batch_norm_forward(input, *affine, None, eps, *activation.arguments)
+    normalized = batch_norm_act_elemt(input, *affine, None, eps, *activation.arguments)
     _, grad_weight, _ = conv_backward(grad, normalized, weight, geometry, (False, True, False))
     assert grad_weight is not None
     return grad_weight

@@ -197,6 +197,11 @@ def depthwise_cannot(conv: Conv) -> str | None:
         return _because("its kernel is {}, not 3x3, 5x5 or 7x7", _by(conv.kernel))
     if not set(conv.stride) <= set(STRIDES):
         return _because("its stride is {}, not 1 or 2", _by(conv.stride))
+    return _direct_cannot(conv)
+
+
+def _direct_cannot(conv: Conv) -> str | None:
+    """What the depthwise kernels and those for images refuse alike."""
     if conv.dilation != (1, 1):
         return _because("its dilation is {}, not 1", _by(conv.dilation))
     if not conv.is_symmetric or min(conv.padding) < 0:
@@ -242,17 +247,7 @@ def image_cannot(conv: Conv, phase: str = FORWARD) -> str | None:
         return "the gradient of images is PyTorch's"
     if conv.groups != 1:
         return _because("it has {} groups", conv.groups)
-    if conv.dilation != (1, 1):
-        return _because("its dilation is {}, not 1", _by(conv.dilation))
-    if not conv.is_symmetric or min(conv.padding) < 0:
-        return _because("its padding is {}, not the same on opposite sides", conv.padding)
-    if cpu_library.module is None:
-        return _because("there are no compiled kernels: {}", cpu_library.why_not)
-    if conv.dtype not in DTYPES:
-        return _because("the dtype is {}", conv.dtype)
-    if min(conv.output_size) < 1:
-        return "its kernel does not fit the input"
-    return None
+    return _direct_cannot(conv)
 
 
 def image_why_not(conv: Conv, phase: str = FORWARD) -> str | None:

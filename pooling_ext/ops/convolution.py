@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 
 from .. import backends
+from .._conv_docstrings import convolutions
 from ..autograd import needs_grad, transformed
 from ..exporting import is_exporting
 from . import conv_choice, winograd_weights
@@ -25,6 +26,7 @@ from .winograd import winograd_conv
 
 
 @public
+@convolutions(1)
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -39,37 +41,12 @@ def conv1d(
     On the CPU, kernels of 3 and 7 run by Winograd's F(4, 3) and F(4, 7), and those of 1 in float32 as matrix
     products, where these are known to be faster. Other convolutions fall back to PyTorch. All are
     differentiable any number of times.
-
-    Args:
-        input: a tensor, see Shape.
-        weight: the kernels.
-        bias: added to the output; None for none.
-        stride: the step between windows.
-        padding: zeros on both sides; "same" or "valid".
-        dilation: the step between the elements of a window.
-        groups: into how many groups the channels are divided.
-
-    Shape:
-        input: ``(N, C, L)`` or ``(C, L)``.
-        weight: ``(O, C / groups, k)``.
-        bias: ``(O,)``.
-        output: ``(N, O, L_out)`` or ``(O, L_out)``.
-
-    Returns:
-        A tensor, contiguous as PyTorch's.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        RuntimeError: the arguments do not go together.
-
-    Example:
-        >>> F.conv1d(torch.ones(1, 2, 4), torch.ones(1, 2, 3), padding=1)
-        tensor([[[4., 6., 6., 4.]]])
     """
     return _convolved("conv1d", F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups)
 
 
 @public
+@convolutions(2)
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -87,37 +64,12 @@ def conv2d(
     to be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times.
 
     In float32 Winograd's results are off by a few 1e-6 of the largest element.
-
-    Args:
-        input: a tensor, see Shape.
-        weight: the kernels.
-        bias: added to the output; None for none.
-        stride: the step between windows, an int or one for each axis.
-        padding: zeros on both sides, an int or one for each axis; "same" or "valid".
-        dilation: the step between the elements of a window, an int or one for each axis.
-        groups: into how many groups the channels are divided.
-
-    Shape:
-        input: ``(N, C, H, W)`` or ``(C, H, W)``.
-        weight: ``(O, C / groups, kH, kW)``.
-        bias: ``(O,)``.
-        output: ``(N, O, H_out, W_out)`` or ``(O, H_out, W_out)``.
-
-    Returns:
-        A tensor in the memory format of PyTorch's result.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        RuntimeError: the arguments do not go together.
-
-    Example:
-        >>> F.conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 1, 3, 3), padding=1, groups=8)[0, 0, 0]
-        tensor([4., 6., 6., 4.])
     """
     return _convolved("conv2d", F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups)
 
 
 @public
+@convolutions(3)
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -131,33 +83,6 @@ def conv3d(
 
     On the CPU, kernels of Dx3x3 run by Winograd's F(4x4, 3x3), as a sum over their D planes, where that is
     known to be faster. Other convolutions fall back to PyTorch. All are differentiable any number of times.
-
-    Args:
-        input: a tensor, see Shape.
-        weight: the kernels.
-        bias: added to the output; None for none.
-        stride: the step between windows, an int or one for each axis.
-        padding: zeros on both sides, an int or one for each axis; "same" or "valid".
-        dilation: the step between the elements of a window, an int or one for each axis.
-        groups: into how many groups the channels are divided.
-
-    Shape:
-        input: ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
-        weight: ``(O, C / groups, kD, kH, kW)``.
-        bias: ``(O,)``.
-        output: ``(N, O, D_out, H_out, W_out)`` or ``(O, D_out, H_out, W_out)``.
-
-    Returns:
-        A tensor. By Winograd it is in channels_last_3d if input or weight is; PyTorch's is contiguous for a
-        batch of one.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        RuntimeError: the arguments do not go together.
-
-    Example:
-        >>> F.conv3d(torch.ones(1, 2, 3, 3, 3), torch.ones(1, 2, 3, 3, 3))
-        tensor([[[[[54.]]]]])
     """
     return _convolved("conv3d", F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups)
 

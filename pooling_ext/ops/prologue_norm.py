@@ -17,14 +17,12 @@ from torch.autograd import Function
 
 from ..autograd import needs_grad
 from .activations import IDENTITY, RELU, Activation
-from .batch_norm_act import (
-    _differentiable_backward,
-    _forward,
-    _input_grad,
-    _training_backward,
-    bias_grad,
-    in_training,
-    weight_grad,
+from .batch_norm_act import in_training
+from .batch_norm_autograd import bias_grad, differentiable_backward, weight_grad
+from .batch_norm_operators import (
+    batch_norm_act_backward_elemt,
+    batch_norm_act_elemt,
+    batch_norm_act_training_backward,
 )
 from .conv_autotune import (
     Candidate,
@@ -68,7 +66,7 @@ class PrologueNorm(NamedTuple):
     def normalized(self) -> Tensor:
         """:meth:`computed` without gradients."""
         rest = None, self.eps, *self.activation.arguments
-        return _forward(self.output, self.stats, self.weight, self.bias, *rest)
+        return batch_norm_act_elemt(self.output, self.stats, self.weight, self.bias, *rest)
 
     def convolved(self, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """The convolution of :meth:`computed`, whose dtype ``weight`` has, and its statistics."""
@@ -151,7 +149,7 @@ def _backward(
         if of_norm[0]:
             count = float(input.numel() // input.shape[1])
             rest = sums, count, eps, *IDENTITY.arguments
-            grad_input = _input_grad(masked, input, stats, bn_weight, bn_bias, *rest)
+            grad_input = batch_norm_act_backward_elemt(masked, input, stats, bn_weight, bn_bias, *rest)
         if of_norm[1]:
             assert bn_weight is not None
             grad_bn_weight = weight_grad(sums, stats, eps, bn_weight)
@@ -179,7 +177,7 @@ def _differentiable(
     if grad_normal is None:
         return (None, None, None), tuple(for_conv)
     options = norm.eps, norm.activation, 1.0, None
-    *for_norm, _ = _differentiable_backward(
+    *for_norm, _ = differentiable_backward(
         grad_normal, norm.output, norm.weight, norm.bias, norm.stats, None, options
     )
     return tuple(for_norm), tuple(for_conv)
@@ -200,7 +198,7 @@ def _apart(*args: Any) -> None:
     output, _ = conv_stats(normalized, weight, bias, geometry)
     grad, *_ = conv_backward(output, normalized, weight, geometry, (True, True, bias is not None))
     rest = None, eps, *norm.activation.arguments
-    _training_backward(grad, input, stats, bn_weight, bn_bias, *rest)
+    batch_norm_act_training_backward(grad, input, stats, bn_weight, bn_bias, *rest)
 
 
 @torch.no_grad()

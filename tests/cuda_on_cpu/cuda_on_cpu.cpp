@@ -1,19 +1,17 @@
-// The threads of cuda_on_cpu.h, and the counts of their memory accesses.
+// The threads of cuda_on_cpu.h.
 #include "cuda_on_cpu.h"
 
 #include <ucontext.h>
 
 #include <algorithm>
-#include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <unordered_map>
 #include <vector>
+
+#include "memory_counts.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -23,86 +21,11 @@
 namespace cuda_on_cpu {
 namespace {
 
-// --- settings and counts -------------------------------------------------------------------------
-
-constexpr size_t kSector = 32, kCache = 48 << 10;  // bytes
-
-struct Counts {
-    int64_t launches = 0, blocks = 0, threads = 0;
-    // Bytes that threads ask for; that their warps touch, in whole sectors; and that come from
-    // outside a cache of kCache bytes which each block has to itself. Read, then written.
-    int64_t asked[2] = {}, touched[2] = {}, moved[2] = {};
-};
-
 struct Settings {
     uint64_t seed = 0;
     int64_t most = 0;  // if not 0: runs only about so many blocks of each launch
     bool counting = false;
 } settings;
-
-std::mutex mutex;  // of the counts
-std::map<std::string, Counts> counts;
-
-struct Access {
-    unsigned warp, line, column, occurrence, ordinal;
-    bool writes;
-    uintptr_t address;
-    size_t bytes;
-
-    auto instruction() const { return std::tuple(warp, line, column, writes, occurrence); }
-};
-
-// The sectors that were used last.
-class Cache {
-  public:
-    // Whether the sector is new.
-    bool take(uintptr_t sector) {
-        if (const auto found = where_.find(sector); found != where_.end()) {
-            order_.splice(order_.begin(), order_, found->second);
-            return false;
-        }
-        order_.push_front(sector);
-        where_[sector] = order_.begin();
-        if (order_.size() > kCache / kSector) {
-            where_.erase(order_.back());
-            order_.pop_back();
-        }
-        return true;
-    }
-
-  private:
-    std::list<uintptr_t> order_;
-    std::unordered_map<uintptr_t, std::list<uintptr_t>::iterator> where_;
-};
-
-// The accesses of one block, a warp's instruction at a time, the warps in step.
-void count(std::vector<Access>& accesses, Counts& into) {
-    std::map<decltype(Access().instruction()), std::vector<const Access*>> instructions;
-    for (const Access& access : accesses) {
-        into.asked[access.writes] += access.bytes;
-        instructions[access.instruction()].push_back(&access);
-    }
-    std::vector<const std::vector<const Access*>*> order;
-    for (const auto& [key, lanes] : instructions) order.push_back(&lanes);
-    const auto time = [](const std::vector<const Access*>* lanes) {
-        return std::pair((*lanes)[0]->ordinal, (*lanes)[0]->warp);
-    };
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return time(a) < time(b); });
-    Cache caches[2];
-    for (const auto* lanes : order) {
-        std::vector<uintptr_t> sectors;
-        for (const Access* access : *lanes)
-            for (uintptr_t at = access->address / kSector;
-                 at <= (access->address + access->bytes - 1) / kSector; ++at)
-                sectors.push_back(at);
-        std::sort(sectors.begin(), sectors.end());
-        sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
-        const bool writes = (*lanes)[0]->writes;
-        into.touched[writes] += sectors.size() * kSector;
-        for (const uintptr_t sector : sectors)
-            into.moved[writes] += caches[writes].take(sector) ? kSector : 0;
-    }
-}
 
 // --- fibers --------------------------------------------------------------------------------------
 
@@ -167,22 +90,11 @@ class Machine {
                     run_block(threads, block, kernel);
                     seen.blocks += 1;
                     seen.threads += threads;
-                    if (settings.counting) count(accesses_, seen);
+                    if (settings.counting) seen.add_block(accesses_);
                     accesses_.clear();
                 }
-        if (!settings.counting) return;
-        const std::lock_guard guard(mutex);
-        Counts& total = counts[kernel];
-        const double share = double(all) / std::max<int64_t>(seen.blocks, 1);
-        const auto add = [&](int64_t& to, int64_t value) { to += std::llround(share * value); };
-        total.launches += 1;
-        add(total.blocks, seen.blocks);
-        add(total.threads, seen.threads);
-        for (int i = 0; i < 2; ++i) {
-            add(total.asked[i], seen.asked[i]);
-            add(total.touched[i], seen.touched[i]);
-            add(total.moved[i], seen.moved[i]);
-        }
+        if (settings.counting)
+            add_launch(kernel, seen, double(all) / std::max<int64_t>(seen.blocks, 1));
     }
 
     void* shared() { return shared_.get(); }
@@ -407,27 +319,8 @@ void wait_for_copies(unsigned groups_left) {
 
 // --- for the tests, through ctypes ---------------------------------------------------------------
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // The seed of the order of threads; how many blocks of a launch are run, 0 for all; whether
 // accesses are counted.
-EXPORTED void cuda_on_cpu_set(uint64_t seed, int64_t most, bool counting) {
+CUDA_ON_CPU_EXPORTED void cuda_on_cpu_set(uint64_t seed, int64_t most, bool counting) {
     cuda_on_cpu::settings = {seed, most, counting};
-}
-
-// A line for each kernel since the last call: its name, then its counts, between tabs.
-EXPORTED const char* cuda_on_cpu_counts() {
-    using namespace cuda_on_cpu;
-    static std::string text;
-    const std::lock_guard guard(mutex);
-    text.clear();
-    for (const auto& [name, c] : counts) {
-        text += name;
-        for (const int64_t value : {c.launches, c.blocks, c.threads, c.asked[0], c.asked[1],
-                                    c.touched[0], c.touched[1], c.moved[0], c.moved[1]})
-            text += "\t" + std::to_string(value);
-        text += "\n";
-    }
-    counts.clear();
-    return text.c_str();
 }

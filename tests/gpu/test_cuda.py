@@ -232,7 +232,7 @@ def test_their_order():
 @on_cpu
 def test_the_stand_in_itself(tmp_path):
     folder = ROOT / "tests" / "cuda_on_cpu"
-    sources = [folder / "self_test.cu", folder / "cuda_on_cpu.cpp"]
+    sources = [folder / "self_test.cu", *sorted(folder.glob("*.cpp"))]
     program = tmp_path / "self_test"
     compile = ["g++", "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", f"-I{folder}", "-x", "c++"]
     subprocess.run([*compile, "-Wno-unknown-pragmas", *map(str, sources), "-o", str(program)], check=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_max_pool_cases import DTYPES, VALUES, draw, formats, windows
 from helpers import dtype_id
-from test_cuda_max_pool import DTYPES, VALUES, draw, formats, windows
 
 import pooling_ext
 import pooling_ext.functional as F

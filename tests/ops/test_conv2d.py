@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as TF
-from conv2d_cases import ERROR, off, taken
+from conv2d_cases import ERROR, gradients, off, taken
 from helpers import dtype_id, integers, strides, with_layout
 from torch import Tensor
 
@@ -32,15 +32,6 @@ def sample(kernels: str, layout: str = "contiguous", dtype=torch.float32, size=(
         options = {"stride": 2, "padding": (2, 1), "groups": 24}
     bias = torch.randn(weight.shape[0])
     return with_layout(x, layout).to(dtype), weight.to(dtype), bias.to(dtype), options
-
-
-def gradients(function, *tensors: Tensor | None, **options) -> tuple[Tensor, ...]:
-    """The output for copies of ``tensors`` that ask for gradients, then those."""
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
-    output = function(*leaves, **options)
-    grad = (torch.arange(output.numel()) % 17 - 8).view(output.shape).to(output.dtype)
-    output.backward(grad)
-    return output.detach(), *(x.grad for x in leaves if x is not None)
 
 
 @KERNELS

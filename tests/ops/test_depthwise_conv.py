@@ -1,7 +1,4 @@
-"""Depthwise convolution: its kernels, and the differentiable function made of them.
-
-Data are small integers wherever that is possible: sums are exact then, and results are compared bit by bit.
-"""
+"""Depthwise convolution: its kernels, and the differentiable function made of them."""
 
 from __future__ import annotations
 
@@ -12,16 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conv_cases import ACTIVATIONS, LEAKY_SLOPE
+from direct_conv_cases import (
+    BOTH_FORMATS,
+    EVERY_DTYPE,
+    LAYOUTS,
+    assert_exact,
+    assert_passes_on,
+    assert_same_for_any_threads,
+    every,
+)
 from helpers import FLOATS, dtype_id, integers, strides, with_layout
-from instruction_sets import EVERY_ISA, run_on
+from instruction_sets import EVERY_ISA
 from torch import Tensor
 
 from pooling_ext.ops import depthwise_conv as ops
 from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.native
-
-LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expanded")
 
 
 class Case(NamedTuple):
@@ -91,18 +95,12 @@ CASES = (
     Case("many_images", 70, 16, (4, 4), 3),
     Case("many_channels", 1, 280, (7, 7), 5),
 )
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-BOTH_FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+EVERY_CASE = every(CASES)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window, activation: str = "identity") -> Tensor:
     index = ops.ACTIVATIONS.index(activation)
     return ops.depthwise_conv(x, weight, bias, *window, index, LEAKY_SLOPE)
-
-
-def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    assert_close(actual, expected, exact=True, what=what)
 
 
 # --- the operators ----------------------------------------------------------------------------------
@@ -278,19 +276,8 @@ def every_result(case: Case, dtype: torch.dtype, layout: str) -> Iterator[Tensor
 
 @BOTH_FORMATS
 def test_bits_do_not_depend_on_threads(layout):
-    threads = torch.get_num_threads()
     large = Case("", 3, 72, (56, 56), 5, (2, 2)), Case("", 1, 80, (40, 40), 3), Case("", 20, 320, (7, 7), 3)
-    try:
-        for case in (*large, *CASES[:3]):
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.set_num_threads(1)
-                expected = list(every_result(case, dtype, layout))
-                for count in (2, 3, 64):
-                    torch.set_num_threads(count)
-                    for one, other in zip(every_result(case, dtype, layout), expected, strict=True):
-                        assert torch.equal(one, other), (case, dtype, count)
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_for_any_threads(every_result, (*large, *CASES[:3]), layout)
 
 
 def check_every_instruction_set_case() -> None:
@@ -309,9 +296,4 @@ def check_every_instruction_set_case() -> None:
 
 @EVERY_ISA
 def test_instruction_set(isa):
-    script = (
-        f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n"
-        "import test_depthwise_conv as tests\nfrom pooling_ext.backends import cpu_library\n"
-        "tests.check_every_instruction_set_case()\nprint(cpu_library.module.isa)"
-    )
-    assert run_on(isa, script) == [isa]
+    assert_passes_on(isa, __file__)

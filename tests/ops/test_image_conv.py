@@ -1,22 +1,26 @@
-"""Convolution of images: its kernels, the differentiable function made of them, and where they are used.
-
-Data are small integers wherever that is possible: sums are exact then, and results are compared bit by bit.
-"""
+"""Convolution of images: its kernels, the differentiable function made of them, and where they are used."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as TF
 from conv_cases import ACTIVATIONS, LEAKY_SLOPE
+from direct_conv_cases import (
+    BOTH_FORMATS,
+    EVERY_DTYPE,
+    LAYOUTS,
+    assert_exact,
+    assert_passes_on,
+    assert_same_for_any_threads,
+    every,
+)
 from helpers import FLOATS, dtype_id, integers, strides, with_layout
-from instruction_sets import EVERY_ISA, run_on
+from instruction_sets import EVERY_ISA
 from torch import Tensor, nn
 
 import pooling_ext
@@ -28,8 +32,6 @@ from pooling_ext.ops.conv_kernels import Plan, convolve
 from pooling_ext.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.native
-
-LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expanded")
 
 
 class Case(NamedTuple):
@@ -75,9 +77,7 @@ CASES = (
     Case("long_rows", 1, 3, 16, (4, 301), (3, 3)),
     Case("many_images", 70, 3, 16, (4, 4), (3, 3)),
 )
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-BOTH_FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+EVERY_CASE = every(CASES)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window, activation: str = "identity") -> Tensor:
@@ -86,10 +86,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window, activation: 
 
 def in_float64(x: Tensor, weight: Tensor, bias: Tensor | None, window) -> Tensor:
     return TF.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *window)
-
-
-def assert_exact(actual: Tensor, expected: Tensor) -> None:
-    assert_close(actual, expected, exact=True)
 
 
 # --- the operators ----------------------------------------------------------------------------------
@@ -221,19 +217,8 @@ def every_result(case: Case, dtype: torch.dtype, layout: str) -> Iterator[Tensor
 
 @BOTH_FORMATS
 def test_bits_do_not_depend_on_threads(layout):
-    threads = torch.get_num_threads()
     large = Case("", 3, 3, 64, (112, 112), (7, 7), (2, 2), (3, 3)), Case("", 1, 3, 32, (96, 96), (3, 3))
-    try:
-        for case in (*large, *CASES[:3]):
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.set_num_threads(1)
-                expected = list(every_result(case, dtype, layout))
-                for count in (2, 3, 64):
-                    torch.set_num_threads(count)
-                    for one, other in zip(every_result(case, dtype, layout), expected, strict=True):
-                        assert torch.equal(one, other), (case, dtype, count)
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_for_any_threads(every_result, (*large, *CASES[:3]), layout)
 
 
 def check_every_instruction_set_case() -> None:
@@ -248,12 +233,7 @@ def check_every_instruction_set_case() -> None:
 
 @EVERY_ISA
 def test_instruction_set(isa):
-    script = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}\n"
-        "import test_image_conv as tests\nfrom pooling_ext.backends import cpu_library\n"
-        "tests.check_every_instruction_set_case()\nprint(cpu_library.module.isa)"
-    )
-    assert run_on(isa, script) == [isa]
+    assert_passes_on(isa, __file__)
 
 
 # --- where they are used -----------------------------------------------------------------------------

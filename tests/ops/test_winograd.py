@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
+from conv2d_cases import off
 from conv_cases import ACTIVATIONS, LEAKY_SLOPE
 from helpers import FLOATS, LAYOUTS, dtype_id, with_layout
 from instruction_sets import EVERY_ISA, run_on
@@ -24,13 +25,6 @@ from pooling_ext.testing.conv_shapes import RESNET, TORCHVISION, VGG, ConvShape
 pytestmark = pytest.mark.native
 
 ONES = (1, 1, 1, 1)
-
-
-def off(actual: Tensor, expected: Tensor) -> float:
-    """The largest error, relative to the largest element."""
-    assert actual.shape == expected.shape
-    expected = expected.detach()
-    return float((actual.detach().double() - expected).abs().max() / expected.abs().max())
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding=ONES, groups=1) -> Tensor:

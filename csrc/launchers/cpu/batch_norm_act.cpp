@@ -1,5 +1,5 @@
 // Launchers of batch normalization on the CPU. The operators are defined in
-// pooling_ext/ops/batch_norm_act.py.
+// pooling_ext/ops/batch_norm_operators.py.
 #include "launchers/cpu/batch_norm_launch.h"
 
 namespace pooling_ext {

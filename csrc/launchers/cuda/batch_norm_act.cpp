@@ -1,5 +1,5 @@
 // Launchers of batch normalization on a GPU. The operators are defined in
-// pooling_ext/ops/batch_norm_act.py.
+// pooling_ext/ops/batch_norm_operators.py.
 #include "launchers/activation.h"
 #include "launchers/cuda/batch_norm_call.h"
 

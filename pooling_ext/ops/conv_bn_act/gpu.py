@@ -11,8 +11,9 @@ from ... import backends
 from ...autograd import transformed
 from .. import _library, conv_autotune
 from ..activations import IDENTITY, RELU
-from ..batch_norm_act import in_training, update_running
+from ..batch_norm_act import in_training
 from ..batch_norm_arguments import batch_norm_arguments
+from ..batch_norm_statistics import update_running
 from ..prologue_norm import PrologueNorm
 from .call import NO_CONVOLUTION, Call, autocast_dtype
 
