@@ -84,7 +84,7 @@ template <class T, int N>
 struct OwnCoefficients {
     T center[N], scale[N], shift[N], slope[N], offset[N];
 
-    POOLING_EXT_DEVICE OwnCoefficients(const ChannelTiles& t, const Position<N>& p,
+    POOLING_EXT_DEVICE OwnCoefficients(const ChannelTiles& t, const ChannelPosition<N>& p,
                                        const Norm& norm) {
         __shared__ Coefficients<T> all[kThreads];
         const int thread = int(threadIdx.x);

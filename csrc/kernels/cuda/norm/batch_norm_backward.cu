@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
     using T = Accumulator<In>;
     constexpr bool kKept = !std::is_void_v<Kept>, kMask = std::is_same_v<Kept, uint8_t>;
     __shared__ Lanes<T, N> gradients, products;
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     T gradient[N] = {}, product[N] = {};
     // With all of these a second vector would leave a multiprocessor half as many threads.
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     spread_gradient(const In* grad, const In* x, In* y, Norm norm,
                     ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
-    const Position<N> p(tiles, true);
+    const ChannelPosition<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     const bool sums = norm.sums != nullptr;
     bool reads_x = true;

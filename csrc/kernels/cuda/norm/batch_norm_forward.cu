@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<false>)
     using T = Accumulator<In>;
     __shared__ Lanes<T, N> centers, means, deviations;
     __shared__ int counts[kThreads];
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     T center[N] = {}, sum[N] = {}, squares[N] = {};
     int count = 0;
     p.template walk<kUnroll<N>>(tiles, [&](const auto& at, const auto& there) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
     normalize(const In* x, const In* residual, In* y, uint8_t* mask, Norm norm,
               ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
-    const Position<N> p(tiles, true);
+    const ChannelPosition<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     constexpr int U = kResidual ? kUnroll<N> / 2 : kUnroll<N>;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {

@@ -11,7 +11,7 @@ static_assert(kThreads == ChannelTiles::kThreads);
 
 // Where a thread is, in vectors of N elements.
 template <int N>
-struct Position {
+struct ChannelPosition {
     int64_t split;
     int64_t first_channel;  // of the block
     int own;                // channels that it has
@@ -21,7 +21,7 @@ struct Position {
     int64_t next, end;      // rows, or vectors
 
     // `backwards` begins with what an earlier kernel read last, which may still be in the cache.
-    POOLING_EXT_DEVICE explicit Position(const ChannelTiles& t, bool backwards = false) {
+    POOLING_EXT_DEVICE explicit ChannelPosition(const ChannelTiles& t, bool backwards = false) {
         const int thread = int(threadIdx.x);
         const unsigned blocks = unsigned(t.blocks);
         split = blockIdx.x / blocks;
