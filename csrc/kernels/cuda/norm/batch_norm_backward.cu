@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
     // With all of these a second vector would leave a multiprocessor half as many threads.
     constexpr int U = kKept && kCurved && N > 1 ? 1 : kUnroll<N>;
     constexpr int kOthers = kKept && !kMask ? U : 1, kBits = kMask ? U : 1;
-    p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
+    [[maybe_unused]] const auto own = MaskOrder<kVector<In>>(tiles).column(p);
+    p.template walk_units<U>(tiles, [&](const auto& at, const auto& there, const auto& rows) {
         Vec<In, N> grads[U], values[U];
         [[maybe_unused]] Vec<In, N> others[kOthers];
         [[maybe_unused]] unsigned bits[kBits];
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
             grads[u] = load<N>(grad + at[u]);
             values[u] = load<N>(x + at[u]);
             if constexpr (kMask)
-                bits[u] = load(kept + uint64_t(at[u]) / kVector<In>).at[0] >> at[u] % kVector<In>;
+                bits[u] = load(kept + own.byte(at[u], rows[u])).at[0] >> at[u] % kVector<In>;
             else if constexpr (kKept)
                 others[u] = load<N>(kept + at[u]);
         }
