@@ -17,6 +17,10 @@ from pathlib import Path
 TABLE = Path(__file__).parents[2] / "tests" / "gpu" / "cuda_machine_code_sm_90.txt"
 
 
+#: Kernel, stride and padding of a square window.
+_WINDOW = re.compile(r"Square<(\d+), (\d+), \d+>")
+
+
 @dataclass(frozen=True)
 class Card:
     """A GPU.
@@ -72,10 +76,14 @@ class Kernel:
     @property
     def traffic(self) -> float:
         """Bytes between memory and the multiprocessor; what windows share is read once."""
-        window = re.search(r"Square<\d+, (\d+), \d+>", self.name)
+        window = _WINDOW.search(self.name)
         if window is None:
             return self.asked + self.written
-        inputs_of_an_output = int(window[1]) ** 2
+        inputs_of_an_output = int(window[2]) ** 2
+        if self.name.startswith("pool_"):
+            return self.written * (1 + inputs_of_an_output)
+        if self.name.startswith("gather_"):
+            return self.written * (1 + 1 / inputs_of_an_output)
         if self.name.startswith("max_pool_rows"):
             # The stem writes the winners' elements in training, as large as the output.
             outputs = self.stores[16] / (
@@ -86,6 +94,19 @@ class Kernel:
         # The stem reads its input, of the gradient's size.
         input = 1 if "ToWinnerThroughNorm" in self.name else 0
         return self.written * (1 + input + (1 + 1 / element) / inputs_of_an_output)
+
+    @property
+    def rounds(self) -> float:
+        """How often the way is gone for what is written once.
+
+        An average's gradient is gathered in loops over the windows that cover an element, or over their rows:
+        on average as many as the kernel's size over its stride. The way has each load of the code once.
+        """
+        window = _WINDOW.search(self.name)
+        if window is None or not self.name.startswith("gather_"):
+            return 1.0
+        axes = 2 if self.name.startswith("gather_pixels") else 1
+        return (int(window[1]) / int(window[2])) ** axes / self.loads[16]
 
     def threads(self, card: Card) -> int:
         """Resident on a multiprocessor, in blocks of 256."""
@@ -118,10 +139,10 @@ def kernels(table: Path = TABLE) -> Iterator[Kernel]:
 def seconds(kernel: Kernel, card: Card = H200) -> dict[str, float]:
     """Of one thread's way on one multiprocessor that is full of such threads, by what would limit it."""
     threads = kernel.threads(card)
-    waits = kernel.asked / kernel.in_flight if kernel.in_flight else 0.0
+    waits = kernel.rounds * kernel.asked / kernel.in_flight if kernel.in_flight else 0.0
     return {
         "traffic": kernel.traffic / (card.copy / card.multiprocessors),
-        "issue": kernel.instructions / 32 / (card.issued * card.clock),
+        "issue": kernel.rounds * kernel.instructions / 32 / (card.issued * card.clock),
         "latency": waits * card.latency / threads,
     }
 
@@ -132,6 +153,30 @@ def share(kernel: Kernel, card: Card = H200) -> float:
     return limits["traffic"] / max(limits.values())
 
 
+#: The kernels of each kind, by their names.
+KINDS = {
+    "max pooling, forward": "max_pool_rows<AsTheyAre<",
+    "max pooling, backward": "max_pool_cells<ToWinner<",
+    "average pooling, forward": "pool_(pixels|runs)<",
+    "average pooling, backward": "gather_(pixels|runs)<",
+    "whole planes: max, Lp and average": "pool_whole_",
+    "global average, tail": "plane_means<|spread_means<",
+    "stem, forward": "max_pool_rows<Normalized<",
+    "stem, backward": "max_pool_cells<ToWinnerThroughNorm<",
+    "batch norm": "normalize<|stats_parts<|sums_parts<|spread_gradient<",
+}
+
+
+def summary() -> Iterator[str]:
+    """Rows of the table in docs/gpu.md: the least and the most of the kernels of each kind."""
+    for kind, names in KINDS.items():
+        cells = [kind]
+        for dtype in ("float", "__nv_bfloat16"):
+            shares = [share(k) for k in kernels() if re.match(names, k.name) and f"<{dtype}" in k.name]
+            cells.append(" to ".join(dict.fromkeys(f"{one:.0%}" for one in (min(shares), max(shares)))))
+        yield f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     print(
         f"{H200.name}: share of a copy; issuing, and waiting for loads, as parts of the time for the traffic"
@@ -140,6 +185,7 @@ def main() -> None:
         limits = seconds(kernel)
         parts = (f"{limits[name] / limits['traffic']:5.0%}" for name in ("issue", "latency"))
         print(f"{share(kernel):5.0%}  {'  '.join(parts)}  {kernel.name}")
+    print(*summary(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,15 @@ def _makes_mask(input: Tensor, residual: Tensor | None, activation: Activation) 
 
 def _unpacked(mask: Tensor, input: Tensor) -> Tensor:
     """One where a mask lets the gradient through, zero elsewhere, in the input's layout."""
-    bits = (mask[:, None] >> torch.arange(16 // input.element_size(), device=mask.device)) & 1
+    each, together = 16 // input.element_size(), 8
+    bits = (mask[:, None] >> torch.arange(each, device=mask.device)) & 1
     result = like(input)
+    vectors, others = divmod(input.shape[1], each)
+    if vectors and not others and result.stride(1) == 1:  # so many vectors of all pixels, then the next ones
+        pixels, whole = mask.numel() // vectors, vectors // together
+        first, rest = bits.split((pixels * whole * together, pixels * (vectors - whole * together)))
+        first = first.view(whole, pixels, together * each).transpose(0, 1).flatten(1)
+        bits = torch.cat((first, rest.view(pixels, (vectors - whole * together) * each)), 1)
     flat = result.as_strided((result.numel(),), (1,))
     flat.copy_(bits.flatten()[: result.numel()])
     return result

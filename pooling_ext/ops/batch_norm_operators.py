@@ -86,8 +86,8 @@ batch_norm_act_training = _library.define(
     vmap=False,
 )
 
-# ReLU's output with a residual, and its mask: a bit for each element in the order of memory, and a byte for
-# each 16 bytes of them.
+# ReLU's output with a residual, and its mask: a bit for each element, and a byte for each 16 bytes of them,
+# in the order that MaskOrder says (csrc/kernels/cuda/norm/batch_norm.cuh).
 batch_norm_relu_mask = _library.define(
     "batch_norm_relu_mask(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, Tensor residual, "
     "float eps)",

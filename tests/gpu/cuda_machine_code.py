@@ -1,8 +1,8 @@
-"""What the machine code of CUDA kernels for sm_90 does on its way round its loop.
+"""What the machine code of CUDA kernels does on its way round its loop: for sm_90, of convolutions for sm_80.
 
-Run as a script (``python tests/gpu/cuda_machine_code.py``) it writes the table that
-test_cuda_machine_code.py compares with. Of max pooling, cuda_machine_code/max_pool.cu names the kernels
-that matter.
+Run as a script (``python tests/gpu/cuda_machine_code.py``) it writes the tables that
+test_cuda_machine_code.py compares with. Of max pooling and convolutions, files in cuda_machine_code name the
+kernels that matter.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from cuda_resources import ROOT, compiler, short, write
 
 sys.path.insert(0, str(ROOT))  # run as a script
+from benchmarks.harness import conv_roofline
+from benchmarks.harness.conv_roofline import ConvKernel
 from benchmarks.harness.roofline import TABLE, Kernel, line
 
-SOURCES = [
-    ROOT / "tests" / "gpu" / "cuda_machine_code" / "max_pool.cu",
-    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_relu_max_pool.cu",
-    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_relu_max_pool_backward.cu",
-    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_forward.cu",
-    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "batch_norm_backward.cu",
-    ROOT / "csrc" / "kernels" / "cuda" / "norm" / "add_relu_global_avg_pool.cu",
-]
-FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-arch=sm_90", "-cubin", "-Xptxas=-v"]
+NAMED = ROOT / "tests" / "gpu" / "cuda_machine_code"
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+#: Where there are kernels, and which of those count: windows that CNNs use, and whole planes.
+SOURCES = {
+    NAMED / "max_pool.cu": "",
+    KERNELS / "norm" / "batch_norm_relu_max_pool.cu": "Square<3, 2, 1>",
+    KERNELS / "norm" / "batch_norm_relu_max_pool_backward.cu": "Square<3, 2, 1>",
+    KERNELS / "norm" / "batch_norm_forward.cu": "",
+    KERNELS / "norm" / "batch_norm_backward.cu": "",
+    KERNELS / "norm" / "add_relu_global_avg_pool.cu": "",
+    KERNELS / "pool" / "avg_pool.cu": "Square|pool_whole.*, int, ",
+    KERNELS / "pool" / "max_pool.cu": "pool_whole.*(float|bfloat16).*, int, ",
+    KERNELS / "pool" / "lp_pool.cu": "pool_whole.*, int, ",
+}
+FLAGS = ["-std=c++20", "-O3", "-diag-suppress=177", "-cubin", "-Xptxas=-v"]
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\*")
 _BRANCH = re.compile(r"(@!?U?P\d\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+, )?(?:`\()?0x([0-9a-f]+)")
 _ACCESS = re.compile(r"(?:@!?U?P\d\s+)?(LDG|STG)\.E(\S*)")
@@ -64,32 +72,42 @@ def includes() -> list[str]:
     return [f"-I{path.parent}" for folder in folders for path in folder.glob("cu*/include/cuda_bf16.h")][:1]
 
 
-def measured() -> list[Kernel]:
-    """The kernels, by name."""
+def compiled(source: Path, architecture: str) -> tuple[str, str]:
+    """The machine code, and what ptxas says of it."""
     tool = disassembler()
     assert tool is not None
-    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in SOURCES:
-            cubin = Path(folder) / f"{source.stem}.cubin"
-            command = ["nvcc", *FLAGS, *includes(), f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
-            built = subprocess.run(command, capture_output=True, text=True)
-            if built.returncode:
-                raise RuntimeError(built.stderr)
-            code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
-            found += list(_codes(code.stdout, built.stderr))
-    return sorted((code for code in found if _chosen(code)), key=lambda code: code.name)
+        cubin = Path(folder) / f"{source.stem}.cubin"
+        command = ["nvcc", *FLAGS, f"-arch={architecture}", *includes(), f"-I{ROOT / 'csrc'}", str(source)]
+        built = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        if built.returncode:
+            raise RuntimeError(built.stderr)
+        code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    return code.stdout, built.stderr
 
 
-def _chosen(code: Kernel) -> bool:
+def measured() -> list[Kernel]:
+    """The kernels, by name."""
+    found = []
+    for source, which in SOURCES.items():
+        found += [code for code in codes(*compiled(source, "sm_90")) if _chosen(code, which)]
+    return sorted(found, key=lambda code: code.name)
+
+
+def measured_convolutions() -> list[ConvKernel]:
+    """Those of convolutions, by name."""
+    found = convolutions(*compiled(NAMED / "conv.cu", "sm_80"))
+    return sorted(found, key=lambda kernel: kernel.name)
+
+
+def _chosen(code: Kernel, which: str) -> bool:
     """Whether networks in float32 and bfloat16 take it, with what is read whole vectors at a time."""
-    stem = re.search(r"Normalized<|ToWinnerThroughNorm<|NormalMaxOp<", code.name)
-    if stem and "Square<3, 2, 1>" not in code.name:
-        return False
-    return bool(code.loads.get(16)) and not re.search(r"double|__half", code.name)
+    wanted = re.search(which, code.name) and not re.search(r"double|__half", code.name)
+    return bool(code.loads.get(16) and wanted)
 
 
-def _codes(listing: str, log: str) -> Iterator[Kernel]:
+def _functions(listing: str, log: str) -> Iterator[tuple[str, int, int, dict[int, str]]]:
+    """The name, registers, bytes of spills and instructions of each."""
     parts = re.split(r"\n\s*Function : (\S+)\n", listing)
     demangled = subprocess.run(["c++filt"], input="\n".join(parts[1::2]), capture_output=True, text=True)
     for mangled, name, body in zip(parts[1::2], demangled.stdout.splitlines(), parts[2::2], strict=True):
@@ -101,20 +119,83 @@ def _codes(listing: str, log: str) -> Iterator[Kernel]:
         )
         assert about is not None, name
         instructions = {int(at, 16): text for at, text in _INSTRUCTION.findall(body)}
+        yield short(name), int(about[3]), int(about[1]) + int(about[2]), instructions
+
+
+def codes(listing: str, log: str) -> Iterator[Kernel]:
+    for name, registers, spills, instructions in _functions(listing, log):
         way = [instructions[at] for at in _way_round(instructions)]
-        yield Kernel(
-            short(name),
-            int(about[3]),
-            int(about[1]) + int(about[2]),
-            len(way),
-            *(_accesses(way, kind) for kind in ("LDG", "STG")),
-            _in_flight(way),
-        )
+        accesses = (_accesses(way, kind) for kind in ("LDG", "STG"))
+        yield Kernel(name, registers, spills, len(way), *accesses, _in_flight(way))
+
+
+def convolutions(listing: str, log: str) -> Iterator[ConvKernel]:
+    for name, registers, spills, instructions in _functions(listing, log):
+        way = [instructions[at] for at in _way_of_products(instructions)]
+        product = "HMMA" if any("HMMA" in text for text in way) else "FFMA"
+        products = sum(product in text for text in way)
+        shared, copied = (sum(_bytes(text, kind) for text in way) for kind in (r"LDSM?\b", r"LDGSTS\b"))
+        yield ConvKernel(name, registers, spills, product, len(way), products, shared, copied)
+
+
+def _bytes(text: str, kind: str) -> int:
+    """What an access of a thread to shared memory moves; LDSM.16.M88.4 reads a row of 16 bytes for each."""
+    found = re.match(rf"(?:@!?U?P\w+\s+)?{kind}(\S*)", text)
+    if found is None:
+        return 0
+    return 16 if re.search(r"\.128|M88\.4", found[1]) else 8 if ".64" in found[1] else 4
 
 
 def _target(text: str) -> int | None:
     found = _BRANCH.match(text)
     return int(found[2], 16) if found else None
+
+
+def _loops(instructions: dict[int, str]) -> list[tuple[int, int]]:
+    """Their first and last addresses; all of it where there is none."""
+    order = sorted(instructions)
+    loops = []
+    for at in order:
+        target = _target(instructions[at])
+        if target is not None and target < at:
+            loops.append((target, at))
+    return loops or [(order[0], order[-1])]
+
+
+def _way_of_products(instructions: dict[int, str]) -> list[int]:
+    """The addresses on the way once round the innermost loop that has most products, and all of its copies to
+    shared memory: the shortest, which leaves out the prologue."""
+    order = sorted(instructions)
+    loops = _loops(instructions)
+
+    def has(loop: tuple[int, int], kinds: str) -> list[int]:
+        inside = (at for at in order if loop[0] <= at <= loop[1])
+        return [at for at in inside if re.search(rf"\b({kinds})\b", instructions[at])]
+
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    kind = "HMMA" if any(has(loop, "HMMA") for loop in innermost) else "FFMA"
+    head, tail = max(innermost, key=lambda loop: len(has(loop, kind)))
+    # FFMA does a prologue too, which lies before the barrier.
+    barrier = max(has((head, tail), "BAR"), default=head)
+    stops = has((head, tail), "LDGSTS") + [at for at in has((head, tail), kind) if at > barrier]
+    return _through(instructions, order, (head, tail), sorted(stops), lambda at, target: True)
+
+
+def _through(
+    instructions: dict[int, str],
+    order: list[int],
+    loop: tuple[int, int],
+    stops: list[int],
+    may_skip: Callable[[int, int], bool],
+) -> list[int]:
+    """The shortest way round a loop by all stops."""
+    way, here = [], loop[0]
+    for stop in [*stops, loop[1]]:
+        part = _shortest(instructions, order, (here, stop), may_skip)
+        if part is not None:  # else it is on another branch
+            way += part
+            here = stop
+    return [*way, loop[1]]
 
 
 def _way_round(instructions: dict[int, str]) -> list[int]:
@@ -124,26 +205,16 @@ def _way_round(instructions: dict[int, str]) -> list[int]:
     values, or for what is kept in other types.
     """
     order = sorted(instructions)
-    loops = []
-    for at in order:
-        target = _target(instructions[at])
-        if target is not None and target < at:
-            loops.append((target, at))
-    loops = loops or [(order[0], order[-1])]
 
     def wide(loop: tuple[int, int]) -> list[int]:
         inside = (at for at in order if loop[0] <= at <= loop[1])
         return [at for at in inside if 16 in (_access(instructions[at], kind) for kind in ("LDG", "STG"))]
 
     # Of loops that are one within the other, the innermost.
-    head, tail = max(loops, key=lambda loop: (len(wide(loop)), loop[0] - loop[1]))
-    way, here = [], head
-    for stop in [*wide((head, tail)), tail]:
-        part = _shortest(instructions, order, here, stop)
-        if part is not None:  # else it is on another branch
-            way += part
-            here = stop
-    return [*way, tail]
+    loop = max(_loops(instructions), key=lambda loop: (len(wide(loop)), loop[0] - loop[1]))
+    return _through(
+        instructions, order, loop, wide(loop), lambda at, target: _rare(instructions, order, at, target)
+    )
 
 
 def _rare(instructions: dict[int, str], order: list[int], at: int, target: int) -> bool:
@@ -156,8 +227,14 @@ def _rare(instructions: dict[int, str], order: list[int], at: int, target: int) 
     return narrow or back
 
 
-def _shortest(instructions: dict[int, str], order: list[int], start: int, stop: int) -> list[int] | None:
-    """Addresses from ``start`` to before ``stop``, without going back; None where there is no way."""
+def _shortest(
+    instructions: dict[int, str],
+    order: list[int],
+    ends: tuple[int, int],
+    may_skip: Callable[[int, int], bool],
+) -> list[int] | None:
+    """Addresses from one to before the other, without going back; None where there is no way."""
+    start, stop = ends
     position = {at: i for i, at in enumerate(order)}
     best: dict[int, tuple[int, int | None]] = {start: (0, None)}
     for at in order[position[start] : position[stop]]:
@@ -167,7 +244,7 @@ def _shortest(instructions: dict[int, str], order: list[int], start: int, stop: 
         target = _target(text)
         always = re.match(r"(BRA|EXIT|RET)", text) is not None
         nexts = [] if always else [order[position[at] + 1]]
-        if target is not None and target > at and (always or _rare(instructions, order, at, target)):
+        if target is not None and target > at and (always or may_skip(at, target)):
             nexts.append(target)
         for following in nexts:
             if following not in best or steps < best[following][0]:
@@ -219,6 +296,14 @@ def lines(codes: list[Kernel]) -> Iterator[str]:
         yield line(code)
 
 
+def lines_of_convolutions(kernels: list[ConvKernel]) -> Iterator[str]:
+    yield f"# {compiler()}; kernel, registers, bytes of spills, instruction that multiplies, then once"
+    yield "# round the loop: instructions, products, bytes read from shared memory and copied there"
+    for kernel in kernels:
+        yield conv_roofline.line(kernel)
+
+
 if __name__ == "__main__":
     write(TABLE, lines(measured()))
-    sys.stdout.write(TABLE.read_text())
+    write(conv_roofline.TABLE, lines_of_convolutions(measured_convolutions()))
+    sys.stdout.write(TABLE.read_text() + conv_roofline.TABLE.read_text())

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from xdist_locks import WORKER, once
 
 pytest.importorskip("triton")
 
-# The first test waits for all that compiles.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# A target's first test waits for all that is compiled for it, or for another process that does so.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Bytes of shared memory that one program can have.
@@ -26,26 +25,17 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 OF_PARAMETERS = ("_affine_kernel",)
 
 
-@cache
-def worker(target: str, folder: Path) -> subprocess.Popen[bytes]:
+def compile_for(target: str) -> str:
+    """What the worker prints, which takes all cores: other processes of this test wait for it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # Into files: one that nobody reads yet must not wait until somebody does.
-    with (folder / f"{target}.json").open("w") as output, (folder / f"{target}.err").open("w") as errors:
-        return subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("triton_worker.py"), target],
-            env=environment,
-            stdout=output,
-            stderr=errors,
-        )
-
-
-def compile_for(target: str, folder: Path) -> str:
-    # Where there are several of this process, each compiles for one target; else it has all begin.
-    for each in (target,) if WORKER else TARGETS:
-        worker(each, folder)
-    status = worker(target, folder).wait()
-    assert status == 0, (folder / f"{target}.err").read_text()[-4000:]
-    return (folder / f"{target}.json").read_text()
+    worker = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_worker.py"), target],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert worker.returncode == 0, worker.stderr[-4000:]
+    return worker.stdout
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -58,7 +48,7 @@ def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     """What the worker says of each kernel, one entry for each specialization."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder.parent if WORKER else folder) / f"compiled-{target}"
-    return [json.loads(line) for line in once(path, lambda: compile_for(target, folder)).splitlines()]
+    return [json.loads(line) for line in once(path, lambda: compile_for(target)).splitlines()]
 
 
 def label(facts: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """Compiles the Triton kernels for GPUs that are not here; prints what came out as JSON.
 
-Runs in a process of its own: where TRITON_INTERPRET is set, there are no kernels to compile.
+Runs in a process of its own: where TRITON_INTERPRET is set, there are no kernels to compile. As many
+processes as there are cores take one launch after another.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -168,15 +171,27 @@ def _key(launch: Launch) -> str:
     return f"{launch.kernel.__name__} {arguments} {launch.options}"
 
 
+#: What there is to compile, and for what: forked processes share it, since launches cannot be sent to them.
+_launches: list[tuple[str, str, Launch]] = []
+_target = TARGETS["sm_90"]
+
+
+def facts_of(index: int) -> dict[str, Any]:
+    case, phase, launch = _launches[index]
+    facts = {"case": case, "phase": phase, "kernel": launch.kernel.__name__}
+    try:
+        return facts | compile_for(_target, launch)
+    except Exception as error:  # the others are of interest too
+        return facts | {"error": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
-    target = TARGETS[sys.argv[1]]
-    for case, phase, launch in launches():
-        facts = {"case": case, "phase": phase, "kernel": launch.kernel.__name__}
-        try:
-            facts |= compile_for(target, launch)
-        except Exception as error:  # the others are of interest too
-            facts["error"] = f"{type(error).__name__}: {error}"
-        print(json.dumps(facts), flush=True)
+    global _launches, _target
+    _target = TARGETS[sys.argv[1]]
+    _launches = launches()
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for facts in pool.imap(facts_of, range(len(_launches))):
+            print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

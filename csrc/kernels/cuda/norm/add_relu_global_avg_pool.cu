@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kResidentMeans)
                 ChannelTiles tiles) {
     using T = Accumulator<In>;
     __shared__ Lanes<T, N> sums;
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     T sum[N] = {};
     constexpr int U = kRectified ? kUnroll<N> : 2 * kUnroll<N>;
     p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kResidentMeans)
     spread_means(const In* grad, const In* x, const In* residual, In* y, double pixels,
                  int64_t plane_splits, ChannelTiles tiles) {
     using T = Accumulator<In>;
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     if (p.next >= p.end) return;
     const int64_t first = p.split / plane_splits * tiles.channels + p.first_channel;
     T share[N];

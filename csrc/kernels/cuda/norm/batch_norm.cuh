@@ -84,7 +84,7 @@ template <class T, int N>
 struct OwnCoefficients {
     T center[N], scale[N], shift[N], slope[N], offset[N];
 
-    POOLING_EXT_DEVICE OwnCoefficients(const ChannelTiles& t, const Position<N>& p,
+    POOLING_EXT_DEVICE OwnCoefficients(const ChannelTiles& t, const ChannelPosition<N>& p,
                                        const Norm& norm) {
         __shared__ Coefficients<T> all[kThreads];
         const int thread = int(threadIdx.x);
@@ -119,6 +119,45 @@ template <class T>
 POOLING_EXT_DEVICE T relu_backward(T z, T grad) {
     return lets_through(z) ? grad : T(0);
 }
+
+// Where ReLU's mask has the byte of a vector of 16 bytes of elements. It is in the order of memory,
+// but in channels-last so many vectors of a pixel, as many as a block has, are followed by those of
+// the next pixels: so a warp reads or writes one whole sector of 32 bytes, where parts of four
+// would be shared with other blocks. ops/batch_norm_act.py takes masks apart.
+template <int N>
+struct MaskOrder {
+    static constexpr int64_t kTogether = 8;
+
+    int64_t rows;
+    int64_t vectors;  // of a row; none where the order is that of memory
+
+    POOLING_EXT_INLINE explicit MaskOrder(const ChannelTiles& t)
+        : rows(t.rows), vectors(t.inner == 1 && t.channels % N == 0 ? t.channels / N : 0) {}
+
+    // For the vectors of a column of the rows.
+    struct Column {
+        int64_t before;  // from where they lie in the order of memory to where they begin here
+        int away;        // and so much for each row
+
+        // Of the element at `at` of memory, which is in this row if there are columns.
+        POOLING_EXT_DEVICE int64_t byte(int64_t at, int64_t row) const {
+            return int64_t(uint64_t(at) / N) + before + row * away;
+        }
+    };
+
+    POOLING_EXT_DEVICE Column column(int64_t vector) const {
+        if (vectors == 0) return {0, 0};
+        const int64_t first = vector / kTogether * kTogether, left = vectors - first;
+        const int64_t together = left < kTogether ? left : kTogether;
+        return {first * (rows - 1), int(together - vectors)};
+    }
+
+    // Of a thread, which stays in a column where there are some.
+    template <int M>
+    POOLING_EXT_DEVICE Column column(const ChannelPosition<M>& p) const {
+        return column((p.first_channel + p.across * M) / N);
+    }
+};
 
 // What a kernel is told of the activation: which of those in activation.cuh it is, or whether it is
 // ReLU. (A structure in place of the bool has the compiler take more registers.)

@@ -50,7 +50,7 @@ struct BatchNormJob {
     // the gradient of the residual, which is that of what the activation was given, is written.
     const void* kept = nullptr;
     // Instead of ReLU's output: a bit of each element, whether it lets gradients through. Each
-    // byte has those of 16 bytes of elements, from the lowest bit on.
+    // byte has those of 16 bytes of elements, from the lowest bit on; MaskOrder says which.
     uint8_t* mask = nullptr;
     void* residual_grad = nullptr;
     void* y = nullptr;        // the output, or the gradient of the input

@@ -21,13 +21,14 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
     using T = Accumulator<In>;
     constexpr bool kKept = !std::is_void_v<Kept>, kMask = std::is_same_v<Kept, uint8_t>;
     __shared__ Lanes<T, N> gradients, products;
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     T gradient[N] = {}, product[N] = {};
     // With all of these a second vector would leave a multiprocessor half as many threads.
     constexpr int U = kKept && kCurved && N > 1 ? 1 : kUnroll<N>;
     constexpr int kOthers = kKept && !kMask ? U : 1, kBits = kMask ? U : 1;
-    p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
+    [[maybe_unused]] const auto own = MaskOrder<kVector<In>>(tiles).column(p);
+    p.template walk_units<U>(tiles, [&](const auto& at, const auto& there, const auto& rows) {
         Vec<In, N> grads[U], values[U];
         [[maybe_unused]] Vec<In, N> others[kOthers];
         [[maybe_unused]] unsigned bits[kBits];
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kResidentSums<Kept, kCurved>)
             grads[u] = load<N>(grad + at[u]);
             values[u] = load<N>(x + at[u]);
             if constexpr (kMask)
-                bits[u] = load(kept + uint64_t(at[u]) / kVector<In>).at[0] >> at[u] % kVector<In>;
+                bits[u] = load(kept + own.byte(at[u], rows[u])).at[0] >> at[u] % kVector<In>;
             else if constexpr (kKept)
                 others[u] = load<N>(kept + at[u]);
         }
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     spread_gradient(const In* grad, const In* x, In* y, Norm norm,
                     ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
-    const Position<N> p(tiles, true);
+    const ChannelPosition<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
     const bool sums = norm.sums != nullptr;
     bool reads_x = true;

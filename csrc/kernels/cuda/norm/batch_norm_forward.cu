@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<false>)
     using T = Accumulator<In>;
     __shared__ Lanes<T, N> centers, means, deviations;
     __shared__ int counts[kThreads];
-    const Position<N> p(tiles);
+    const ChannelPosition<N> p(tiles);
     T center[N] = {}, sum[N] = {}, squares[N] = {};
     int count = 0;
     p.template walk<kUnroll<N>>(tiles, [&](const auto& at, const auto& there) {
@@ -117,13 +117,17 @@ POOLING_EXT_DEVICE uint8_t mask_of(const Vec<In, N>& outputs) {
 
 // Of outputs that were not written a vector at a time.
 template <class In>
-__global__ void __launch_bounds__(kThreads) write_mask(const In* y, uint8_t* mask, int64_t size) {
+__global__ void __launch_bounds__(kThreads)
+    write_mask(const In* y, uint8_t* mask, int64_t size, ChannelTiles tiles) {
     constexpr int N = kVector<In>;
-    const int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (byte * N >= size) return;
+    const int64_t vector = int64_t(blockIdx.x) * kThreads + threadIdx.x, at = vector * N;
+    if (at >= size) return;
     Vec<In, N> outputs{};
-    for (int i = 0; i < N && byte * N + i < size; ++i) outputs.at[i] = load(y + byte * N + i).at[0];
-    store(mask + byte, {{mask_of<In, N>(outputs)}});
+    for (int i = 0; i < N && at + i < size; ++i) outputs.at[i] = load(y + at + i).at[0];
+    const MaskOrder<N> order(tiles);
+    const int64_t row = order.vectors ? vector / order.vectors : 0;
+    const auto column = order.column(vector - row * order.vectors);
+    store(mask + column.byte(at, row), {{mask_of<In, N>(outputs)}});
 }
 
 template <class In, int N, bool kResidual, bool kCurved, bool kMask>
@@ -131,10 +135,11 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
     normalize(const In* x, const In* residual, In* y, uint8_t* mask, Norm norm,
               ToldActivation<kCurved> activation, ChannelTiles tiles) {
     using T = Accumulator<In>;
-    const Position<N> p(tiles, true);
+    const ChannelPosition<N> p(tiles, true);
     const OwnCoefficients<T, N> c(tiles, p, norm);
+    [[maybe_unused]] const auto own = MaskOrder<N>(tiles).column(p);
     constexpr int U = kResidual ? kUnroll<N> / 2 : kUnroll<N>;
-    p.template walk<U>(tiles, [&](const auto& at, const auto& there) {
+    p.template walk_units<U>(tiles, [&](const auto& at, const auto& there, const auto& rows) {
         Vec<In, N> values[U];
         [[maybe_unused]] Vec<In, N> added[kResidual ? U : 1];
 #pragma unroll
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kResidentNorm<kCurved>)
 #pragma unroll
             for (int i = 0; i < N; ++i) out.at[i] = narrow<In>(z[i]);
             store<N>(y + at[u], out);
-            if constexpr (kMask) store(mask + uint64_t(at[u]) / N, {{mask_of<In, N>(out)}});
+            if constexpr (kMask) store(mask + own.byte(at[u], rows[u]), {{mask_of<In, N>(out)}});
         }
     });
 }
@@ -215,7 +220,7 @@ void batch_norm_act_elemt(const BatchNormJob& job, StreamHandle stream) {
         if (job.mask == nullptr) return;
         const int64_t size = job.tiles.rows * job.tiles.channels * job.tiles.inner;
         const Grid grid{dim3(unsigned(ceil_div(size, kVector<In> * kThreads))), dim3(kThreads)};
-        launch<write_mask<In>>(grid, static_cast<Stream>(stream), y, job.mask, size);
+        launch<write_mask<In>>(grid, static_cast<Stream>(stream), y, job.mask, size, job.tiles);
     });
 }
 

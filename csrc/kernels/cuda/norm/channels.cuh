@@ -11,7 +11,7 @@ static_assert(kThreads == ChannelTiles::kThreads);
 
 // Where a thread is, in vectors of N elements.
 template <int N>
-struct Position {
+struct ChannelPosition {
     int64_t split;
     int64_t first_channel;  // of the block
     int own;                // channels that it has
@@ -21,7 +21,7 @@ struct Position {
     int64_t next, end;      // rows, or vectors
 
     // `backwards` begins with what an earlier kernel read last, which may still be in the cache.
-    POOLING_EXT_DEVICE explicit Position(const ChannelTiles& t, bool backwards = false) {
+    POOLING_EXT_DEVICE explicit ChannelPosition(const ChannelTiles& t, bool backwards = false) {
         const int thread = int(threadIdx.x);
         const unsigned blocks = unsigned(t.blocks);
         split = blockIdx.x / blocks;
@@ -54,35 +54,31 @@ struct Position {
     // them exist. Where one does not, the first begins, so that loads need no branch.
     template <int kUnroll, class Use>
     POOLING_EXT_DEVICE void walk(const ChannelTiles& t, const Use& use) const {
-        walk_rows<kUnroll>(t, [&](const auto& at, const auto& there, const auto&, const auto&) {
-            use(at, there);
-        });
+        walk_units<kUnroll>(
+            t, [&](const auto& at, const auto& there, const auto&) { use(at, there); });
     }
 
-    // Calls use(at, there, rows, columns), with the vectors' rows, and how many lie before them.
+    // Calls use(at, there, units), with the vectors' rows or, in a flat tile, their numbers.
     template <int kUnroll, class Use>
-    POOLING_EXT_DEVICE void walk_rows(const ChannelTiles& t, const Use& use) const {
-        int64_t here = at, k = next, r = row, column = across;
+    POOLING_EXT_DEVICE void walk_units(const ChannelTiles& t, const Use& use) const {
+        int64_t here = at, k = next, column = across;
         while (k < end) {
-            int64_t begins[kUnroll], rows[kUnroll], columns[kUnroll];
+            int64_t begins[kUnroll], units[kUnroll];
             bool there[kUnroll];
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
                 there[u] = u == 0 || k < end;
                 begins[u] = there[u] ? here : begins[0];
-                rows[u] = there[u] ? r : rows[0];
-                columns[u] = there[u] ? column : columns[0];
+                units[u] = there[u] ? k : units[0];
                 k += t.step;
                 here += t.step_at;
-                r += t.step_rows;
                 column += t.step_across;
                 if (column >= t.across) {
                     column -= t.across;
                     here += t.wrap;
-                    ++r;
                 }
             }
-            use(begins, there, rows, columns);
+            use(begins, there, units);
         }
     }
 };
