@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from pooling_ext.ops import conv_choice, conv_speeds
     from pooling_ext.ops.conv_bn_act.implementations import from_size
 
-pytest_plugins = ["quick", "packages"]
+pytest_plugins = ["quick", "packages", "triton_interpreter"]
 # The examples end a process that lacks their packages.
 _demo = ("torchvision", "sklearn", "matplotlib", "rich", "PIL")
 if not os.environ.get("CI") and any(find_spec(name) is None for name in _demo):
@@ -70,32 +70,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         require_native()
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def round_to_nearest():
-    """Triton's interpreter cuts off the bits that bfloat16 has not; on a GPU they are rounded."""
-    if find_spec("triton") is None or not triton_library.interpreted():
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def rounding_cast(self, source, dtype):
-        kinds = (source.dtype.scalar, dtype.scalar)
-        if kinds == (tl.float32, tl.bfloat16):
-            rounded = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
-            return TensorHandle(rounded.view("uint16"), tl.bfloat16)
-        if kinds == (tl.bfloat16, tl.float32):
-            exact = torch.tensor(source.data.view("int16")).view(torch.bfloat16).float().numpy()
-            return TensorHandle(exact, tl.float32)
-        return cast(self, source, dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -243,9 +244,19 @@ def test_what_stands_in_is_the_same(name):
     torch.testing.assert_close(found, expected)
 
 
-@every(*NOT_IN_ONNX, "BatchNormAct2d-training", "ConvBNAct2d-training")
-def test_exported_to_onnx_for_every_size(name, tmp_path):
+@pytest.fixture(scope="module")
+def one_registry():
+    """The exporter reads all of onnxscript's functions again for each model, most of its time; here once."""
     pytest.importorskip("onnxscript")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
+@every(*NOT_IN_ONNX, "BatchNormAct2d-training", "ConvBNAct2d-training")
+def test_exported_to_onnx_for_every_size(name, tmp_path, one_registry):
     runtime = pytest.importorskip("onnxruntime")
     model, inputs = made(name)
     dims = {0: torch.export.Dim("batch", min=1, max=64)}
