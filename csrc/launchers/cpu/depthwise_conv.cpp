@@ -1,25 +1,17 @@
 // Launchers of depthwise convolution on the CPU. The operators are defined in
 // pooling_ext/ops/depthwise_conv.py, which checks the arguments.
-#include <algorithm>
-
 #include "kernels/cpu/conv/depthwise.h"
-#include "launchers/activation.h"
-#include "launchers/cpu/launch.h"
+#include "launchers/cpu/direct_conv.h"
 
 namespace pooling_ext {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
-class DepthwiseCall {
+class DepthwiseCall : public DirectConvCall<DepthwiseJob> {
   public:
-    DepthwiseJob job;
-    const DType dtype;
-
-    // Of an input of `sizes`.
-    DepthwiseCall(const Ints& sizes, DType dtype, const Ints& weight_size, const Ints& stride,
-                  const Ints& padding, bool channels_last, DepthwiseStep step)
-        : dtype(dtype) {
+    // Of an input of `sizes`, with the dtype of `like`.
+    DepthwiseCall(const Ints& sizes, const Tensor& like, const Ints& weight_size,
+                  const Ints& stride, const Ints& padding, bool channels_last, DepthwiseStep step)
+        : DirectConvCall(like, channels_last) {
         STD_TORCH_CHECK(sizes.size() == 4 && weight_size.size() == 4 && stride.size() == 2 &&
                             padding.size() == 2,
                         "pooling_ext: depthwise convolution takes batches of planes");
@@ -27,38 +19,13 @@ class DepthwiseCall {
         STD_TORCH_CHECK(weight_size[0] == sizes[1] && weight_size[1] == 1 &&
                             weight_size[3] == kernel && (kernel == 3 || kernel == 5 || kernel == 7),
                         "pooling_ext: a depthwise kernel must be 3x3, 5x5 or 7x7 for each channel");
-        job.batch = sizes[0];
-        job.channels = sizes[1];
-        job.kernel = kernel;
-        job.channels_last = channels_last;
-        job.in_place = channels_last && job.channels >= kDepthwiseBlock && dtype != DType::Float16;
-        job.step = step;
-        job.wide = dtype == DType::Float64 ? 8 : 4;
-        DepthwiseAxis* const axes[] = {&job.h, &job.w};
-        for (int i = 0; i < 2; ++i) {
+        for (size_t i = 0; i < 2; ++i)
             STD_TORCH_CHECK((stride[i] == 1 || stride[i] == 2) && padding[i] >= 0,
                             "pooling_ext: strides must be 1 or 2, and padding not negative");
-            const int64_t in = sizes[2 + i];
-            *axes[i] = {in, output_size(in, kernel, stride[i], padding[i], padding[i], 1, false),
-                        stride[i], padding[i]};
-            STD_TORCH_CHECK(axes[i]->out > 0, "pooling_ext: the kernel does not fit the input");
-        }
-    }
-
-    Ints output_shape() const { return {job.batch, job.channels, job.h.out, job.w.out}; }
-
-    // The data of a tensor of some shape, dense in the layout of the call.
-    const void* read(const Tensor& x, const Ints& sizes) {
-        STD_TORCH_CHECK(sizes_of(x) == sizes && dtype_of(x) == dtype,
-                        "pooling_ext: tensors must have the shapes and dtype of one convolution");
-        kept_.push_back(dense(x, job.channels_last));
-        return kept_.back().data_ptr();
-    }
-    const void* read_weight(const Tensor& x, const Ints& sizes) {
-        STD_TORCH_CHECK(sizes_of(x) == sizes && dtype_of(x) == dtype,
-                        "pooling_ext: weight and bias must have the convolution's shape and dtype");
-        kept_.push_back(dense(x, false));
-        return kept_.back().data_ptr();
+        set_sizes(sizes, weight_size, stride, padding);
+        job.kernel = kernel;
+        job.in_place = channels_last && job.channels >= kDepthwiseBlock && dtype != DType::Float16;
+        job.step = step;
     }
 
     void run(DepthwiseStep step, int64_t count, int64_t work) const {
@@ -78,33 +45,22 @@ class DepthwiseCall {
     }
 
     static constexpr int kSlot = 2;  // the kernels have another
-
-  private:
-    std::vector<Tensor> kept_;
 };
 
 DepthwiseCall forward_call(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                            const Ints& stride, const Ints& padding) {
-    const bool channels_last =
-        suggests_channels_last(input, 2) || suggests_channels_last(weight, 2);
-    DepthwiseCall call(sizes_of(input), dtype_of(input), sizes_of(weight), stride, padding,
-                       channels_last, DepthwiseStep::Forward);
-    call.job.x = call.read(input, sizes_of(input));
+    DepthwiseCall call(sizes_of(input), input, sizes_of(weight), stride, padding,
+                       gives_channels_last(input, weight), DepthwiseStep::Forward);
+    call.job.x = call.read(input, call.job.channels_last);
     call.job.weight = call.read_weight(weight, sizes_of(weight));
     if (bias) call.job.bias = call.read_weight(*bias, {call.job.channels});
     return call;
 }
 
-Tensor output_of(DepthwiseCall& call, const Tensor& input) {
-    Tensor output = empty(call.output_shape(), input.scalar_type(), call.job.channels_last);
-    call.job.y = output.data_ptr();
-    return output;
-}
-
 Tensor depthwise_conv(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
                       Ints stride, Ints padding, int64_t activation, double slope) {
     DepthwiseCall call = forward_call(input, weight, bias, stride, padding);
-    Tensor output = output_of(call, input);
+    Tensor output = call.empty_output();
     call.job.activation = activation_of(activation);
     call.job.slope = slope;
     if (output.numel() > 0) call.convolve();
@@ -116,26 +72,22 @@ std::tuple<Tensor, Tensor> depthwise_conv_stats(const Tensor& input, const Tenso
                                                 Ints padding) {
     DepthwiseCall call = forward_call(input, weight, bias, stride, padding);
     DepthwiseJob& job = call.job;
-    Tensor output = output_of(call, input);
-    Tensor stats = empty({2, job.channels}, ScalarType::Double, false);
-    job.stats = static_cast<double*>(stats.data_ptr());
-    if (output.numel() == 0) {
-        std::fill(job.stats, job.stats + 2 * job.channels, 0.0);
-        return {output, stats};
-    }
-    const int64_t pieces = job.batch * DepthwisePlan(job).bands;
-    const std::unique_ptr<double[]> moments(new double[pieces * 2 * job.padded_channels()]);
-    job.moments = moments.get();
-    call.convolve();
-    call.run_blocks(DepthwiseStep::Merge, 8 * pieces);
+    Tensor output = call.empty_output();
+    Tensor stats = call.stats_of(output, [&] {
+        const int64_t pieces = job.batch * DepthwisePlan(job).bands;
+        const std::unique_ptr<double[]> moments(new double[pieces * 2 * job.padded_channels()]);
+        job.moments = moments.get();
+        call.convolve();
+        call.run_blocks(DepthwiseStep::Merge, 8 * pieces);
+    });
     return {output, stats};
 }
 
 Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight, Ints input_size,
                                  Ints stride, Ints padding, bool channels_last) {
-    DepthwiseCall call(input_size, dtype_of(grad), sizes_of(weight), stride, padding, channels_last,
+    DepthwiseCall call(input_size, grad, sizes_of(weight), stride, padding, channels_last,
                        DepthwiseStep::InputGrad);
-    call.job.grad = call.read(grad, call.output_shape());
+    call.job.grad = call.read_grad(grad);
     call.job.weight = call.read_weight(weight, sizes_of(weight));
     Tensor result = empty(input_size, grad.scalar_type(), channels_last);
     call.job.y = result.data_ptr();
@@ -146,8 +98,8 @@ Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight, Ints 
 std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const Tensor& input,
                                                       Ints weight_size, Ints stride, Ints padding,
                                                       bool channels_last, bool bias) {
-    DepthwiseCall call(sizes_of(input), dtype_of(input), weight_size, stride, padding,
-                       channels_last, DepthwiseStep::WeightGrad);
+    DepthwiseCall call(sizes_of(input), input, weight_size, stride, padding, channels_last,
+                       DepthwiseStep::WeightGrad);
     DepthwiseJob& job = call.job;
     Tensor weight_grad = empty(weight_size, input.scalar_type(), false);
     Tensor bias_grad = empty({bias ? job.channels : 0}, input.scalar_type(), false);
@@ -156,8 +108,8 @@ std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const 
         torch::stable::zero_(bias_grad);
         return {weight_grad, bias_grad};
     }
-    job.x = call.read(input, sizes_of(input));
-    job.grad = call.read(grad, call.output_shape());
+    job.x = call.read(input, job.channels_last);
+    job.grad = call.read_grad(grad);
     job.weight_grad = weight_grad.data_ptr();
     job.bias_grad = bias ? bias_grad.data_ptr() : nullptr;
     const DepthwisePlan plan(job);
