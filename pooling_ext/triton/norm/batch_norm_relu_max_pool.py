@@ -43,8 +43,8 @@ from .batch_norm_act import batch_norm_act_backward_elemt, batch_norm_act_elemt
 
 Ints = Sequence[int]
 
-#: Of the backward pass, which keeps more in registers than 256 threads have.
-BACKWARD_TILE_BYTES = TILE_BYTES // 2
+#: In training, forward and backward, which keeps more in registers than 256 threads have.
+TRAINING_TILE_BYTES = TILE_BYTES // 2
 
 
 @triton.jit
@@ -318,6 +318,7 @@ def _pool(
             (stem.input, output, offsets, winners, stats, vector(weight), vector(bias)),
             (eps,),
             *stem.g.out[1:],
+            tile_bytes=TRAINING_TILE_BYTES if training else TILE_BYTES,
         )
     return output, offsets, winners
 
@@ -365,6 +366,6 @@ def batch_norm_relu_max_pool_backward_elemt(
             sums,
         )
         stem.launch(
-            _backward_kernel, tensors, (1.0 / max(count, 1.0), eps), *cells, tile_bytes=BACKWARD_TILE_BYTES
+            _backward_kernel, tensors, (1.0 / max(count, 1.0), eps), *cells, tile_bytes=TRAINING_TILE_BYTES
         )
     return grad_input
