@@ -113,7 +113,7 @@ def _conv_arguments(case: ConvCase, dtype: torch.dtype, batch: int, device: str,
     input = tensor(batch, case.channels, case.size, case.size)
     weight = tensor(case.features, case.channels, case.kernel, case.kernel)
     pads = case.kernel // 2
-    geometry = conv_autotune.Geometry((case.stride,) * 2, (pads, pads), (1, 1), 1)
+    geometry = conv_autotune.ConvParams((case.stride,) * 2, (pads, pads), (1, 1), 1)
     residual = torch.zeros_like(F.conv2d(input, weight, None, *geometry)).normal_()
     bias = torch.randn(case.features, device=device).to(dtype)
     return [

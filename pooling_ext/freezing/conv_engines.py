@@ -352,7 +352,7 @@ def _tuned_why_not(layer: PackedConv) -> str | None:
 
 def _bind_tuned(layer: PackedConv) -> Function:
     weight, bias, relu = layer.weight, layer.bias, layer.activation == RELU
-    geometry = conv_autotune.Geometry(
+    geometry = conv_autotune.ConvParams(
         tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups
     )
 

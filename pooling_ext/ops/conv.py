@@ -23,7 +23,7 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 
 
-class Geometry(NamedTuple):
+class ConvGeometry(NamedTuple):
     """A convolution's sizes: ``channels`` in, ``features`` out, the others as (height, width)."""
 
     batch: int
@@ -63,7 +63,7 @@ def geometry(
     padding: Sequence[int],
     dilation: Sequence[int],
     name: str = "input",
-) -> Geometry:
+) -> ConvGeometry:
     """Check a convolution's arguments.
 
     Args:
@@ -99,7 +99,7 @@ def geometry(
             f"with dilation {list(dilation)} and padding {list(padding)} is more than {tuple(size)}"
         )
     pairs = ((a, b) for a, b in (size, output_size, kernel_size, stride, padding, dilation))
-    return Geometry(batch, channels, features, *pairs)
+    return ConvGeometry(batch, channels, features, *pairs)
 
 
 def check_like(name: str, value: Tensor, shape: Sequence[int], other: str, like: Tensor) -> None:
@@ -141,7 +141,7 @@ def check_conv(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Geometry:
+) -> ConvGeometry:
     """Check what every forward convolution takes, and return its geometry; raise ArgumentError as they do."""
     found = geometry(input.shape, weight.shape, stride, padding, dilation)
     check_dtypes("input", input, weight)

@@ -28,7 +28,7 @@ from .batch_norm_statistics import batch_stats
 Candidate = Callable[..., Any]
 
 
-class Geometry(NamedTuple):
+class ConvParams(NamedTuple):
     """What a convolution is told besides its tensors, each for height and width."""
 
     stride: tuple[int, ...]
@@ -45,7 +45,7 @@ def conv_bias_act(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> Tensor:
     """``relu(conv(input, weight) + bias + residual)`` without gradients; without what is None or false.
@@ -63,7 +63,7 @@ def conv_bias_act(
 
 
 def conv_stats(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     """``conv(input, weight) + bias`` and its statistics, those of ``batch_norm_stats``; without gradients.
 
@@ -75,7 +75,7 @@ def conv_stats(
 
 
 def conv_input_grad(
-    grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: ConvParams, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     """The gradient of what :func:`conv_stats` made of ``norm``'s output, and its sums, by our kernels alone.
 
@@ -85,13 +85,13 @@ def conv_input_grad(
     return _fastest("conv_input_grad", _input_grad_candidates, grad, weight, input, geometry, *norm)
 
 
-def conv_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any) -> Tensor:
+def conv_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, geometry: ConvParams, *norm: Any) -> Tensor:
     """The weights' gradient of the convolution that :func:`conv_stats` made of ``norm``'s output."""
     return _fastest("conv_weight_grad", _weight_grad_candidates, grad, input, weight, geometry, *norm)
 
 
 def conv_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: ConvParams, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """PyTorch's gradients of a convolution's input, weight and bias, of which three ``wanted`` says which."""
     stride, padding, dilation, groups = geometry
@@ -152,7 +152,7 @@ def _written(x: Any) -> str:
     if isinstance(x, Tensor):
         layout = " channels_last" if x.is_contiguous(memory_format=torch.channels_last) else ""
         return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}{layout},"
-    if isinstance(x, Geometry):
+    if isinstance(x, ConvParams):
         return f"stride {x.stride} padding {x.padding} dilation {x.dilation} groups {x.groups},"
     return f"{x},"
 
@@ -165,7 +165,7 @@ def _bias_act_candidates(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> dict[str, Candidate]:
     candidates: dict[str, Candidate] = {"cudnn, then the rest": _apart}
@@ -185,7 +185,7 @@ def _apart(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> Tensor:
     output = F.conv2d(input, weight, bias, *geometry)
@@ -199,7 +199,7 @@ def _cudnn_fused(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> Tensor:
     if residual is None:
@@ -215,7 +215,7 @@ def _triton_bias_act(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> Tensor:
     from ..triton.conv.conv import conv_bias_act
@@ -229,14 +229,14 @@ def _cuda_bias_act(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: Geometry,
+    geometry: ConvParams,
     relu: bool,
 ) -> Tensor:
     return cuda_conv.conv_bias_act(input, weight, bias, residual, *geometry[:3], relu, tile)
 
 
 def _stats_candidates(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams, *norm: Any
 ) -> dict[str, Candidate]:
     candidates: dict[str, Candidate] = {} if norm else {"cudnn, then statistics": _convolved_then_stats}
     given = norm or _NO_NORM
@@ -253,14 +253,14 @@ _NO_NORM: tuple[Any, ...] = (None, None, None, 0.0, False)
 
 
 def _convolved_then_stats(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams
 ) -> tuple[Tensor, Tensor]:
     output = F.conv2d(input, weight, bias, *geometry)
     return output, batch_stats(output)
 
 
 def _triton_stats(
-    config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+    config: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     from ..triton.conv.conv import conv_stats
 
@@ -269,7 +269,7 @@ def _triton_stats(
 
 
 def _input_grad_candidates(
-    grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: ConvParams, *norm: Any
 ) -> dict[str, Candidate]:
     args = grad, weight, input.shape, input, *norm, *geometry[:3]
     return {
@@ -279,7 +279,7 @@ def _input_grad_candidates(
 
 
 def _triton_input_grad(
-    config: Any, grad: Tensor, weight: Tensor, input: Tensor, geometry: Geometry, *norm: Any
+    config: Any, grad: Tensor, weight: Tensor, input: Tensor, geometry: ConvParams, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     from ..triton.conv.conv_input_grad import conv_input_grad
 
@@ -288,7 +288,7 @@ def _triton_input_grad(
 
 
 def _weight_grad_candidates(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: ConvParams, *norm: Any
 ) -> dict[str, Candidate]:
     candidates: dict[str, Candidate] = {"normalized, then cudnn": _normalized_then_weight_grad}
     args = grad, input, weight.shape, *norm, *geometry[:3]
@@ -298,7 +298,7 @@ def _weight_grad_candidates(
 
 
 def _normalized_then_weight_grad(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+    grad: Tensor, input: Tensor, weight: Tensor, geometry: ConvParams, *norm: Any
 ) -> Tensor:
     *affine, eps, relu = norm
     activation = RELU if relu else IDENTITY
@@ -309,7 +309,7 @@ def _normalized_then_weight_grad(
 
 
 def _triton_weight_grad(
-    config: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, *norm: Any
+    config: Any, grad: Tensor, input: Tensor, weight: Tensor, geometry: ConvParams, *norm: Any
 ) -> Tensor:
     from ..triton.conv.conv_weight_grad import conv_weight_grad
 
@@ -318,18 +318,18 @@ def _triton_weight_grad(
 
 
 def _cuda_stats(
-    tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *norm: Any
+    tile: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams, *norm: Any
 ) -> tuple[Tensor, Tensor]:
     rest: tuple[Any, ...] = (*(norm or _NO_NORM), *geometry[:3], tile)
     return cuda_conv.conv_stats(input, weight, bias, *rest)
 
 
-def _tiles(geometry: Geometry, input: Tensor, weight: Tensor) -> list[tuple[str, int]]:
+def _tiles(geometry: ConvParams, input: Tensor, weight: Tensor) -> list[tuple[str, int]]:
     """The tiles of the CUDA kernels; none where they do not take the call."""
     return list(cuda_conv.tiles(input, weight, geometry[:3])) if geometry.groups == 1 else []
 
 
-def _configs(geometry: Geometry, operator: str, *args: Any) -> tuple[Any, ...]:
+def _configs(geometry: ConvParams, operator: str, *args: Any) -> tuple[Any, ...]:
     """The configurations of our kernels; none where they do not take the call."""
     if geometry.groups != 1:
         return ()
@@ -349,7 +349,7 @@ def _label(config: Any) -> str:
 
 
 def conv_stats_with_grad(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams
 ) -> tuple[Tensor, Tensor]:
     """:func:`conv_stats` with gradients of the convolution; the statistics pass none on."""
     if needs_grad(input, weight, bias):
@@ -360,7 +360,7 @@ def conv_stats_with_grad(
 class _ConvStats(Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvParams
     ) -> tuple[Tensor, Tensor]:
         output, stats = conv_stats(input, weight, bias, geometry)
         ctx.save_for_backward(input, weight)

@@ -26,7 +26,7 @@ from .batch_norm_operators import (
 )
 from .conv_autotune import (
     Candidate,
-    Geometry,
+    ConvParams,
     choose,
     conv_backward,
     conv_input_grad,
@@ -68,7 +68,7 @@ class PrologueNorm(NamedTuple):
         rest = None, self.eps, *self.activation.arguments
         return batch_norm_act_elemt(self.output, self.stats, self.weight, self.bias, *rest)
 
-    def convolved(self, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def convolved(self, weight: Tensor, bias: Tensor | None, geometry: ConvParams) -> tuple[Tensor, Tensor]:
         """The convolution of :meth:`computed`, whose dtype ``weight`` has, and its statistics."""
         if needs_grad(self.output, self.weight, self.bias, weight, bias):
             return _NormConvStats.apply(*self, weight, bias, geometry)
@@ -80,7 +80,7 @@ class PrologueNorm(NamedTuple):
             return False
         if conv.groups != 1 or conv.in_channels != self.output.shape[1]:
             return False
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+        geometry = ConvParams(conv.stride, conv.padding, conv.dilation, conv.groups)
         chosen = choose("batch_norm_act and conv_stats", _candidates, *self, conv.weight, conv.bias, geometry)
         return chosen is _deferred
 
@@ -99,7 +99,7 @@ class _NormConvStats(Function):
         relu: bool,
         weight: Tensor,
         bias: Tensor | None,
-        geometry: Geometry,
+        geometry: ConvParams,
     ) -> tuple[Tensor, Tensor]:
         norm = stats, bn_weight, bn_bias, eps, relu
         output, output_stats = conv_stats(input, weight, bias, geometry, *norm)
@@ -133,7 +133,7 @@ def _backward(
     grad: Tensor,
     norm: PrologueNorm,
     weight: Tensor,
-    geometry: Geometry,
+    geometry: ConvParams,
     of_norm: tuple[bool, ...],
     of_conv: tuple[bool, ...],
 ) -> tuple[Gradients, Gradients]:
@@ -167,7 +167,7 @@ def _differentiable(
     grad: Tensor,
     norm: PrologueNorm,
     weight: Tensor,
-    geometry: Geometry,
+    geometry: ConvParams,
     of_norm: tuple[bool, ...],
     of_conv: tuple[bool, ...],
 ) -> tuple[Gradients, Gradients]:
@@ -209,7 +209,7 @@ def _deferred(*args: Any) -> None:
     _backward(output, norm, weight, geometry, (True, *affine), (True, bias is not None))
 
 
-def _arguments(*args: Any) -> tuple[PrologueNorm, Tensor, Tensor | None, Geometry]:
+def _arguments(*args: Any) -> tuple[PrologueNorm, Tensor, Tensor | None, ConvParams]:
     *norm, weight, bias, geometry = args
     dtype = norm[0].dtype
     return PrologueNorm(*norm), weight.to(dtype), None if bias is None else bias.to(dtype), geometry

@@ -18,9 +18,9 @@ from helpers import dtype_id
 
 from pooling_ext.backends import autotune
 from pooling_ext.ops import conv_autotune, cudnn_frontend
-from pooling_ext.ops.conv_autotune import Geometry
+from pooling_ext.ops.conv_autotune import ConvParams
 
-GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
+GEOMETRY = ConvParams((2, 2), (1, 1), (1, 1), 1)
 TYPES = types.SimpleNamespace(BFLOAT16=torch.bfloat16, HALF=torch.float16, FLOAT=torch.float32)
 
 

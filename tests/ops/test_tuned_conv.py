@@ -19,10 +19,10 @@ from pooling_ext.freezing.layers import PackedConv
 from pooling_ext.graph.activations import RELU
 from pooling_ext.ops import conv_autotune
 from pooling_ext.ops.batch_norm_statistics import batch_stats
-from pooling_ext.ops.conv_autotune import Geometry, conv_stats_with_grad
+from pooling_ext.ops.conv_autotune import ConvParams, conv_stats_with_grad
 from pooling_ext.testing.tolerances import assert_close
 
-GEOMETRY = Geometry((2, 2), (1, 1), (1, 1), 1)
+GEOMETRY = ConvParams((2, 2), (1, 1), (1, 1), 1)
 
 
 def tensors(dtype=torch.float32, groups=1):

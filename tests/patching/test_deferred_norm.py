@@ -363,7 +363,7 @@ def test_traffic_of_backward(backend, monkeypatch):
     leaves = [tensor.requires_grad_() for tensor in (x, torch.ones(64), torch.zeros(64), weight)]
     stats = torch.stack((torch.zeros(64), torch.ones(64))).double()
     norm = PrologueNorm(x, stats, leaves[1], leaves[2], 1e-5, True)
-    output, _ = norm.convolved(weight, None, conv_autotune.Geometry((1, 1), (0, 0), (1, 1), 1))
+    output, _ = norm.convolved(weight, None, conv_autotune.ConvParams((1, 1), (0, 0), (1, 1), 1))
     with counted() as traffic:
         torch.autograd.grad(output, leaves, grad)
     # The convolution's gradients read the output's and the input, twice, and write one; the batch norm's

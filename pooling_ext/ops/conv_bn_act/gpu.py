@@ -67,7 +67,7 @@ def run(call: Call, prologue: PrologueNorm | None) -> Any:
     first = input.output if isinstance(input, PrologueNorm) else input
     device, relu = first.device.type, call.activation == RELU
     dtype = autocast_dtype(device) or first.dtype
-    geometry = conv_autotune.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = conv_autotune.ConvParams(conv.stride, conv.padding, conv.dilation, conv.groups)
     with torch.autocast(device, enabled=False):
         if not trains:
             with torch.no_grad():

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.conv import (
-    Geometry,
+    ConvGeometry,
     channels_last,
     check_conv,
     check_like,
@@ -135,7 +135,7 @@ def conv_kernel(
 
 
 def _forward(
-    geometry: Geometry,
+    geometry: ConvGeometry,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,

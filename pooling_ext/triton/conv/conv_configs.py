@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ...ops.conv import Geometry, geometry
+from ...ops.conv import ConvGeometry, geometry
 from ..pool.geometry import WARP_SIZE
 
 #: With fewer channels than this (or twice as many that do not divide evenly) a step takes several taps of a
@@ -189,12 +189,12 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def should_fold(conv: Geometry) -> bool:
+def should_fold(conv: ConvGeometry) -> bool:
     """Whether a step of conv.py's kernel takes several taps of a window."""
     return conv.channels < (FEW_CHANNELS if conv.channels % 8 == 0 else 2 * FEW_CHANNELS)
 
 
-def forward_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+def forward_problem(conv: ConvGeometry, dtype: torch.dtype) -> Problem:
     k = conv.channels
     if should_fold(conv) and not conv.pointwise:
         k *= conv.kernel_size[0] * conv.kernel_size[1]
@@ -202,13 +202,13 @@ def forward_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
     return Problem(pixels, conv.features, k, dtype, precision_of(dtype))
 
 
-def input_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+def input_grad_problem(conv: ConvGeometry, dtype: torch.dtype) -> Problem:
     """With a stride, ``m`` is of the pixels of one of the kinds that conv_input_grad.py's kernel has."""
     high, wide = map(triton.cdiv, conv.size, conv.stride)
     return Problem(conv.batch * high * wide, conv.channels, conv.features, dtype, precision_of(dtype))
 
 
-def weight_grad_problem(conv: Geometry, dtype: torch.dtype) -> Problem:
+def weight_grad_problem(conv: ConvGeometry, dtype: torch.dtype) -> Problem:
     """``m`` is features, ``n`` channels at each tap of a window, ``k`` pixels."""
     pixels = conv.batch * conv.output_size[0] * conv.output_size[1]
     return Problem(conv.features, conv.channels, pixels, dtype, precision_of(dtype))

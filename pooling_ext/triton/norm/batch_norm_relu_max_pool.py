@@ -27,7 +27,7 @@ from ..pool.geometry import (
     STRIP,
     TILE_BYTES,
     UNROLLED,
-    Geometry,
+    PoolGeometry,
     channels_last,
     dense,
     geometry,
@@ -248,7 +248,7 @@ class _Stem:
     def __init__(self, input: Tensor, windows: tuple[Ints, ...]):
         self.last = channels_last(input, 2)
         self.input = dense(input, self.last)
-        self.g: Geometry = geometry(input.shape, self.last, *windows)
+        self.g: PoolGeometry = geometry(input.shape, self.last, *windows)
         self.small = self.g.window_size <= UNROLLED and math.prod(self.g.stride) <= UNROLLED
 
     def launch(

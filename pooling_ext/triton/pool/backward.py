@@ -20,7 +20,7 @@ from torch import Tensor
 from ..launching import launch
 from .geometry import (
     UNROLLED,
-    Geometry,
+    PoolGeometry,
     program_tile,
     tile_pixels,
     tiling,
@@ -36,7 +36,7 @@ def spread_windows(
     grad: Tensor,
     offsets: Tensor | None,
     result: Tensor,
-    g: Geometry,
+    g: PoolGeometry,
     *,
     include_pad: bool = True,
     divisor: int = 0,

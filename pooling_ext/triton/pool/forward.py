@@ -17,7 +17,7 @@ from torch import Tensor
 from ..launching import launch
 from .geometry import (
     UNROLLED,
-    Geometry,
+    PoolGeometry,
     first_element,
     lowest,
     program_tile,
@@ -35,7 +35,7 @@ def pool_windows(
     x: Tensor,
     y: Tensor,
     offsets: Tensor | None,
-    g: Geometry,
+    g: PoolGeometry,
     reduction: tl.constexpr,
     *,
     norm: int = 0,

@@ -42,7 +42,7 @@ WARP_SIZE = 64 if torch.version.hip else 32
 UNROLLED = 32
 
 
-class Geometry(NamedTuple):
+class PoolGeometry(NamedTuple):
     """Sizes and windows along (d, h, w), in what :func:`geometry` makes of an input's shape."""
 
     outer: int
@@ -105,7 +105,7 @@ MANY_ELEMENTS = 2**30
 
 
 @lru_cache(maxsize=1024)
-def without_outside(g: Geometry) -> Geometry:
+def without_outside(g: PoolGeometry) -> PoolGeometry:
     """``g`` for a maximum: of many elements, those are left out that are inside the input in no window.
 
     Kernels count offsets in 32 bits; an average counts some of those that are left out.
@@ -121,13 +121,13 @@ def without_outside(g: Geometry) -> Geometry:
     return g._replace(kernel=tuple(kernels), before=tuple(pads), after=(0, 0, 0))
 
 
-def geometry(sizes: Sequence[int], channels_last: bool, *windows: Sequence[int]) -> Geometry:
+def geometry(sizes: Sequence[int], channels_last: bool, *windows: Sequence[int]) -> PoolGeometry:
     """The geometry of an input of shape ``sizes`` under the fields of a ``Windows``."""
     return _geometry(tuple(sizes), channels_last, Windows(*map(tuple, windows)))
 
 
 @lru_cache(maxsize=1024)
-def _geometry(sizes: tuple[int, ...], channels_last: bool, windows: Windows) -> Geometry:
+def _geometry(sizes: tuple[int, ...], channels_last: bool, windows: Windows) -> PoolGeometry:
     rank = len(windows.output_size)
     leading, spatial = sizes[: len(sizes) - rank], sizes[len(sizes) - rank :]
     adaptive = windows.adaptive
@@ -146,7 +146,7 @@ def _geometry(sizes: tuple[int, ...], channels_last: bool, windows: Windows) -> 
     def axes(values: Sequence[int], fill: int) -> Ints:
         return (fill,) * (3 - rank) + tuple(values)  # type: ignore[return-value]
 
-    return Geometry(
+    return PoolGeometry(
         sizes[0] if channels_last else math.prod(leading),
         sizes[1] if channels_last else 1,
         axes(spatial, 1),

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launching import launch
-from .geometry import CHANNEL_BYTES, WARP_SIZE, Geometry, lowest
+from .geometry import CHANNEL_BYTES, WARP_SIZE, PoolGeometry, lowest
 from .reductions import MAX, MEAN, accumulator, larger, power, root, wins
 
 #: Values in a block, and how many programs are enough to occupy a large GPU.
@@ -56,7 +56,7 @@ def _layout(groups: int, count: int, size: int, channels_last: bool, itemsize: i
     return Layout(groups, count, size, size, 1, (elements, 2 ** (across.bit_length() - 1)))
 
 
-def layout_of(g: Geometry, itemsize: int) -> Layout:
+def layout_of(g: PoolGeometry, itemsize: int) -> Layout:
     """The layout of the planes of ``g``, whose only window is the whole plane."""
     size = g.size[0] * g.size[1] * g.size[2]
     if g.channels > 1:
@@ -68,7 +68,7 @@ def pool_planes(
     x: Tensor,
     y: Tensor,
     offsets: Tensor | None,
-    g: Geometry,
+    g: PoolGeometry,
     reduction: tl.constexpr,
     *,
     norm: int = 0,
@@ -216,7 +216,7 @@ def _pool_planes(  # noqa: PLR0912, PLR0915
 
 
 def spread_planes(
-    grad: Tensor, offsets: Tensor | None, result: Tensor, g: Geometry, divisor: int = 0
+    grad: Tensor, offsets: Tensor | None, result: Tensor, g: PoolGeometry, divisor: int = 0
 ) -> None:
     """Write the gradient of planes from that of their reductions: all to the winner, or to each its share."""
     layout = layout_of(g, grad.element_size())

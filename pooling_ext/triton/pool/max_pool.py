@@ -18,7 +18,7 @@ from ..launching import launch
 from .backward import spread_windows
 from .forward import pool_windows
 from .geometry import (
-    Geometry,
+    PoolGeometry,
     channels_last,
     dense,
     geometry,
@@ -112,7 +112,7 @@ def max_pool_gather(
     return output
 
 
-def _gather(x: Tensor, offsets: Tensor, y: Tensor, g: Geometry) -> None:
+def _gather(x: Tensor, offsets: Tensor, y: Tensor, g: PoolGeometry) -> None:
     item_size = max(g.size[0] * g.size[1] * g.size[2], g.out[1] * g.out[2]) * g.channels
     tile, _, programs, warps = tiling(
         g.outer * g.out[0], *g.out[1:], g.channels, x.element_size(), item_size, 1

@@ -55,9 +55,9 @@ POOLING_EXT_INLINE void each_point(const WinogradTile& tile, const Use& use) {
                         a > row || b > column);
 }
 
-// Into the transformed domain, a tile of pixels in the way that `Way` says: at(a, c)(b) is where
-// element c of pixel (a, b) is.
-template <class In, class Tile, class Way, class At>
+// Into the transformed domain, a tile of pixels in the way that `Direction` says: at(a, c)(b) is
+// where element c of pixel (a, b) is.
+template <class In, class Tile, class Direction, class At>
 POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
                                        Accumulator<In>* __restrict to, const At& at) {
     using L = Lanes<In>;
@@ -65,7 +65,8 @@ POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
     using X = typename L::X;
     using Rows = typename Tile::Rows;
     using Columns = typename Tile::Columns;
-    constexpr int kRows = Way::from(Rows::kSizes), kColumns = Way::from(Columns::kSizes);
+    constexpr int kRows = Direction::from(Rows::kSizes),
+                  kColumns = Direction::from(Columns::kSizes);
     constexpr int kRowPoints = Rows::kSizes.points, kColumnPoints = Columns::kSizes.points;
     const auto one = [&](int64_t c, const auto& get) POOLING_EXT_INLINE_LAMBDA {
         X half[kRows][kColumnPoints];
@@ -75,14 +76,14 @@ POOLING_EXT_INLINE void transform_tile(int64_t channels, int64_t points,
             X pixels[kColumns];
 #pragma GCC unroll 10
             for (int b = 0; b < kColumns; ++b) pixels[b] = get(row(b));
-            Way::template along<Columns>(pixels, half[a], T(0));
+            Direction::template along<Columns>(pixels, half[a], T(0));
         }
 #pragma GCC unroll 10
         for (int b = 0; b < kColumnPoints; ++b) {
             X pixels[kRows], column[kRowPoints];
 #pragma GCC unroll 10
             for (int a = 0; a < kRows; ++a) pixels[a] = half[a][b];
-            Way::template along<Rows>(pixels, column, T(0));
+            Direction::template along<Rows>(pixels, column, T(0));
 #pragma GCC unroll 10
             for (int a = 0; a < kRowPoints; ++a)
                 L::keep(to + (a * kColumnPoints + b) * points + c, column[a]);

@@ -223,7 +223,7 @@ class ArgmaxReducer {
 
     const PoolParams& p_;
     const In* const end_;
-    const Phases phases_;
+    const Deinterleaver phases_;
     const bool deinterleaves_;
     T* const value_;
     int32_t* const offset_;

@@ -32,8 +32,9 @@ struct Job : PoolJob {
 // Computes rows [begin, end): output rows in a forward pass, input rows in a backward pass.
 using Kernel = void (*)(const Job& job, int64_t begin, int64_t end, void* scratch);
 
-// Whether rows are deinterleaved (see Phases), which takes windows of one size in the contiguous
-// format, and no more room than a few rows: strides, dilation and padding may go far beyond one.
+// Whether rows are deinterleaved (see Deinterleaver), which takes windows of one size in the
+// contiguous format, and no more room than a few rows: strides, dilation and padding may go far
+// beyond one.
 POOLING_EXT_INLINE bool deinterleaves(const PoolParams& p) {
     const Axis& w = p.w;
     if (p.channels != 1 || w.adaptive || w.kernel > kWideWindow) return false;

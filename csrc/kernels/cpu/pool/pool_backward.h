@@ -19,8 +19,8 @@ struct SpreadRow {
     int64_t input_row;   // the input row's position in its plane: d * in_h + h
 };
 
-// The sum for one row of inputs. In the contiguous format it may be kept in phases (see Phases),
-// so that the c-th columns of neighboring windows lie side by side.
+// The sum for one row of inputs. In the contiguous format it may be kept in phases (see
+// Deinterleaver), so that the c-th columns of neighboring windows lie side by side.
 template <class T>
 class RowGradient {
   public:
@@ -72,7 +72,7 @@ class RowGradient {
 
   private:
     const PoolParams& p_;
-    const Phases phases_;
+    const Deinterleaver phases_;
     const bool deinterleaves_;
     const int64_t size_;
     T* sum_;

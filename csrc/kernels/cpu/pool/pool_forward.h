@@ -131,10 +131,10 @@ void gather_phase(T* __restrict dst, const typename Load::Element* __restrict x,
 
 // Where the columns of a row lie once it is deinterleaved: column i of the padded row is element
 // i / stride of phase i % stride. Only the phases that windows read are kept.
-class Phases {
+class Deinterleaver {
   public:
     // If not `deinterleaves`, there are none.
-    Phases(const Axis& w, bool deinterleaves, Scratch& scratch) {
+    Deinterleaver(const Axis& w, bool deinterleaves, Scratch& scratch) {
         if (!deinterleaves) return;
         stride_ = w.stride;
         length_ = w.dilation * (w.kernel - 1) / w.stride + w.out + w.in / w.stride + 2;
@@ -174,7 +174,7 @@ class Phases {
 
 // Deinterleaves a row into the phases that lie at `deinterleaved`.
 template <class Load, class T>
-void deinterleave(T* __restrict deinterleaved, const Phases& phases,
+void deinterleave(T* __restrict deinterleaved, const Deinterleaver& phases,
                   const typename Load::Element* __restrict row, const Axis& w) {
     const auto* part = phases.begin();
     if (w.stride == 2 && phases.end() - part == 2) {
@@ -337,7 +337,7 @@ class RowReducer {
     const std::conditional_t<kOverRows, SlideOverRows<Op>, None> slide_over_rows_;
     const bool deinterleaves_;
     const In* const end_;
-    const Phases phases_;
+    const Deinterleaver phases_;
     const In** const rows_;
     const void** const columns_;
     T* const row_;
