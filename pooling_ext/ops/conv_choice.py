@@ -175,8 +175,10 @@ def phase_why_not(kernels: str, conv: Conv, phase: str, alone: bool = False) -> 
     and a call reads the weight to see that it is the same.
     """
     reason = WHY_NOT[kernels](conv, phase)
-    if reason is not None or kernels != WINOGRAD or (is_compiling() and not _has_known_sizes(conv)):
+    if reason is not None or kernels != WINOGRAD or not conv_speeds.weights_count:
         return reason
+    if is_compiling() and not _has_known_sizes(conv):
+        return None
     found = _speedup(WINOGRAD, conv, phase)
     if phase != FORWARD and found is not None and found[1]:
         return None  # which was measured with the transform

@@ -34,6 +34,8 @@ MARGIN = 1.05
 RATE, USUAL_SPEEDUP = 110e9, 1.5
 #: Seconds that a look at a weight takes, and for each of its bytes; and its transform, for each element.
 LOOK, LOOK_AT_BYTE, TRANSFORM = 10e-6, 1e-10, 0.7e-9
+#: Whether these count. They do not where tests have small convolutions done by our kernels.
+weights_count = True
 
 
 class Measured(NamedTuple):

@@ -88,8 +88,9 @@ def test_depthwise_convolutions_by_kernel_and_stride(speeds):
     )
 
 
-def test_what_the_weight_takes_counts(speeds):
+def test_what_the_weight_takes_counts(speeds, monkeypatch):
     """Of few pixels Winograd's kernels save less than its transform takes, or than a look at a kept one."""
+    monkeypatch.setattr(conv_speeds, "weights_count", True)
     speeds({KIND: [[16, 512, 512, 7 * 7, 2.0, 2.0, 2.0], [4, 512, 512, 3 * 3, 1.5, 1.5, 1.5]]})
     many, few, tiny = conv(16, 512, 7), conv(4, 512, 3), conv(4, 400, 5, groups=25)
     for phase in PHASES:

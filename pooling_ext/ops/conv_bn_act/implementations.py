@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from ... import backends
 from ...exporting import is_exporting, tracing_state
+from .. import conv_speeds
 from ..conv_choice import DEPTHWISE, IMAGE, WINOGRAD
 from . import cpu, gpu, norm
 from .call import LEAST_ELEMENTS, NO_CONVOLUTION, Call
@@ -145,16 +146,17 @@ def from_size(elements: int, keep: Sequence[str] = (), fold_ratio: int | None = 
         fold_ratio: in place of cpu.FOLD_RATIO.
     """
     global _small
-    before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO, _small
+    before = dict(LEAST_ELEMENTS), cpu.FOLD_RATIO, _small, conv_speeds.weights_count
     LEAST_ELEMENTS.update(
         {how: (elements, elements, elements, elements) for how in LEAST_ELEMENTS.keys() - keep}
     )
     cpu.FOLD_RATIO = cpu.FOLD_RATIO if fold_ratio is None else fold_ratio
     _small = min(elements, _SMALL)
+    conv_speeds.weights_count = elements > 0
     _chosen.clear()
     try:
         yield
     finally:
         LEAST_ELEMENTS.update(before[0])
-        cpu.FOLD_RATIO, _small = before[1:]
+        cpu.FOLD_RATIO, _small, conv_speeds.weights_count = before[1:]
         _chosen.clear()
