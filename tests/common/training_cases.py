@@ -28,13 +28,13 @@ T = TypeVar("T")
 @contextmanager
 def preferring_ours(preferred: bool = True):
     """Our kernels do what they can, on whatever processor, though PyTorch's may be faster."""
-    before = conv_speeds.speedup, conv_choice.HAS_AMX
+    before = conv_speeds.speedup, conv_speeds.weights_count, conv_choice.HAS_AMX
     if preferred:
-        conv_speeds.speedup, conv_choice.HAS_AMX = lambda *_: None, False
+        conv_speeds.speedup, conv_speeds.weights_count, conv_choice.HAS_AMX = lambda *_: None, False, False
     try:
         yield
     finally:
-        conv_speeds.speedup, conv_choice.HAS_AMX = before
+        conv_speeds.speedup, conv_speeds.weights_count, conv_choice.HAS_AMX = before
 
 
 class Block(nn.Module):

@@ -235,7 +235,7 @@ def test_the_report():
         "0 (Conv2d): Winograd, BatchNorm2d 1, relu",
         "  Winograd, for an input of 2x16x12x12",
     ]
-    assert frozen.report.explain("3.0") == "3.0 (MaxPool2d): ours"
+    assert frozen.report.explain("3.0") == "3.0 (MaxPool2d): pooling_ext.MaxPool2d"
     with pytest.raises(ArgumentError, match="path must be one of the report's, but got 'nowhere'"):
         frozen.report.explain("nowhere")
     assert "0: PackedConv(16 to 32, float32, Winograd, relu, kernel=(3, 3)" in repr(frozen)

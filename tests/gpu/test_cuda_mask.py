@@ -10,7 +10,7 @@ import pooling_ext
 import pooling_ext.functional as F
 from pooling_ext.backends import cuda_library
 from pooling_ext.ops.activations import RELU
-from pooling_ext.ops.batch_norm_act import _unpacked
+from pooling_ext.ops.batch_norm_autograd import _unpacked
 from pooling_ext.testing.cuda_counts import counted
 from pooling_ext.testing.launches import BACKWARD, CASES, TRAINING
 
