@@ -139,16 +139,16 @@ def saved(conv: Conv, found: tuple[float, bool] | None) -> float:
 
 def look(conv: Conv) -> float:
     """About how many seconds it takes to see that a weight is the one whose transformed weight is kept."""
-    return LOOK + _kernels(conv) * math.prod(conv.kernel) * conv.dtype.itemsize * LOOK_AT_BYTE
+    return LOOK + _weight_elements(conv) * conv.dtype.itemsize * LOOK_AT_BYTE
 
 
 def transform(conv: Conv) -> float:
     """About how many seconds it takes to transform a weight."""
-    return _kernels(conv) * math.prod(conv.kernel) * TRANSFORM
+    return _weight_elements(conv) * TRANSFORM
 
 
-def _kernels(conv: Conv) -> int:
-    return conv.features * (conv.channels // conv.groups)
+def _weight_elements(conv: Conv) -> int:
+    return conv.features * (conv.channels // conv.groups) * math.prod(conv.kernel)
 
 
 @cache

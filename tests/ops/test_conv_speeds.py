@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("rich")
 
 import pooling_ext
+import pooling_ext.functional as F
 from benchmarks.reports import targets
 from benchmarks.suites.conv import ConvCase
 from pooling_ext import cli, conv_tuning
@@ -102,6 +103,14 @@ def test_what_the_weight_takes_counts(speeds, monkeypatch):
     assert "a look at its weight" in str(call_why_not(WINOGRAD, tiny, (FORWARD,)))
     assert WHY_NOT[WINOGRAD](tiny, FORWARD) is None  # as for a frozen model, whose weight stays
     assert conv_kernels.plan(WINOGRAD, few).ours == (False, True, True)
+
+
+def test_a_compiler_takes_the_choice_too(speeds, monkeypatch, fresh_compiler):
+    monkeypatch.setattr(conv_speeds, "weights_count", True)
+    speeds({KIND: [[2, 64, 64, 28 * 28, 2.0, 2.0, 2.0]]})
+    x, weight = torch.randn(2, 64, 28, 28, requires_grad=True), torch.randn(64, 64, 3, 3) / 24
+    found = torch.compile(lambda x: F.conv2d(x, weight, padding=1), fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"avx512": {}}', "{"])

@@ -236,8 +236,8 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const P
                 continue;
             }
             UnitSums<In> sums;
-            char* const from_before = static_cast<char*>(kept) + vector * int64_t(sizeof(sums));
-            if (start % kWinogradUnit != 0) std::memcpy(&sums, from_before, sizeof(sums));
+            char* const open_sums = static_cast<char*>(kept) + vector * int64_t(sizeof(sums));
+            if (start % kWinogradUnit != 0) std::memcpy(&sums, open_sums, sizeof(sums));
             for (int64_t t = start; t < end; ++t, walk.next(), from += blocks.m_row) {
                 X tile[Finish::kPixels];
                 transform_back<Tile>(from, blocks.m_point, tile);
@@ -245,7 +245,7 @@ void finish_block(const WinogradJob& job, const WinogradScratch& blocks, const P
                                 [&](int64_t i) POOLING_EXT_INLINE_LAMBDA { sums.add(tile[i]); });
             }
             if (end % kWinogradUnit != 0 && end < s.tiles()) {
-                std::memcpy(from_before, &sums, sizeof(sums));
+                std::memcpy(open_sums, &sums, sizeof(sums));
                 continue;
             }
             double* const mean = job.stats + unit * 2 * channels + channel;
